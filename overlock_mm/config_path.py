@@ -1,0 +1,38 @@
+"""Where the shipped configs are."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+
+def _config_root() -> Path:
+    """configs/ of an installed wheel (in the package, as .mim, where mim looks for it) or of a checkout (beside it)."""
+    package = Path(__file__).resolve().parent
+    installed = package / '.mim' / 'configs'
+    return installed if installed.is_dir() else package.parent / 'configs'
+
+
+def list_configs() -> list[str]:
+    """Names of the shipped configs, such as 'mmdet/mask-rcnn_overlock-t_fpn_1x_coco.py', sorted."""
+    root = _config_root()
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob('*.py'))
+
+
+def get_config_path(name: str) -> str:
+    """Absolute path of a shipped config.
+
+    Use it to inherit one: ``_base_ = [__import__('overlock_mm').get_config_path('mmdet/...')]``.
+
+    Args:
+        name: as in :func:`list_configs`; '.py' may be left out.
+
+    Raises:
+        FileNotFoundError: there is no such config; the message has the nearest names.
+    """
+    known = list_configs()
+    wanted = name if name.endswith('.py') else f'{name}.py'
+    if wanted not in known:
+        nearest = difflib.get_close_matches(wanted, known, n=3, cutoff=0.3)
+        raise FileNotFoundError(f'no config {name!r} in {_config_root()}; nearest: {", ".join(nearest) or "none"}')
+    return str(_config_root() / wanted)

@@ -1,0 +1,109 @@
+"""OverLoCK's classification head, for mmpretrain's ``ImageClassifier``."""
+
+from __future__ import annotations
+
+from typing import Optional, Sequence, Union
+
+import torch.nn as nn
+from torch import Tensor
+
+from ..versions import require
+from .checkpoint import load_pretrained
+
+require('mmpretrain', 'the classification head')
+
+from mmengine.model.weight_init import PretrainedInit, trunc_normal_  # noqa: E402
+from mmpretrain.models.heads import ClsHead  # noqa: E402
+
+
+class OverLoCKHead(ClsHead):
+    """Classification head, with the auxiliary head on the overview for training.
+
+    The parameters are named as in a released classification checkpoint (``head.*`` and ``aux_head.*``).
+
+    Args:
+        num_classes: number of classes.
+        in_channels: channels of the last output of the backbone (C4 + C4/4).
+        overview_channels: channels of the overview, the output before it (C4), for the auxiliary head. None builds none;
+            the backbone then needs ``out_indices=(3,)`` only, otherwise ``(4, 3)``.
+        hidden_channels: of the main head.
+        loss: config of the loss of the main output.
+        aux_loss: config of the loss of the auxiliary output; by default ``loss`` with weight 0.4 (the release's).
+        topk, cal_acc, init_cfg: as in mmpretrain's ``ClsHead``. ``init_cfg=dict(type='Pretrained', checkpoint=FILE)``
+            takes the heads of a released classification checkpoint.
+
+    Raises:
+        ImportError: mmpretrain is not installed.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int,
+        overview_channels: Optional[int] = None,
+        hidden_channels: int = 1024,
+        loss: dict = dict(type='CrossEntropyLoss', loss_weight=1.0),  # noqa: B006
+        aux_loss: Optional[dict] = None,
+        topk: Union[int, tuple[int, ...]] = (1,),
+        cal_acc: bool = False,
+        init_cfg: Optional[dict] = None,
+    ) -> None:
+        super().__init__(loss=loss, topk=topk, cal_acc=cal_acc, init_cfg=init_cfg)
+        self.num_classes = num_classes
+        self.head = nn.Sequential(
+            nn.Conv2d(in_channels, hidden_channels, kernel_size=1, bias=False),
+            nn.BatchNorm2d(hidden_channels),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(hidden_channels, num_classes, kernel_size=1),
+        )
+        self.aux_head = None
+        if overview_channels is not None:
+            self.aux_head = nn.Sequential(
+                nn.BatchNorm2d(overview_channels),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Conv2d(overview_channels, num_classes, kernel_size=1),
+            )
+            self.aux_loss_module = self._build_loss(aux_loss or {**loss, 'loss_weight': 0.4})
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @staticmethod
+    def _build_loss(cfg: Union[dict, nn.Module]) -> nn.Module:
+        from mmpretrain.registry import MODELS
+
+        return cfg if isinstance(cfg, nn.Module) else MODELS.build(cfg)
+
+    def init_weights(self) -> None:
+        cfg = self.init_cfg
+        if isinstance(cfg, dict) and cfg['type'] in ('Pretrained', PretrainedInit):
+            load_pretrained(self, **{name: value for name, value in cfg.items() if name != 'type'})
+        else:
+            super().init_weights()
+
+    def forward(self, feats: Sequence[Tensor]) -> Tensor:
+        """Backbone outputs, each (B, C, H, W), the last of which is used, to class scores (B, num_classes)."""
+        return self.head(feats[-1]).flatten(1)
+
+    def forward_aux(self, feats: Sequence[Tensor]) -> Tensor:
+        """Backbone outputs, the overview second to last, to the auxiliary class scores (B, num_classes)."""
+        if len(feats) < 2:
+            raise ValueError(
+                f'the auxiliary head needs the overview: build the backbone with out_indices=(4, 3), got {len(feats)} output'
+            )
+        return self.aux_head(feats[-2]).flatten(1)
+
+    def loss(self, feats: Sequence[Tensor], data_samples: list, **kwargs) -> dict:
+        """Losses ``loss`` and, with an auxiliary head, ``aux_loss``, of backbone outputs and their data samples."""
+        losses = super().loss(feats, data_samples, **kwargs)
+        if self.aux_head is not None:
+            scores, main_loss = self.forward_aux(feats), self.loss_module
+            self.loss_module = self.aux_loss_module
+            try:
+                losses['aux_loss'] = self._get_loss(scores, data_samples, **kwargs)['loss']
+            finally:
+                self.loss_module = main_loss
+        return losses

@@ -1,0 +1,376 @@
+"""The OverLoCK backbone (Lou and Yu, "OverLoCK: An Overview-first-Look-Closely-next ConvNet", CVPR 2025)."""
+
+from __future__ import annotations
+
+from typing import Any, Optional, Sequence, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from mmengine.model.weight_init import PretrainedInit, trunc_normal_, update_init_info
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..registry import MODELS
+from .blocks import BasicBlock, DynamicBlock
+from .checkpoint import load_pretrained
+from .layers import LayerNorm2d, LayerScale
+from .recompute import checkpoint_block
+
+#: Published variants. ``num_groups`` is twice the heads that the release lists for a branch.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    'xt': dict(channels=(56, 112, 256, 336), depths=(2, 2, 3, 2), sub_depths=(6, 2), num_groups=(8, 12)),
+    't': dict(channels=(64, 128, 256, 512), depths=(4, 4, 6, 2), sub_depths=(12, 2), num_groups=(8, 16)),
+    's': dict(channels=(64, 128, 320, 512), depths=(6, 6, 8, 3), sub_depths=(16, 3), num_groups=(16, 32)),
+    'b': dict(channels=(80, 160, 384, 576), depths=(8, 8, 10, 4), sub_depths=(20, 4), num_groups=(12, 18)),
+}
+LONG_NAMES = {'extreme-tiny': 'xt', 'xtiny': 'xt', 'tiny': 't', 'small': 's', 'base': 'b'}
+ARCHITECTURE_DEFAULTS: dict[str, Any] = dict(kernel_sizes=(17, 15, 13, 7), mlp_ratio=4, sub_mlp_ratio=3)
+
+#: The stages in the order of their depth; frozen_stages counts and with_cp names them.
+STAGES = ('blocks1', 'blocks2', 'blocks3', 'blocks4', 'sub_blocks3', 'sub_blocks4')
+OUT_TYPES = ('features', 'pyramid', 'pyramid_with_overview')
+
+
+def _downsample(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out_channels)
+    )
+
+
+def _stem(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Image to features at a quarter of its size: four 3x3 convolutions, of strides 2, 1, 2, 1."""
+    half = out_channels // 2
+    layers: list[nn.Module] = []
+    for inputs, outputs, stride in (
+        (in_channels, half, 2),
+        (half, half, 1),
+        (half, out_channels, 2),
+        (out_channels, out_channels, 1),
+    ):
+        conv = nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False)
+        layers += [conv, nn.BatchNorm2d(outputs), nn.GELU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class _ContextDownsample(nn.Module):
+    """Features x and context h of stage 3 to half their size, for stage 4."""
+
+    def __init__(self, in_channels: int, out_channels: int, context_channels: int) -> None:
+        super().__init__()
+        self.x_proj = _downsample(in_channels, out_channels)
+        self.h_proj = _downsample(context_channels, context_channels)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return self.x_proj(x), self.h_proj(h)
+
+
+@MODELS.register_module()
+class OverLoCK(BaseModule):
+    """OverLoCK backbone.
+
+    Base-Net encodes the image to stride 16, Overview-Net makes a context prior of it at stride 32, and Focus-Net looks
+    again at the stride-16 features under the guidance of that prior (paper section 3.1). Parameters have the names of
+    the released checkpoints, which load as they are.
+
+    Maps are written (B, C, H, W), C1..C4 are the channels of the architecture and Ch = C4 / 4 those of the context.
+
+    Args:
+        arch: 'xt', 't', 's' or 'b' ('extreme-tiny', 'tiny', 'small', 'base'), or a dict with
+
+            - channels: C1..C4.
+            - depths: blocks of blocks1..blocks4 (Base-Net has the first three, Overview-Net the fourth).
+            - sub_depths: blocks of sub_blocks3 and sub_blocks4 (Focus-Net).
+            - num_groups: groups of the dynamic kernels in sub_blocks3 and sub_blocks4; twice as many divide C3 and C4.
+            - kernel_sizes: large kernels of stages 1..4; (17, 15, 13, 7) if left out.
+            - mlp_ratio, sub_mlp_ratio: of the basic and the dynamic blocks; 4 and 3 if left out.
+        in_channels: channels of the input image.
+        out_type: what comes out, one of the three flavours that the released checkpoints have:
+
+            - 'features': plain features, for classification.
+            - 'pyramid': every output through a LayerNorm of its own, for segmentation.
+            - 'pyramid_with_overview': the same, and the overview of the image is added to the last output, for
+              detection.
+        out_indices: which outputs, in the order in which they are returned. 0: blocks1, stride 4, C1 channels; 1: blocks2,
+            stride 8, C2; 2: sub_blocks3, stride 16, C3 + Ch; 3: sub_blocks4, stride 32, C4 + Ch; with 'features' also 4:
+            the overview (blocks4), stride 32, C4. By default (3,) for 'features' and (0, 1, 2, 3) for pyramids.
+            ``out_channels`` of the built backbone gives their channels.
+        drop_path_rate: stochastic depth of the last block; it grows linearly over all blocks from 0.
+        frozen_stages: how many of the six stages, in the order ``blocks1..4, sub_blocks3, sub_blocks4``, are frozen along
+            with what leads to them (their batch norms use the running statistics). 0 freezes the stem, -1 nothing.
+        norm_eval: whether batch norms keep to their running statistics in training.
+        with_cp: trade time for memory by recomputing blocks in the backward: True for all, or the names of the stages
+            (among ``blocks1..4, sub_blocks3, sub_blocks4``). Running statistics are updated once all the same.
+        deploy: build the folded (re-parameterised) form, for inference. It loads folded and unfolded checkpoints.
+        init_cfg: mmengine's initialisation. ``dict(type='Pretrained', checkpoint=FILE)`` takes the released files: a
+            classification checkpoint goes into a pyramid too, and what was left out is logged. By default convolutions
+            start from a truncated normal of std 0.02.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it and what it got.
+    """
+
+    def __init__(
+        self,
+        arch: Union[str, dict[str, Any]] = 't',
+        in_channels: int = 3,
+        out_type: str = 'features',
+        out_indices: Optional[Sequence[int]] = None,
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: Union[bool, Sequence[str]] = False,
+        deploy: bool = False,
+        init_cfg: Union[dict, list, None] = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        settings = resolve_architecture(arch)
+        if not isinstance(in_channels, int) or in_channels < 1:
+            raise ValueError(f'in_channels must be a positive int, got {in_channels!r}')
+        if out_type not in OUT_TYPES:
+            raise ValueError(f'out_type must be one of {OUT_TYPES}, got {out_type!r}')
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
+        if frozen_stages not in range(-1, len(STAGES) + 1):
+            raise ValueError(f'frozen_stages must be in -1..{len(STAGES)}, got {frozen_stages!r}')
+        self.arch = arch
+        self.in_channels = in_channels
+        self.out_type = out_type
+        self.out_indices = _resolve_out_indices(out_indices, out_type)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.recomputed_stages = _resolve_with_cp(with_cp)
+        self.deploy = deploy
+
+        c1, c2, c3, c4 = settings['channels']
+        k1, k2, k3, k4 = settings['kernel_sizes']
+        context = c4 // 4
+        all_channels = (c1, c2, c3 + context, c4 + context, c4)
+        self.out_channels = tuple(all_channels[i] for i in self.out_indices)
+
+        depths = (*settings['depths'], *settings['sub_depths'])
+        rates = torch.linspace(0, drop_path_rate, sum(depths)).split(depths)
+        basic = dict(mlp_ratio=settings['mlp_ratio'], deploy=deploy)
+        dynamic = dict(mlp_ratio=settings['sub_mlp_ratio'], context_channels=context, deploy=deploy)
+
+        def basic_stage(stage: int, channels: int, kernel_size: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                BasicBlock(channels, kernel_size, drop_path=rate, layer_scale=stage >= 3, **basic)
+                for rate in rates[stage - 1].tolist()
+            )
+
+        self.patch_embed1 = _stem(in_channels, c1)
+        self.patch_embed2 = _downsample(c1, c2)
+        self.patch_embed3 = _downsample(c2, c3)
+        self.patch_embed4 = _downsample(c3, c4)
+        self.high_level_proj = nn.Conv2d(c4, context, kernel_size=1)
+        self.patch_embedx = _ContextDownsample(c3, c4, context)
+        self.blocks1 = basic_stage(1, c1, k1)
+        self.blocks2 = basic_stage(2, c2, k2)
+        self.blocks3 = basic_stage(3, c3, k3)
+        self.blocks4 = basic_stage(4, c4, k4)
+        groups3, groups4 = settings['num_groups']
+        self.sub_blocks3 = nn.ModuleList(
+            DynamicBlock(c3, num_groups=groups3, kernel_size=k3, drop_path=rate, mix_context=i > 0, **dynamic)
+            for i, rate in enumerate(rates[4].tolist())
+        )
+        self.sub_blocks4 = nn.ModuleList(
+            DynamicBlock(
+                c4, num_groups=groups4, kernel_size=k4, drop_path=rate, mix_context=True, last=i == depths[5] - 1, **dynamic
+            )
+            for i, rate in enumerate(rates[5].tolist())
+        )
+
+        if out_type != 'features':
+            # Only norms that are used, so that every parameter has a gradient. Norm 1 always is: see forward.
+            norms = sorted({1, *self.out_indices})
+            if self._adds_overview:
+                self.h_proj = nn.Sequential(nn.Conv2d(c4, c4 + context, kernel_size=1), LayerScale(c4 + context, 1e-5))
+                norms.append(4)
+            self.extra_norm = nn.ModuleDict({str(i): LayerNorm2d(all_channels[i]) for i in norms})
+
+        self._reset_parameters()
+        self._freeze_stages()
+
+    @property
+    def _adds_overview(self) -> bool:
+        return self.out_type == 'pyramid_with_overview' and 3 in self.out_indices
+
+    def _reset_parameters(self) -> None:
+        for module in self.modules():
+            # Norms, LayerScales, GRNs and relative position biases start as they are built.
+            if isinstance(module, nn.Conv2d):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def init_weights(self) -> None:
+        """Load the checkpoint that ``init_cfg`` names, if it does; otherwise the weights stay as they were built.
+
+        Raises:
+            ValueError: the checkpoint is of another variant, or not one of OverLoCK.
+        """
+        cfg = self.init_cfg
+        if not (isinstance(cfg, dict) and cfg['type'] in ('Pretrained', PretrainedInit)):
+            super().init_weights()
+        elif not self.is_init:
+            load_pretrained(self, **{name: value for name, value in cfg.items() if name != 'type'})
+            if hasattr(self, '_params_init_info'):
+                update_init_info(self, init_info=f'Loaded from {cfg["checkpoint"]}')
+            self.is_init = True
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images (B, in_channels, H, W), of any size from 1 x 1, to a tuple of maps, in the order of ``out_indices``.
+
+        A map at stride s has ceil(H / s) x ceil(W / s) positions.
+
+        Raises:
+            TypeError: the input is no floating-point tensor.
+            ValueError: the input has another rank or number of channels, or is empty.
+        """
+        self._check_input(x)
+        features = []
+
+        x = self._run('blocks1', self.patch_embed1(x))
+        features.append(x)
+        x = self._run('blocks2', self.patch_embed2(x))
+        features.append(x)
+        if self.out_type != 'features':
+            # The released dense checkpoints were trained with the normalised map going on into stage 3.
+            x = self.extra_norm['1'](x)
+            features[1] = x
+        x = self._run('blocks3', self.patch_embed3(x))
+
+        overview = self._run('blocks4', self.patch_embed4(x))
+        prior = self.high_level_proj(overview)
+
+        x, h = self._run_dynamic('sub_blocks3', x, F.interpolate(prior, x.shape[2:], mode='bilinear', align_corners=False))
+        features.append(torch.cat([x, h], dim=1))
+        features.append(self._run_dynamic('sub_blocks4', *self.patch_embedx(x, h), prior))
+        features.append(overview)
+        return tuple(self._output(i, features) for i in self.out_indices)
+
+    def _run(self, stage: str, x: Tensor) -> Tensor:
+        for block in getattr(self, stage):
+            x = checkpoint_block(block, x) if self._recomputes(stage) else block(x)
+        return x
+
+    def _run_dynamic(self, stage: str, x: Tensor, h: Tensor, prior: Optional[Tensor] = None):
+        """Focus-Net's stages; in the first of them the prior is what the context starts as."""
+        prior = h if prior is None else prior
+        out = x, h
+        for block in getattr(self, stage):
+            out = checkpoint_block(block, *out, prior) if self._recomputes(stage) else block(*out, prior)
+        return out
+
+    def _recomputes(self, stage: str) -> bool:
+        return stage in self.recomputed_stages and torch.is_grad_enabled()
+
+    def _output(self, index: int, features: list[Tensor]) -> Tensor:
+        if self.out_type == 'features' or index == 1:
+            return features[index]
+        out = self.extra_norm[str(index)](features[index])
+        if index == 3 and self._adds_overview:
+            out = out + self.h_proj(self.extra_norm['4'](features[4]))
+        return out
+
+    def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f'the input must be a Tensor, got {type(x).__name__}')
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f'the input must have shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}')
+        if not x.is_floating_point():
+            raise TypeError(f'the input must be a floating-point Tensor, got {x.dtype}')
+        if 0 in x.shape:
+            raise ValueError(f'the input must not be empty, got shape {tuple(x.shape)}')
+
+    @torch.no_grad()
+    def switch_to_deploy(self) -> None:
+        """Fold the branches of every dilated re-parameterised convolution, for good: the same function, for inference."""
+        for module in self.modules():
+            if module is not self and hasattr(module, 'switch_to_deploy'):
+                module.switch_to_deploy()
+        self.deploy = True
+
+    def train(self, mode: bool = True) -> OverLoCK:
+        """Set training mode, but for frozen stages and, with ``norm_eval``, for batch norms."""
+        super().train(mode)
+        self._freeze_stages()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def _freeze_stages(self) -> None:
+        parts = [
+            ('patch_embed1',),
+            ('blocks1',),
+            ('patch_embed2', 'blocks2'),
+            ('patch_embed3', 'blocks3'),
+            ('patch_embed4', 'blocks4', 'high_level_proj'),
+            ('sub_blocks3',),
+            ('patch_embedx', 'sub_blocks4'),
+        ]
+        frozen = [getattr(self, name) for stage in parts[: self.frozen_stages + 1] for name in stage]
+        if self.frozen_stages >= 2 and self.out_type != 'features':
+            frozen.append(self.extra_norm['1'])  # it stands before stage 3, not only before an output
+        for module in frozen:
+            module.eval()
+            module.requires_grad_(False)
+
+
+def resolve_architecture(arch: Union[str, dict[str, Any]]) -> dict[str, Any]:
+    """Complete settings of an architecture given by name or as a dict (see :class:`OverLoCK`).
+
+    Raises:
+        TypeError: ``arch`` is neither str nor dict.
+        ValueError: the name is unknown, or a setting is missing, unknown or does not fit.
+    """
+    if isinstance(arch, str):
+        name = LONG_NAMES.get(arch.lower(), arch.lower())
+        if name not in ARCHITECTURES:
+            known = ', '.join([*ARCHITECTURES, *LONG_NAMES])
+            raise ValueError(f'arch must be a dict or one of {known}, got {arch!r}')
+        return {**ARCHITECTURE_DEFAULTS, **ARCHITECTURES[name]}
+    if not isinstance(arch, dict):
+        raise TypeError(f'arch must be a str or a dict, got {arch!r}')
+    lengths = dict(channels=4, depths=4, sub_depths=2, num_groups=2, kernel_sizes=4)
+    settings = {**ARCHITECTURE_DEFAULTS, **arch}
+    unknown, missing = settings.keys() - {*lengths, *ARCHITECTURE_DEFAULTS}, lengths.keys() - settings.keys()
+    if unknown or missing:
+        raise ValueError(f'arch has unknown settings {sorted(unknown)} and lacks {sorted(missing)}, got {arch!r}')
+    for name, length in lengths.items():
+        values = settings[name]
+        if not (isinstance(values, (tuple, list)) and len(values) == length and all(isinstance(v, int) for v in values)):
+            raise ValueError(f'arch[{name!r}] must be {length} ints, got {values!r}')
+        if min(values) < 1:
+            raise ValueError(f'arch[{name!r}] must be positive, got {values!r}')
+    for channels, groups in zip(settings['channels'][2:], settings['num_groups']):
+        if channels % (2 * groups):
+            raise ValueError(f'arch[\'num_groups\']: 2 * {groups} must divide the {channels} channels of its stage')
+    if settings['channels'][0] % 2 or settings['channels'][3] % 4:
+        raise ValueError(f'arch[\'channels\']: C1 must be even and C4 a multiple of 4, got {settings["channels"]!r}')
+    return settings
+
+
+def _resolve_out_indices(out_indices: Optional[Sequence[int]], out_type: str) -> tuple[int, ...]:
+    number = 5 if out_type == 'features' else 4
+    if out_indices is None:
+        return (3,) if out_type == 'features' else (0, 1, 2, 3)
+    if isinstance(out_indices, (int, str)) or not all(isinstance(i, int) for i in out_indices):
+        raise TypeError(f'out_indices must be a sequence of ints, got {out_indices!r}')
+    if not out_indices or len(set(out_indices)) < len(out_indices) or not set(out_indices) <= set(range(number)):
+        raise ValueError(
+            f'out_indices must be different numbers in 0..{number - 1} with out_type={out_type!r}, got {out_indices!r}'
+        )
+    return tuple(out_indices)
+
+
+def _resolve_with_cp(with_cp: Union[bool, Sequence[str]]) -> frozenset[str]:
+    if isinstance(with_cp, bool):
+        return frozenset(STAGES if with_cp else ())
+    if isinstance(with_cp, str) or not set(with_cp) <= set(STAGES):
+        raise ValueError(f'with_cp must be a bool or a sequence of names among {STAGES}, got {with_cp!r}')
+    return frozenset(with_cp)

@@ -1,0 +1,36 @@
+"""Activation checkpointing of blocks with batch norms."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Iterator
+
+import torch.nn as nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+
+def checkpoint_block(block: nn.Module, *inputs):
+    """Run ``block(*inputs)``, keep only the inputs, and compute the block again in the backward.
+
+    The second run must give the first one's values and leave no second trace: batch norms normalise with the batch again,
+    but their running statistics are updated by the first run only.
+    """
+
+    def contexts():
+        return contextlib.nullcontext(), _statistics_at_rest(block)
+
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def _statistics_at_rest(block: nn.Module) -> Iterator[None]:
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    for norm in norms:
+        # A batch norm in training that does not track statistics uses the batch's and updates nothing.
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

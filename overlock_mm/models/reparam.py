@@ -1,0 +1,138 @@
+"""The dilated re-parameterised depth-wise convolution, and its exact folding into one large kernel."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.nn as nn
+from mmengine.logging import print_log
+from torch import Tensor
+
+#: (kernel size, dilation) of the branches that run beside a large kernel of size K.
+DILATED_BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
+    17: ((5, 1), (7, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+    15: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
+    13: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
+    11: ((5, 1), (7, 1), (5, 2), (3, 3), (3, 4), (3, 5)),
+    9: ((5, 1), (7, 1), (5, 2), (3, 3), (3, 4)),
+    7: ((5, 1), (3, 1), (3, 2), (3, 3)),
+    5: ((3, 1), (3, 2)),
+}
+
+
+def _depthwise(channels: int, kernel_size: int, dilation: int = 1, bias: bool = False) -> nn.Conv2d:
+    padding = dilation * (kernel_size // 2)
+    return nn.Conv2d(channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels, bias=bias)
+
+
+class DilatedReparamConv(nn.Module):
+    """A large depth-wise convolution with parallel dilated ones, each with its batch norm, summed.
+
+    At evaluation all of it is one linear map, so the branches fold exactly into a single K x K depth-wise convolution
+    with a bias: the form of the released ``*_reparam`` checkpoints (paper section 3.2, "Dilated RepConv Layer"; the idea
+    is UniRepLKNet's).
+
+    Args:
+        channels: C of the input and the output (B, C, H, W); the map keeps its size.
+        kernel_size: K, one of 5, 7, ..., 17.
+        deploy: build the folded form. It loads folded and unfolded weights; unfolded ones are folded on the way.
+
+    Raises:
+        ValueError: there are no branches defined for ``kernel_size``.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, deploy: bool = False) -> None:
+        super().__init__()
+        if kernel_size not in DILATED_BRANCHES:
+            raise ValueError(f'kernel_size must be one of {sorted(DILATED_BRANCHES)}, got {kernel_size!r}')
+        self.channels = channels
+        self.kernel_size = kernel_size
+        self.deploy = deploy
+        self.lk_origin = _depthwise(channels, kernel_size, bias=deploy)
+        if not deploy:
+            self.origin_bn = nn.BatchNorm2d(channels)
+            for k, dilation in DILATED_BRANCHES[kernel_size]:
+                self.add_module(f'dil_conv_k{k}_{dilation}', _depthwise(channels, k, dilation))
+                self.add_module(f'dil_bn_k{k}_{dilation}', nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.lk_origin(x)
+        if self.deploy:
+            return out
+        out = self.origin_bn(out)
+        for k, dilation in DILATED_BRANCHES[self.kernel_size]:
+            conv = getattr(self, f'dil_conv_k{k}_{dilation}')
+            norm = getattr(self, f'dil_bn_k{k}_{dilation}')
+            out = out + norm(conv(x))
+        return out
+
+    @torch.no_grad()
+    def switch_to_deploy(self) -> None:
+        """Fold the branches into ``lk_origin``, with the running statistics of the batch norms, for good."""
+        if self.deploy:
+            return
+        weight, bias = fold_branches(self.state_dict(), '', self.kernel_size, self.origin_bn.eps)
+        folded = _depthwise(self.channels, self.kernel_size, bias=True).to(weight)
+        folded.weight.copy_(weight)
+        folded.bias.copy_(bias)
+        folded.requires_grad_(self.lk_origin.weight.requires_grad)
+        folded.train(self.training)
+        for name in list(self._modules):
+            delattr(self, name)
+        self.lk_origin = folded
+        self.deploy = True
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        folded_file = f'{prefix}lk_origin.bias' in state_dict
+        unfolded_file = f'{prefix}origin_bn.weight' in state_dict
+        if self.deploy and unfolded_file and not folded_file:
+            print_log(f'{prefix.rstrip(".")}: folded its dilated branches on loading', 'current', logging.DEBUG)
+            weight, bias = fold_branches(state_dict, prefix, self.kernel_size)
+            for key in [key for key in state_dict if key.startswith(prefix)]:
+                del state_dict[key]
+            state_dict[f'{prefix}lk_origin.weight'] = weight
+            state_dict[f'{prefix}lk_origin.bias'] = bias
+        elif not self.deploy and folded_file and not unfolded_file:
+            raise ValueError(
+                f'the checkpoint is folded (re-parameterised), as its {prefix}lk_origin.bias shows, and the model is not: '
+                'build the model with deploy=True, or load the unfolded checkpoint'
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f'channels={self.channels}, kernel_size={self.kernel_size}, deploy={self.deploy}'
+
+
+def fold_branches(
+    state_dict: dict[str, Tensor], prefix: str, kernel_size: int, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Weight (C, 1, K, K) and bias (C) of the one convolution that an unfolded ``DilatedReparamConv`` is at evaluation.
+
+    A batch norm after a convolution scales its kernel by weight / sqrt(running_var + eps) and shifts its output. A
+    kernel with dilation d is a sparse kernel without dilation whose taps are d apart, and lies in the middle of the large
+    one. Summed in float64 and rounded once, to the dtype of the weights.
+
+    Args:
+        state_dict: holds the unfolded weights under ``prefix``.
+        prefix: of the convolution's names, '' or ending in a dot.
+        kernel_size: K of the large kernel.
+        eps: of the batch norms.
+    """
+    branches = [('lk_origin', 'origin_bn', kernel_size, 1)]
+    branches += [(f'dil_conv_k{k}_{d}', f'dil_bn_k{k}_{d}', k, d) for k, d in DILATED_BRANCHES[kernel_size]]
+    weight = bias = 0.0
+    for conv, norm, k, dilation in branches:
+        kernel = state_dict[f'{prefix}{conv}.weight']
+        gamma, beta, mean, var = (
+            state_dict[f'{prefix}{norm}.{name}'].double() for name in ('weight', 'bias', 'running_mean', 'running_var')
+        )
+        scale = gamma / torch.sqrt(var + eps)
+        large = kernel.new_zeros(kernel.shape[0], 1, kernel_size, kernel_size, dtype=torch.float64)
+        margin = kernel_size // 2 - dilation * (k // 2)
+        taps = slice(margin, kernel_size - margin, dilation)
+        large[:, :, taps, taps] = kernel.double() * scale.view(-1, 1, 1, 1)
+        weight = weight + large
+        bias = bias + beta - mean * scale
+    dtype = state_dict[f'{prefix}lk_origin.weight'].dtype
+    return weight.to(dtype), bias.to(dtype)

@@ -1,0 +1,133 @@
+"""Install the pinned mmcv with its operators, building it once per machine.
+
+PyPI has mmcv's operators only as source. A wheel built from it works with one torch, one Python and one of CPU or CUDA,
+so it is kept outside the checkout under a key of just these, and never in pip's own cache, which does not know
+the difference. The build folder stays until the wheel is there: an interrupted build goes on where it stopped.
+
+Usage: python tools/install_mmcv.py [--requirement requirements/mmcv.txt] [--cache DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import CUDA_HOME
+
+PIP = [sys.executable, '-m', 'pip', '--disable-pip-version-check']
+
+
+def pinned_version(requirement: Path) -> str:
+    match = re.search(r'^mmcv==(\S+)', requirement.read_text(), flags=re.M)
+    if match is None:
+        raise SystemExit(f'{requirement} has no line "mmcv==VERSION"')
+    return match.group(1)
+
+
+def builds_with_cuda() -> bool:
+    """CUDA operators are built where a GPU can run them and nvcc can compile them, or where FORCE_CUDA=1 asks for it."""
+    if os.environ.get('FORCE_CUDA') == '1':
+        if CUDA_HOME is None:
+            raise SystemExit('FORCE_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME to the folder that holds bin/nvcc')
+        return True
+    if torch.cuda.is_available() and CUDA_HOME is None:
+        print('This machine has a GPU but no nvcc (CUDA_HOME is not set): mmcv gets CPU operators only.', flush=True)
+    return torch.cuda.is_available() and CUDA_HOME is not None
+
+
+def wheel_key(cuda: bool) -> str:
+    python = f'cp{sys.version_info.major}{sys.version_info.minor}-{sysconfig.get_platform()}'
+    if not cuda:
+        return f'torch{torch.__version__}-{python}-cpu'
+    archs = os.environ.get('TORCH_CUDA_ARCH_LIST')
+    if not archs:
+        archs = ' '.join(sorted({'{}.{}'.format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())}))
+    return f'torch{torch.__version__}-{python}-cu{torch.version.cuda}-sm{re.sub(r"[ ;]+", "_", archs or "default")}'
+
+
+def works(version: str, cuda: bool) -> bool:
+    """Whether the installed mmcv is that version and its operators load here (in a process of its own: a bad one may crash)."""
+    check = (
+        'import mmcv, mmcv._ext, mmcv.ops\n'
+        f'assert mmcv.__version__ == {version!r}\n'
+        'from mmcv.ops import get_compiling_cuda_version\n'
+        f'assert ("not available" not in get_compiling_cuda_version()) == {cuda!r}\n'
+    )
+    return subprocess.run([sys.executable, '-c', check], capture_output=True).returncode == 0
+
+
+def build(version: str, cuda: bool, folder: Path) -> Path:
+    """Build mmcv's wheel in ``folder/build`` and return its final place in ``folder``."""
+    work = folder / 'build'
+    work.mkdir(parents=True, exist_ok=True)
+    source = work / f'mmcv-{version}'
+    if not source.is_dir():
+        # PIP_NO_BUILD_ISOLATION: with isolation mmcv builds without operators and says nothing.
+        command = [*PIP, 'download', '--no-deps', '--no-binary', 'mmcv', '--no-cache-dir', '--no-build-isolation']
+        subprocess.run([*command, '--dest', str(work), f'mmcv=={version}'], check=True)
+        unpacked = work / 'unpacking'
+        shutil.rmtree(unpacked, ignore_errors=True)
+        with tarfile.open(next(work.glob(f'mmcv-{version}.tar.gz'))) as sdist:
+            sdist.extractall(unpacked)
+        (unpacked / f'mmcv-{version}').rename(source)
+
+    env = {**os.environ, 'MMCV_WITH_OPS': '1', 'FORCE_CUDA': '1' if cuda else '0'}
+    env.setdefault('MAX_JOBS', str(os.cpu_count() or 1))
+    # Without debug information the build takes half the time.
+    env['CFLAGS'] = f'{env.get("CFLAGS", "")} -g0 -O2'.strip()
+    if not cuda:
+        env['CUDA_VISIBLE_DEVICES'] = ''  # mmcv builds for CUDA wherever torch sees a GPU
+    out = work / 'wheel'
+    shutil.rmtree(out, ignore_errors=True)
+    command = [*PIP, 'wheel', '-v', '--no-deps', '--no-cache-dir', '--no-build-isolation', '--wheel-dir', str(out), str(source)]
+    log = work / 'build.log'
+    with log.open('w') as file, subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+    ) as process:
+        for line in process.stdout:
+            file.write(line)
+            # ninja's own counter: [12/137] c++ -MMD ... -c /path/to/roi_align.cpp ...
+            step = re.search(r'\[(\d+)/(\d+)\].*?([\w.]+\.(?:cpp|cu))\b', line)
+            if step:
+                print(f'  mmcv {step.group(1):>3} of {step.group(2)}: {step.group(3)}', flush=True)
+    if process.returncode != 0:
+        tail = ''.join(log.read_text().splitlines(keepends=True)[-40:])
+        raise SystemExit(f'{tail}\nBuilding mmcv {version} failed; the whole log is {log}')
+    built = next(out.glob('mmcv-*.whl'))
+    wheel = folder / built.name
+    built.replace(wheel)
+    shutil.rmtree(work)
+    return wheel
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--requirement', type=Path, default=Path(__file__).parents[1] / 'requirements' / 'mmcv.txt')
+    parser.add_argument('--cache', type=Path, help='where wheels are kept (default: overlock_mm in the user\'s cache folder)')
+    args = parser.parse_args()
+    cache = args.cache or Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'overlock_mm'
+
+    version, cuda = pinned_version(args.requirement), builds_with_cuda()
+    if works(version, cuda):
+        print(f'mmcv {version} with operators is installed')
+        return
+    folder = cache / f'mmcv-{version}' / wheel_key(cuda)
+    wheel = next(folder.glob('mmcv-*.whl'), None)
+    if wheel is None:
+        print(f'Building mmcv {version} with {"CUDA" if cuda else "CPU"} operators in {folder} (once per machine)', flush=True)
+        wheel = build(version, cuda, folder)
+    subprocess.run([*PIP, 'install', '--no-deps', '--no-cache-dir', '--force-reinstall', str(wheel)], check=True)
+    if not works(version, cuda):
+        raise SystemExit(f'{wheel} is installed but its operators do not load; remove {folder} and run this again')
+
+
+if __name__ == '__main__':
+    main()

@@ -42,7 +42,7 @@ env: $(DONE)/dev $(DONE)/package
 	@$(PIP) check
 
 demo: env
-	PATH=$(abspath $(VENV))/bin:$$PATH tools/demo/run.sh $(WORK_DIR)
+	$(PY) tools/demo/run.py --work-dir $(WORK_DIR)
 
 test: env
 	$(PY) -m pytest tests $(ARGS)

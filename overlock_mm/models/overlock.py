@@ -217,7 +217,7 @@ class OverLoCK(BaseModule):
         elif not self.is_init:
             load_pretrained(self, **{name: value for name, value in cfg.items() if name != 'type'})
             if hasattr(self, '_params_init_info'):
-                update_init_info(self, init_info=f'Loaded from {cfg["checkpoint"]}')
+                update_init_info(self, init_info=f'PretrainedInit: load from {cfg["checkpoint"]}')
             self.is_init = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -1,0 +1,13 @@
+# Mask R-CNN, OverLoCK-B, 1x, box AP 49.9 in the release.
+_base_ = './mask-rcnn_overlock-t_fpn_1x_coco.py'
+
+model = dict(
+    backbone=dict(
+        arch='b',
+        drop_path_rate=0.6,
+        init_cfg=dict(
+            checkpoint='https://github.com/LMMMEng/OverLoCK/releases/download/v1/overlock_b_in1k_224.pth',
+        ),
+    ),
+    neck=dict(in_channels=[80, 160, 528, 720]),
+)

@@ -1,0 +1,13 @@
+# Mask R-CNN, OverLoCK-XT, 1x. The release has no such config; it follows the T one.
+_base_ = './mask-rcnn_overlock-t_fpn_1x_coco.py'
+
+model = dict(
+    backbone=dict(
+        arch='xt',
+        drop_path_rate=0.1,
+        init_cfg=dict(
+            checkpoint='https://github.com/LMMMEng/OverLoCK/releases/download/v1/overlock_xt_in1k_224.pth',
+        ),
+    ),
+    neck=dict(in_channels=[56, 112, 340, 420]),
+)

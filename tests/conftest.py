@@ -1,0 +1,71 @@
+"""What the tests share: the parity data when it is there, a small network, a small data set."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / 'shared'
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_arch():
+    """A network of every kind of block, with odd channel numbers per group, that runs in milliseconds."""
+    return dict(
+        channels=(8, 12, 24, 40), depths=(1, 1, 1, 1), sub_depths=(2, 2), num_groups=(2, 4), kernel_sizes=(9, 7, 7, 5)
+    )
+
+
+class Parity:
+    """Outputs of the published code, and the weights and inputs they were computed with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        spec = importlib.util.spec_from_file_location('fill', folder / 'fill.py')
+        self._fill = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self._fill)
+        self.input_for = self._fill.input_for
+        self.state_dict_for = self._fill.state_dict_for
+
+    def keys(self, family: str, arch: str) -> dict[str, list[int]]:
+        with gzip.open(self.folder / f'keys_{family}.json.gz') as file:
+            return json.load(file)[arch]
+
+    def state_dict(self, family: str, arch: str) -> dict[str, torch.Tensor]:
+        return self.state_dict_for(self.keys(family, arch))
+
+
+@pytest.fixture(scope='session')
+def parity() -> Parity:
+    folder = SHARED / 'parity'
+    if not folder.is_dir():
+        pytest.skip('the outputs of the published code are not there (a folder shared/parity beside the checkout)')
+    return Parity(folder)
+
+
+@pytest.fixture(scope='session')
+def demo_data(tmp_path_factory) -> Path:
+    """The demo's data set, with a few images."""
+    root = tmp_path_factory.mktemp('data') / 'demo'
+    script = ROOT / 'tools' / 'demo' / 'make_dataset.py'
+    subprocess.run([sys.executable, script, root, '--train', '4', '--val', '4'], check=True, capture_output=True)
+    return root
+
+
+def relative_error(got: torch.Tensor, expected) -> float:
+    """Frobenius norm of the difference over that of the expected, in float64. NaN never passes a comparison."""
+    expected = torch.as_tensor(expected).double()
+    return ((got.detach().double() - expected).norm() / expected.norm()).item()

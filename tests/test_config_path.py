@@ -1,0 +1,24 @@
+"""Shipped configs are found by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import overlock_mm
+
+
+def test_every_listed_config_has_a_path():
+    names = overlock_mm.list_configs()
+    assert 'mmdet/mask-rcnn_overlock-t_fpn_1x_coco.py' in names
+    for name in names:
+        path = Path(overlock_mm.get_config_path(name))
+        assert path.is_absolute()
+        assert path.is_file()
+        assert overlock_mm.get_config_path(name[:-3]) == str(path)
+
+
+def test_unknown_name_gets_the_nearest():
+    with pytest.raises(FileNotFoundError, match=r"no config 'mmdet/mask-rcnn_overlock-t_fpn_1x.py' .*overlock-t_fpn_1x_coco.py"):
+        overlock_mm.get_config_path('mmdet/mask-rcnn_overlock-t_fpn_1x.py')

@@ -1,0 +1,173 @@
+"""Released checkpoints, flat or wrapped, into backbones and heads."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from mmengine.logging import MMLogger
+
+from overlock_mm.models import OverLoCK
+
+
+@pytest.fixture
+def log(caplog):
+    """What mmengine's current logger says (it does not propagate)."""
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, logger=logger.name)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def classifier(small_arch):
+    """A classification checkpoint as it is released: the backbone's weights and both heads', flat."""
+    state_dict = dict(OverLoCK(small_arch).state_dict())
+    state_dict = {name: tensor + 0.1 if tensor.is_floating_point() else tensor for name, tensor in state_dict.items()}
+    return {**state_dict, 'head.0.weight': torch.zeros(1024, 50, 1, 1), 'aux_head.2.bias': torch.zeros(1000)}
+
+
+def build(arch, file, **kwargs):
+    backbone = OverLoCK(arch, init_cfg=dict(type='Pretrained', checkpoint=str(file)), **kwargs)
+    backbone.init_weights()
+    return backbone
+
+
+@pytest.mark.parametrize('out_type', ['features', 'pyramid', 'pyramid_with_overview'])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda weights: weights,
+        lambda weights: dict(state_dict=weights, epoch=3),
+        lambda weights: dict(model=weights, metric=0.8),
+        lambda weights: {f'module.{name}': tensor for name, tensor in weights.items()},
+    ],
+    ids=['flat', 'state_dict', 'model', 'module.'],
+)
+def test_classification_checkpoint(small_arch, classifier, tmp_path, log, out_type, wrap):
+    torch.save(wrap(classifier), tmp_path / 'classifier.pth')
+    backbone = build(small_arch, tmp_path / 'classifier.pth', out_type=out_type)
+    weights = backbone.state_dict()
+    shared = [name for name in weights if name in classifier]
+    assert len(shared) == len(classifier) - 2
+    assert all(torch.equal(weights[name], classifier[name]) for name in shared)
+
+    messages = [message for message in log.messages if 'Loaded' in message]
+    assert len(messages) == 1
+    assert 'Left out 2 that only other models have: aux_head, head.' in messages[0]
+    initialised = {'features': None, 'pyramid': 'extra_norm', 'pyramid_with_overview': 'extra_norm, h_proj'}[out_type]
+    assert (f'left as initialised: {initialised}.' in messages[0]) == (initialised is not None)
+    assert not any('unexpected' in message or 'missing' in message for message in log.messages)
+
+
+def test_inside_a_detector_it_is_loaded_once(small_arch, classifier, tmp_path, log):
+    """mmengine's init_weights goes through the parent."""
+    from mmengine.model import BaseModule
+
+    class Detector(BaseModule):
+        def __init__(self, file):
+            super().__init__()
+            self.backbone = OverLoCK(small_arch, init_cfg=dict(type='Pretrained', checkpoint=str(file)))
+
+    torch.save(classifier, tmp_path / 'classifier.pth')
+    detector = Detector(tmp_path / 'classifier.pth')
+    detector.init_weights()
+    assert torch.equal(detector.backbone.patch_embed1[0].weight, classifier['patch_embed1.0.weight'])
+    assert sum('Loaded' in message for message in log.messages) == 1
+
+
+@pytest.mark.parametrize('prefix', [None, 'backbone', 'backbone.'])
+def test_backbone_of_a_detection_checkpoint(small_arch, tmp_path, prefix):
+    source = OverLoCK(small_arch, out_type='pyramid_with_overview')
+    weights = {f'backbone.{name}': tensor for name, tensor in source.state_dict().items()}
+    weights['neck.lateral_convs.0.conv.weight'] = torch.zeros(1)
+    torch.save(dict(meta=dict(epoch=12), state_dict=weights), tmp_path / 'detector.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'detector.pth'))
+    if prefix is not None:
+        init_cfg['prefix'] = prefix
+    backbone = OverLoCK(small_arch, out_type='pyramid_with_overview', init_cfg=init_cfg)
+    backbone.init_weights()
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize('family, out_type', [('det', 'pyramid_with_overview'), ('seg', 'pyramid')])
+def test_dense_checkpoints_load_strictly(parity, family, out_type):
+    state_dict = parity.state_dict(family, 'xt')
+    OverLoCK('xt', out_type=out_type).load_state_dict(state_dict, strict=True)
+
+
+def test_released_classification_file(parity, tmp_path, log):
+    """In the format and with the names of the release."""
+    torch.save(parity.state_dict('cls', 'xt'), tmp_path / 'overlock_xt_in1k_224.pth')
+    build('xt', tmp_path / 'overlock_xt_in1k_224.pth', out_type='pyramid_with_overview')
+    assert any('Left out 15 that only other models have: aux_head, head.' in message for message in log.messages)
+
+
+def test_released_folded_file(parity, tmp_path):
+    weights = parity.state_dict('cls_reparam', 'xt')
+    torch.save(weights, tmp_path / 'overlock_xt_in1k_224_reparam.pth')
+    backbone = build('xt', tmp_path / 'overlock_xt_in1k_224_reparam.pth', deploy=True)
+    assert torch.equal(backbone.blocks1[0].proj[1].lk_origin.bias, weights['blocks1.0.proj.1.lk_origin.bias'])
+
+
+def test_head_takes_its_part(tmp_path, log):
+    pytest.importorskip('mmpretrain', reason='the head is mmpretrain\'s')
+    from overlock_mm.models import OverLoCKHead
+
+    settings = dict(num_classes=7, in_channels=10, overview_channels=8)
+    source = OverLoCKHead(**settings)
+    weights = {**source.state_dict(), 'patch_embed1.0.weight': torch.zeros(3)}
+    torch.save(weights, tmp_path / 'classifier.pth')
+    head = OverLoCKHead(**settings, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'classifier.pth')))
+    head.init_weights()
+    assert all(torch.equal(value, weights[name]) for name, value in head.state_dict().items())
+
+
+def test_another_variant(small_arch, classifier, tmp_path):
+    torch.save(classifier, tmp_path / 'other.pth')
+    with pytest.raises(ValueError, match=r'other.pth is of another variant, with channels \(8, 12, 24, 40\), depths .*256'):
+        build('xt', tmp_path / 'other.pth')
+    deeper = {**small_arch, 'sub_depths': (3, 2)}
+    with pytest.raises(ValueError, match=r'depths \(1, 1, 1, 1, 2, 2\); OverLoCK has .*\(1, 1, 1, 1, 3, 2\)'):
+        build(deeper, tmp_path / 'other.pth')
+
+
+def test_other_input_channels_name_the_weight(small_arch, classifier, tmp_path):
+    torch.save(classifier, tmp_path / 'rgb.pth')
+    with pytest.raises(ValueError, match=r'patch_embed1.0.weight must have shape \(4, 5, 3, 3\), got \(4, 3, 3, 3\)'):
+        build(small_arch, tmp_path / 'rgb.pth', in_channels=5)
+
+
+def test_incomplete_checkpoint(small_arch, classifier, tmp_path):
+    del classifier['blocks1.0.proj.2.weight']
+    classifier['blocks1.0.extra'] = torch.zeros(1)
+    torch.save(classifier, tmp_path / 'broken.pth')
+    with pytest.raises(ValueError, match=r'lacks 1 tensors \(blocks1.0.proj.2.weight\).*unknown 1 tensors \(blocks1.0.extra'):
+        build(small_arch, tmp_path / 'broken.pth')
+
+
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        ({'layer1.0.weight': torch.zeros(2)}, 'has no weights for OverLoCK, got layer1'),
+        ({'epoch': 3}, r"holds no weights, .* got \['epoch'\]"),
+        ([torch.zeros(1)], 'holds no weights, .* got list'),
+    ],
+)
+def test_not_a_checkpoint_of_overlock(small_arch, tmp_path, content, message):
+    torch.save(content, tmp_path / 'foreign.pth')
+    with pytest.raises(ValueError, match=message):
+        build(small_arch, tmp_path / 'foreign.pth')
+
+
+def test_missing_file(small_arch, tmp_path):
+    with pytest.raises(FileNotFoundError, match='nowhere.pth'):
+        build(small_arch, tmp_path / 'nowhere.pth')
+
+
+def test_folded_checkpoint_into_unfolded_model(small_arch, tmp_path):
+    torch.save(OverLoCK(small_arch, deploy=True).state_dict(), tmp_path / 'folded.pth')
+    with pytest.raises(ValueError, match='is folded .* build the model with deploy=True'):
+        build(small_arch, tmp_path / 'folded.pth')

@@ -1,0 +1,74 @@
+"""The classification head inside mmpretrain's ImageClassifier."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip('mmpretrain', reason='the head is mmpretrain\'s')
+
+from mmpretrain.models import ImageClassifier
+from mmpretrain.structures import DataSample
+
+from overlock_mm.models import OverLoCK, OverLoCKHead
+
+
+def build(arch, out_indices=(4, 3), **head):
+    channels = OverLoCK(arch, out_indices=out_indices).out_channels
+    return ImageClassifier(
+        backbone=dict(type='overlock_mm.OverLoCK', arch=arch, out_indices=out_indices),
+        head=dict(
+            type='overlock_mm.OverLoCKHead',
+            num_classes=6,
+            in_channels=channels[-1],
+            overview_channels=channels[0] if len(channels) > 1 else None,
+            **head,
+        ),
+    )
+
+
+def samples(*labels):
+    return [DataSample().set_gt_label(label) for label in labels]
+
+
+def test_losses_and_gradients(small_arch):
+    model = build(small_arch)
+    losses = model(torch.randn(3, 3, 64, 64), samples(1, 0, 5), mode='loss')
+    assert set(losses) == {'loss', 'aux_loss'}
+    sum(losses.values()).backward()
+    head = model.head
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
+
+
+@torch.no_grad()
+def test_the_auxiliary_loss_has_weight_0_4(small_arch):
+    model = build(small_arch).eval()
+    features = model.extract_feat(torch.randn(2, 3, 64, 64))
+    losses = model.head.loss(features, samples(1, 3))
+    target = torch.tensor([1, 3])
+    assert losses['loss'] == torch.nn.functional.cross_entropy(model.head(features), target)
+    auxiliary = torch.nn.functional.cross_entropy(model.head.forward_aux(features), target)
+    assert losses['aux_loss'].item() == pytest.approx(0.4 * auxiliary.item(), rel=1e-6)
+
+
+@torch.no_grad()
+def test_prediction(small_arch):
+    model = build(small_arch).eval()
+    image = torch.randn(2, 3, 64, 64)
+    predicted = model(image, samples(0, 0), mode='predict')
+    scores = model.head(model.extract_feat(image)).softmax(1)
+    for sample, expected in zip(predicted, scores):
+        assert torch.equal(sample.pred_score, expected)
+        assert sample.pred_label.item() == expected.argmax()
+
+
+def test_without_the_auxiliary_head(small_arch):
+    model = build(small_arch, out_indices=(3,))
+    assert set(model(torch.randn(2, 3, 64, 64), samples(1, 3), mode='loss')) == {'loss'}
+    assert not any('aux' in name for name in model.state_dict())
+
+
+def test_the_auxiliary_head_needs_the_overview():
+    head = OverLoCKHead(num_classes=2, in_channels=4, overview_channels=4)
+    with pytest.raises(ValueError, match=r'out_indices=\(4, 3\), got 1 output'):
+        head.forward_aux((torch.randn(1, 4, 2, 2),))

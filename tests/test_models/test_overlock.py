@@ -1,0 +1,289 @@
+"""The backbone as OpenMMLab uses one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import relative_error
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from overlock_mm.models import OverLoCK
+from overlock_mm.models.overlock import ARCHITECTURES, LONG_NAMES, STAGES
+
+PYRAMIDS = ('pyramid', 'pyramid_with_overview')
+
+
+@pytest.mark.parametrize('framework', ['mmdet', 'mmseg', 'mmpretrain'])
+def test_builds_from_every_registry_without_custom_imports(framework):
+    pytest.importorskip(framework, reason=f'{framework} is not installed')
+    code = (
+        f'from {framework}.registry import MODELS\n'
+        'import sys\n'
+        'assert "overlock_mm" not in sys.modules\n'
+        'model = MODELS.build(dict(type="overlock_mm.OverLoCK", arch="xt"))\n'
+        'print(type(model).__module__)'
+    )
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == 'overlock_mm.models.overlock'
+
+
+@pytest.mark.parametrize(
+    'arch, millions', [('xt', 16), ('t', 33), ('s', 56), ('b', 95)], ids=['xt', 't', 's', 'b']
+)
+def test_published_sizes(arch, millions):
+    """Parameters as the paper's table gives them: of the folded classifier, whose head has 1024 hidden channels."""
+    backbone = OverLoCK(arch, deploy=True)
+    features = backbone.out_channels[-1]
+    head = features * 1024 + 2 * 1024 + 1024 * 1000 + 1000
+    assert round((sum(p.numel() for p in backbone.parameters()) + head) / 1e6) == millions
+
+
+@pytest.mark.parametrize('name', LONG_NAMES)
+def test_long_names(name):
+    from overlock_mm.models.overlock import resolve_architecture
+
+    assert resolve_architecture(name) == resolve_architecture(LONG_NAMES[name])
+    assert LONG_NAMES[name] in ARCHITECTURES
+
+
+@pytest.mark.parametrize('out_type', ('features', *PYRAMIDS))
+@pytest.mark.parametrize(
+    'size', [(1, 1), (1, 2), (2, 1), (3, 50), (50, 3), (1, 200), (31, 33), (64, 64), (97, 65), (5, 5)], ids=str
+)
+@torch.no_grad()
+def test_any_size(small_arch, out_type, size):
+    indices = (0, 1, 2, 3, 4) if out_type == 'features' else (0, 1, 2, 3)
+    backbone = OverLoCK(small_arch, out_type=out_type, out_indices=indices).eval()
+    outputs = backbone(torch.randn(1, 3, *size))
+    assert len(outputs) == len(indices) == len(backbone.out_channels)
+    for out, channels, stride in zip(outputs, backbone.out_channels, (4, 8, 16, 32, 32)):
+        assert out.shape == (1, channels, *(-(-length // stride) for length in size))
+        assert out.isfinite().all()
+
+
+@torch.no_grad()
+def test_out_indices_choose_and_order(small_arch):
+    full = OverLoCK(small_arch, out_indices=(0, 1, 2, 3, 4)).eval()
+    some = OverLoCK(small_arch, out_indices=(4, 3, 0)).eval()
+    some.load_state_dict(full.state_dict())
+    x = torch.randn(1, 3, 40, 40)
+    outputs = full(x)
+    for got, index in zip(some(x), (4, 3, 0)):
+        assert torch.equal(got, outputs[index])
+    assert some.out_channels == tuple(full.out_channels[i] for i in (4, 3, 0))
+
+
+@pytest.mark.parametrize('out_type', ('features', *PYRAMIDS))
+@pytest.mark.parametrize('out_indices', [None, (1, 2, 3), (3,)], ids=str)
+def test_every_parameter_receives_a_gradient(small_arch, out_type, out_indices):
+    """DistributedDataParallel needs it. The zero-initialised GRNs are moved off zero first."""
+    backbone = OverLoCK(small_arch, out_type=out_type, out_indices=out_indices)
+    for parameter in backbone.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    outputs = backbone(torch.randn(2, 3, 80, 96))
+    sum((out * torch.randn_like(out)).sum() for out in outputs).backward()
+    without = [name for name, p in backbone.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+@torch.no_grad()
+def test_deterministic(small_arch):
+    backbone = OverLoCK(small_arch, drop_path_rate=0.5)
+    x = torch.randn(2, 3, 64, 64)
+    backbone.eval()
+    assert torch.equal(backbone(x)[0], backbone(x)[0])
+    backbone.train()
+    torch.manual_seed(1)
+    first = backbone(x)[0]
+    assert not torch.equal(backbone(x)[0], first)
+    torch.manual_seed(1)
+    assert torch.equal(backbone(x)[0], first)
+
+
+@pytest.mark.parametrize('with_cp', [True, ['blocks1', 'sub_blocks3']], ids=str)
+def test_recomputing_changes_nothing(small_arch, with_cp):
+    """The same outputs, gradients and running statistics, with stochastic depth too."""
+    x = torch.randn(4, 3, 64, 64)
+    results = []
+    for setting in (False, with_cp):
+        torch.manual_seed(0)
+        backbone = OverLoCK(small_arch, drop_path_rate=0.3, with_cp=setting).double()
+        out = backbone(x.double())[0]
+        out.square().sum().backward()
+        results.append((out, {n: p.grad for n, p in backbone.named_parameters()}, dict(backbone.named_buffers())))
+    (out, gradients, buffers), (out_cp, gradients_cp, buffers_cp) = results
+    assert torch.equal(out, out_cp)
+    assert all(torch.equal(gradients[name], gradients_cp[name]) for name in gradients)
+    assert all(torch.equal(buffers[name], buffers_cp[name]) for name in buffers)
+    assert buffers_cp['blocks1.0.proj.2.num_batches_tracked'] == 1
+    assert all(module.track_running_stats for module in backbone.modules() if isinstance(module, _BatchNorm))
+
+
+def test_recomputing_saves_memory(small_arch):
+    def saved(with_cp):
+        kept = {}
+
+        def pack(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        backbone = OverLoCK(small_arch, with_cp=with_cp)
+        own = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            backbone(torch.randn(2, 3, 128, 128))
+        return sum(size for pointer, size in kept.items() if pointer not in own)
+
+    assert saved(True) < saved(['blocks1']) < saved(False)
+
+
+@pytest.mark.parametrize('frozen', range(-1, 7))
+def test_frozen_stages(small_arch, frozen):
+    backbone = OverLoCK(small_arch, out_type='pyramid', frozen_stages=frozen).train()
+    for number, stage in enumerate(('patch_embed1', *STAGES)):
+        module = getattr(backbone, stage)
+        is_frozen = number <= frozen
+        assert all(p.requires_grad != is_frozen for p in module.parameters())
+        assert all(m.training != is_frozen for m in module.modules() if isinstance(m, _BatchNorm))
+    if frozen < 6:
+        before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+        outputs = backbone(torch.randn(2, 3, 64, 64))
+        sum(out.sum() for out in outputs).backward()
+        frozen_names = ('patch_embed1', *STAGES)[: frozen + 1]
+        for name, buffer in backbone.named_buffers():
+            if name.split('.')[0] in frozen_names:
+                assert torch.equal(buffer, before[name])
+
+
+def test_norm_eval(small_arch):
+    backbone = OverLoCK(small_arch, norm_eval=True)
+    assert backbone.train() is backbone
+    assert backbone.training
+    norms = [m for m in backbone.modules() if isinstance(m, _BatchNorm)]
+    assert norms
+    assert not any(m.training for m in norms)
+    assert all(p.requires_grad for p in backbone.parameters())
+
+
+def test_drop_path_grows_over_all_blocks():
+    backbone = OverLoCK('xt', drop_path_rate=0.17)
+    rates = [getattr(block, 'drop_path', None) or block.proj[9] for stage in STAGES for block in getattr(backbone, stage)]
+    rates = [rate.drop_prob for rate in rates]
+    assert rates == pytest.approx([0.17 * i / 16 for i in range(17)])
+
+
+def test_initialisation():
+    backbone = OverLoCK('xt', out_type='pyramid_with_overview')
+    block = backbone.sub_blocks3[0]
+    assert block.mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert block.mlp[0].weight.abs().max() <= 2.0
+    assert not block.mlp[0].bias.any()
+    assert not block.rpb2.any()
+    assert (backbone.h_proj[1].weight == 1e-5).all()
+    assert (block.ls1.weight == 1).all()
+
+
+@torch.no_grad()
+def test_memory_layouts(small_arch):
+    backbone = OverLoCK(small_arch, out_type='pyramid_with_overview').eval()
+    x = torch.randn(2, 3, 50, 70)
+    expected = backbone(x)
+    wide = torch.empty(2, 3, 50, 140)[..., ::2]
+    wide.copy_(x)
+    assert not wide.is_contiguous()
+    for out, reference in zip(backbone(wide), expected):
+        assert relative_error(out, reference) < 1e-6
+    backbone.to(memory_format=torch.channels_last)
+    for out, reference in zip(backbone(x.contiguous(memory_format=torch.channels_last)), expected):
+        assert relative_error(out, reference) < 1e-5
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 3e-2), (torch.float16, 5e-3)], ids=str)
+def test_autocast(small_arch, dtype, tolerance):
+    backbone = OverLoCK(small_arch, out_type='pyramid_with_overview')
+    x = torch.randn(2, 3, 64, 80)
+    expected = backbone(x)
+    with torch.autocast('cpu', dtype=dtype):
+        outputs = backbone(x)
+    for out, reference in zip(outputs, expected):
+        assert relative_error(out, reference) < tolerance
+    sum(out.float().square().mean() for out in outputs).backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in backbone.parameters())
+
+
+@torch.no_grad()
+def test_float16_survives_large_activations(small_arch):
+    """GRN's sum of squares over a map leaves float16's range early."""
+    from overlock_mm.models.layers import GlobalResponseNorm
+
+    norm = GlobalResponseNorm(4)
+    norm.gamma.normal_()
+    x = 100 * torch.rand(1, 4, 60, 60)
+    out = norm.half()(x.half())
+    assert out.dtype == torch.float16
+    assert relative_error(out, norm.float()(x)) < 2e-3
+
+
+@torch.no_grad()
+def test_compiles_into_one_graph(small_arch):
+    backbone = OverLoCK(small_arch, out_type='pyramid_with_overview').eval()
+    compiled = torch.compile(backbone, fullgraph=True, backend='aot_eager')
+    for size in ((64, 64), (96, 64)):
+        x = torch.randn(1, 3, *size)
+        for out, reference in zip(compiled(x), backbone(x)):
+            assert relative_error(out, reference) < 1e-5
+
+
+def test_other_input_channels(small_arch):
+    assert OverLoCK(small_arch, in_channels=5)(torch.randn(2, 5, 64, 64))[0].shape == (2, 50, 2, 2)
+
+
+@pytest.mark.parametrize(
+    'settings, error, message',
+    [
+        (dict(arch='huge'), ValueError, "arch must be a dict or one of xt, t, s, b, .*, got 'huge'"),
+        (dict(arch=3), TypeError, 'arch must be a str or a dict, got 3'),
+        (dict(arch=dict(channels=(8, 8, 8, 8))), ValueError, "lacks .*'depths'"),
+        (dict(change=dict(width=3)), ValueError, "unknown settings .*'width'"),
+        (dict(change=dict(depths=(1, 1))), ValueError, r"arch\['depths'\] must be 4 ints, got \(1, 1\)"),
+        (dict(change=dict(depths=(1, 0, 1, 1))), ValueError, r"arch\['depths'\] must be positive"),
+        (dict(change=dict(num_groups=(5, 4))), ValueError, r'2 \* 5 must divide the 24 channels'),
+        (dict(change=dict(channels=(8, 12, 24, 42), num_groups=(2, 3))), ValueError, 'C4 a multiple of 4'),
+        (dict(change=dict(kernel_sizes=(9, 7, 7, 4))), ValueError, 'kernel_size must be one of .*, got 4'),
+        (dict(in_channels=0), ValueError, 'in_channels must be a positive int, got 0'),
+        (dict(out_type='dense'), ValueError, "out_type must be one of .*, got 'dense'"),
+        (dict(out_indices=(5,)), ValueError, r'out_indices must be different numbers in 0..4 .*, got \(5,\)'),
+        (dict(out_indices=(4,), out_type='pyramid'), ValueError, r'out_indices must be different numbers in 0..3'),
+        (dict(out_indices=(-1,)), ValueError, r'out_indices .*, got \(-1,\)'),
+        (dict(out_indices=(1, 1)), ValueError, 'out_indices must be different'),
+        (dict(out_indices=()), ValueError, 'out_indices must be different'),
+        (dict(out_indices=3), TypeError, 'out_indices must be a sequence of ints, got 3'),
+        (dict(drop_path_rate=1.5), ValueError, r'drop_path_rate must be in \[0, 1\), got 1.5'),
+        (dict(frozen_stages=7), ValueError, 'frozen_stages must be in -1..6, got 7'),
+        (dict(with_cp=['blocks9']), ValueError, r"with_cp must be a bool or .*, got \['blocks9'\]"),
+    ],
+)  # fmt: skip
+def test_bad_settings(small_arch, settings, error, message):
+    settings = dict(settings)
+    arch = settings.pop('arch', {**small_arch, **settings.pop('change', {})})
+    with pytest.raises(error, match=message):
+        OverLoCK(arch, **settings)
+
+
+@pytest.mark.parametrize(
+    'make, error, message',
+    [
+        (lambda: torch.randn(1, 4, 32, 32), ValueError, r'the input must have shape \(B, 3, H, W\), got \(1, 4, 32, 32\)'),
+        (lambda: torch.randn(3, 32, 32), ValueError, r'the input must have shape .*, got \(3, 32, 32\)'),
+        (lambda: torch.zeros(1, 3, 32, 32, dtype=torch.uint8), TypeError, 'floating-point Tensor, got torch.uint8'),
+        (lambda: torch.randn(0, 3, 32, 32), ValueError, r'the input must not be empty, got shape \(0, 3, 32, 32\)'),
+        (lambda: torch.randn(1, 3, 0, 32), ValueError, 'the input must not be empty'),
+        (lambda: [torch.randn(3, 32, 32)], TypeError, 'the input must be a Tensor, got list'),
+    ],
+)  # fmt: skip
+def test_bad_input(small_arch, make, error, message):
+    with pytest.raises(error, match=message):
+        OverLoCK(small_arch)(make())

@@ -1,0 +1,89 @@
+"""Folding of the dilated branches: exact, and faithful to dtype, device and what else the model holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import relative_error
+
+from overlock_mm.models import OverLoCK
+from overlock_mm.models.reparam import DILATED_BRANCHES, DilatedReparamConv
+
+
+def randomise_statistics(module):
+    for child in module.modules():
+        if isinstance(child, torch.nn.BatchNorm2d):
+            child.weight.data.uniform_(0.5, 1.5)
+            child.bias.data.normal_()
+            child.running_mean.normal_()
+            child.running_var.uniform_(0.5, 2)
+
+
+@pytest.mark.parametrize('kernel_size', sorted(DILATED_BRANCHES))
+@torch.no_grad()
+def test_folding_is_exact(kernel_size):
+    conv = DilatedReparamConv(6, kernel_size).eval()
+    randomise_statistics(conv)
+    x = torch.randn(2, 6, 20, 23)
+    expected = conv.double()(x.double())
+    conv.float().switch_to_deploy()
+    assert [name for name, _ in conv.named_parameters()] == ['lk_origin.weight', 'lk_origin.bias']
+    assert relative_error(conv(x), expected) < 1e-6
+    conv.switch_to_deploy()
+    assert relative_error(conv(x), expected) < 1e-6
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=str)
+def test_folding_keeps_dtype_and_mode(dtype):
+    conv = DilatedReparamConv(4, 7).to(dtype).eval().requires_grad_(False)
+    conv.switch_to_deploy()
+    assert all(p.dtype == dtype and not p.requires_grad for p in conv.parameters())
+    assert not conv.lk_origin.training
+
+
+@torch.no_grad()
+def test_the_whole_backbone_folds(small_arch):
+    backbone = OverLoCK(small_arch, out_type='pyramid_with_overview').eval()
+    randomise_statistics(backbone)
+    backbone.register_buffer('users_own', torch.arange(3))
+    buffers = {name: value.clone() for name, value in backbone.named_buffers() if '.dil_bn' not in name}
+    x = torch.randn(1, 3, 61, 90)
+    expected = backbone(x)
+    backbone.switch_to_deploy()
+    assert backbone.deploy
+    for out, reference in zip(backbone(x), expected):
+        assert relative_error(out, reference) < 1e-5
+    for name, value in backbone.named_buffers():
+        assert torch.equal(value, buffers[name])
+    assert 'users_own' in dict(backbone.named_buffers())
+
+
+@torch.no_grad()
+def test_loading_between_the_forms(small_arch):
+    unfolded = OverLoCK(small_arch).eval()
+    randomise_statistics(unfolded)
+    x = torch.randn(1, 3, 40, 40)
+    expected = unfolded(x)[0]
+
+    from_unfolded = OverLoCK(small_arch, deploy=True).eval()
+    from_unfolded.load_state_dict(unfolded.state_dict())
+    assert relative_error(from_unfolded(x)[0], expected) < 1e-5
+
+    from_folded = OverLoCK(small_arch, deploy=True).eval()
+    from_folded.load_state_dict(from_unfolded.state_dict())
+    assert torch.equal(from_folded(x)[0], from_unfolded(x)[0])
+
+    with pytest.raises(ValueError, match=r'folded .* blocks1.0.proj.1.lk_origin.bias .* deploy=True'):
+        unfolded.load_state_dict(from_unfolded.state_dict())
+
+
+def test_loading_does_not_change_what_is_loaded(small_arch):
+    state_dict = OverLoCK(small_arch).state_dict()
+    names = list(state_dict)
+    OverLoCK(small_arch, deploy=True).load_state_dict(state_dict)
+    assert list(state_dict) == names
+
+
+def test_unknown_kernel():
+    with pytest.raises(ValueError, match=r'kernel_size must be one of \[5, 7, .*\], got 19'):
+        DilatedReparamConv(4, 19)

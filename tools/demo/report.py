@@ -1,0 +1,97 @@
+"""Pictures of a trained detector: predictions beside the ground truth, and the curves of its training.
+
+Usage: python tools/demo/report.py CONFIG CHECKPOINT WORK_DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import cv2
+import matplotlib
+import numpy as np
+import torch
+from mmdet.apis import init_detector
+from mmdet.registry import DATASETS, VISUALIZERS
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def draw_predictions(config: Config, checkpoint: str, file: Path, count: int = 12, columns: int = 3, zoom: int = 2) -> None:
+    """Draw ``count`` validation images, ground truth on the left and predictions on the right of each pair, in one picture."""
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    model = init_detector(config, checkpoint, device=device)
+    dataset = DATASETS.build(config.val_dataloader.dataset)
+    visualizer = VISUALIZERS.build(dict(type='DetLocalVisualizer', name='report'))
+    visualizer.dataset_meta = dataset.metainfo
+    pairs = []
+    for index in range(min(count, len(dataset))):
+        sample = dataset[index]
+        with torch.no_grad():
+            result = model.test_step(pseudo_collate([sample]))[0].cpu()
+        image = sample['inputs'].permute(1, 2, 0).numpy()[..., ::-1]
+        image = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_NEAREST)
+        enlarge(result, zoom)
+        visualizer.add_datasample('pair', image, result, pred_score_thr=0.5, show=False)
+        pairs.append(visualizer.get_image())
+    pairs += [np.full_like(pairs[0], 255)] * (-len(pairs) % columns)
+    rows = [np.hstack(pairs[i : i + columns]) for i in range(0, len(pairs), columns)]
+    cv2.imwrite(str(file), np.vstack(rows)[..., ::-1])
+
+
+def enlarge(sample, zoom: int) -> None:
+    """Scale what is drawn, so that boxes and names stay readable on small images."""
+    for instances in (sample.gt_instances, sample.pred_instances):
+        boxes = instances.bboxes
+        instances.bboxes = (boxes.tensor if hasattr(boxes, 'tensor') else boxes) * zoom
+        masks = instances.masks
+        masks = masks.masks if hasattr(masks, 'masks') else masks.numpy()
+        instances.masks = np.asarray(masks).astype(bool).repeat(zoom, axis=1).repeat(zoom, axis=2)
+
+
+def draw_curves(work_dir: Path, file: Path) -> None:
+    """Plot losses and average precisions of all runs of a work dir, over the training iterations."""
+    losses: dict[str, dict[int, float]] = {}
+    precisions: dict[str, dict[int, float]] = {}
+    for log in sorted(work_dir.glob('*/vis_data/scalars.json')):
+        iteration = 0
+        for line in log.read_text().splitlines():
+            entry = json.loads(line)
+            if 'loss' in entry:
+                iteration = entry['iter']
+                for name, value in entry.items():
+                    if name.startswith('loss'):
+                        losses.setdefault(name, {})[iteration] = value
+            for name in ('coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP', 'coco/segm_mAP_50'):
+                if name in entry:
+                    precisions.setdefault(name, {})[iteration] = entry[name]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for axis, curves, title in ((left, losses, 'training losses'), (right, precisions, 'validation AP')):
+        for name, points in curves.items():
+            axis.plot(list(points), list(points.values()), label=name, marker='o' if axis is right else None)
+        axis.set(title=title, xlabel='iteration', ylim=(0, 1 if axis is right else None))
+        axis.grid(alpha=0.3)
+        if curves:
+            axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config')
+    parser.add_argument('checkpoint')
+    parser.add_argument('work_dir', type=Path)
+    args = parser.parse_args()
+    draw_predictions(Config.fromfile(args.config), args.checkpoint, args.work_dir / 'predictions.jpg')
+    draw_curves(args.work_dir, args.work_dir / 'curves.png')
+    print(f'Drew {args.work_dir / "predictions.jpg"} and {args.work_dir / "curves.png"}')
+
+
+if __name__ == '__main__':
+    main()

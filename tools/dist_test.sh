@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Test on several GPUs of one machine, or of several: tools/dist_test.sh CONFIG CHECKPOINT GPUS [options of tools/test.py]
+# On several machines set NNODES, NODE_RANK, MASTER_ADDR and PORT, and start it on each.
+set -euo pipefail
+if (($# < 3)); then
+    sed -n 2,3p "$0" >&2
+    exit 2
+fi
+config=$1 checkpoint=$2 gpus=$3
+shift 3
+exec "${PYTHON:-python}" -m torch.distributed.run \
+    --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" --nproc_per_node="$gpus" \
+    --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}" \
+    "$(dirname "$0")/test.py" "$config" "$checkpoint" --launcher pytorch "$@"

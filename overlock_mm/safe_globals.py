@@ -12,7 +12,9 @@ _STATISTICS = ('min', 'max', 'mean', 'current')
 def _history_buffer_statistic(owner: type, name: str):
     """Stands in for ``getattr`` in a checkpoint, and answers for HistoryBuffer's own statistics only."""
     if owner is not HistoryBuffer or name not in _STATISTICS:
-        raise ValueError(f'refused to read {name!r} of {owner!r}: a checkpoint may only refer to HistoryBuffer\'s statistics')
+        raise ValueError(
+            f"refused to read {name!r} of {owner!r}: a checkpoint may only refer to HistoryBuffer's statistics"
+        )
     return getattr(owner, name)
 
 

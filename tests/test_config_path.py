@@ -20,5 +20,7 @@ def test_every_listed_config_has_a_path():
 
 
 def test_unknown_name_gets_the_nearest():
-    with pytest.raises(FileNotFoundError, match=r"no config 'mmdet/mask-rcnn_overlock-t_fpn_1x.py' .*overlock-t_fpn_1x_coco.py"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no config 'mmdet/mask-rcnn_overlock-t_fpn_1x.py' .*overlock-t_fpn_1x_coco.py"
+    ):
         overlock_mm.get_config_path('mmdet/mask-rcnn_overlock-t_fpn_1x.py')

@@ -50,7 +50,9 @@ class ReadsAnAttribute:
 
 
 @weights_only_is_default
-@pytest.mark.parametrize('owner, name', [(HistoryBuffer, '__init__'), (HistoryBuffer, 'register_statistics'), (np.ndarray, 'tofile')])
+@pytest.mark.parametrize(
+    'owner, name', [(HistoryBuffer, '__init__'), (HistoryBuffer, 'register_statistics'), (np.ndarray, 'tofile')]
+)
 def test_getattr_is_confined(tmp_path, owner, name):
     torch.save(dict(extra=ReadsAnAttribute(owner, name)), tmp_path / 'attribute.pth')
     with pytest.raises((pickle.UnpicklingError, ValueError), match=f'refused to read .*{name}'):

@@ -56,9 +56,7 @@ def run_without(blocked, code):
 
 def test_the_backbone_needs_neither_mmdet_nor_mmseg_nor_mmpretrain():
     code = (
-        'from mmengine.registry import MODELS\n'
-        'MODELS.build(dict(type="overlock_mm.OverLoCK", arch="xt"))\n'
-        'print("built")'
+        'from mmengine.registry import MODELS\nMODELS.build(dict(type="overlock_mm.OverLoCK", arch="xt"))\nprint("built")'
     )
     done = run_without(['mmdet', 'mmseg', 'mmpretrain'], code)
     assert done.stdout.split()[-1:] == ['built'], done.stderr

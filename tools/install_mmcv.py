@@ -49,12 +49,14 @@ def wheel_key(cuda: bool) -> str:
         return f'torch{torch.__version__}-{python}-cpu'
     archs = os.environ.get('TORCH_CUDA_ARCH_LIST')
     if not archs:
-        archs = ' '.join(sorted({'{}.{}'.format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())}))
+        archs = ' '.join(
+            sorted({'{}.{}'.format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())})
+        )
     return f'torch{torch.__version__}-{python}-cu{torch.version.cuda}-sm{re.sub(r"[ ;]+", "_", archs or "default")}'
 
 
 def works(version: str, cuda: bool) -> bool:
-    """Whether the installed mmcv is that version and its operators load here (in a process of its own: a bad one may crash)."""
+    """Whether the installed mmcv is that version and its operators load (in a process of its own: a bad one may crash)."""
     check = (
         'import mmcv, mmcv._ext, mmcv.ops\n'
         f'assert mmcv.__version__ == {version!r}\n'
@@ -87,11 +89,24 @@ def build(version: str, cuda: bool, folder: Path) -> Path:
         env['CUDA_VISIBLE_DEVICES'] = ''  # mmcv builds for CUDA wherever torch sees a GPU
     out = work / 'wheel'
     shutil.rmtree(out, ignore_errors=True)
-    command = [*PIP, 'wheel', '-v', '--no-deps', '--no-cache-dir', '--no-build-isolation', '--wheel-dir', str(out), str(source)]
+    command = [
+        *PIP,
+        'wheel',
+        '-v',
+        '--no-deps',
+        '--no-cache-dir',
+        '--no-build-isolation',
+        '--wheel-dir',
+        str(out),
+        str(source),
+    ]
     log = work / 'build.log'
-    with log.open('w') as file, subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
-    ) as process:
+    with (
+        log.open('w') as file,
+        subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+        ) as process,
+    ):
         for line in process.stdout:
             file.write(line)
             # ninja's own counter: [12/137] c++ -MMD ... -c /path/to/roi_align.cpp ...
@@ -111,7 +126,9 @@ def build(version: str, cuda: bool, folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--requirement', type=Path, default=Path(__file__).parents[1] / 'requirements' / 'mmcv.txt')
-    parser.add_argument('--cache', type=Path, help='where wheels are kept (default: overlock_mm in the user\'s cache folder)')
+    parser.add_argument(
+        '--cache', type=Path, help="where wheels are kept (default: overlock_mm in the user's cache folder)"
+    )
     args = parser.parse_args()
     cache = args.cache or Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'overlock_mm'
 
@@ -122,7 +139,9 @@ def main() -> None:
     folder = cache / f'mmcv-{version}' / wheel_key(cuda)
     wheel = next(folder.glob('mmcv-*.whl'), None)
     if wheel is None:
-        print(f'Building mmcv {version} with {"CUDA" if cuda else "CPU"} operators in {folder} (once per machine)', flush=True)
+        print(
+            f'Building mmcv {version} with {"CUDA" if cuda else "CPU"} operators in {folder} (once per machine)', flush=True
+        )
         wheel = build(version, cuda, folder)
     subprocess.run([*PIP, 'install', '--no-deps', '--no-cache-dir', '--force-reinstall', str(wheel)], check=True)
     if not works(version, cuda):

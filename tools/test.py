@@ -17,7 +17,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--show', action='store_true', help='show predictions in a window')
     parser.add_argument('--show-dir', metavar='DIR', help='draw predictions into this folder')
     parser.add_argument('--wait-time', type=float, default=2, help='how long a window stays, in seconds')
-    parser.add_argument('--tta', action='store_true', help='test-time augmentation, by tta_model and tta_pipeline of the config')
+    parser.add_argument(
+        '--tta', action='store_true', help='test-time augmentation, by tta_model and tta_pipeline of the config'
+    )
     add_options(parser)
     args = parser.parse_args()
     if args.out and not args.out.endswith(('.pkl', '.pickle')):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from typing import Any, Mapping, Optional
+from collections.abc import Mapping
+from typing import Any, Optional
 
 import torch.nn as nn
 from mmengine.logging import print_log
@@ -17,9 +18,7 @@ CLASSIFICATION_HEADS = ('head', 'aux_head')
 PYRAMID_MODULES = ('extra_norm', 'h_proj')
 
 
-def load_pretrained(
-    module: nn.Module, checkpoint: str, prefix: Optional[str] = None, map_location: str = 'cpu'
-) -> None:
+def load_pretrained(module: nn.Module, checkpoint: str, prefix: Optional[str] = None, map_location: str = 'cpu') -> None:
     """Load a released checkpoint, or one in its format, and log what was left out.
 
     The weights may be flat or under ``state_dict`` or ``model``. A backbone takes them from a classification checkpoint,

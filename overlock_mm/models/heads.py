@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Optional, Sequence, Union
+from collections.abc import Sequence
+from typing import Optional, Union
 
 import torch.nn as nn
 from torch import Tensor
@@ -92,7 +93,7 @@ class OverLoCKHead(ClsHead):
         """Backbone outputs, the overview second to last, to the auxiliary class scores (B, num_classes)."""
         if len(feats) < 2:
             raise ValueError(
-                f'the auxiliary head needs the overview: build the backbone with out_indices=(4, 3), got {len(feats)} output'
+                f'the auxiliary head needs the overview: build the backbone with out_indices=(4, 3), got {len(feats)}'
             )
         return self.aux_head(feats[-2]).flatten(1)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Sequence, Union
+from collections.abc import Sequence
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -349,9 +350,9 @@ def resolve_architecture(arch: Union[str, dict[str, Any]]) -> dict[str, Any]:
             raise ValueError(f'arch[{name!r}] must be positive, got {values!r}')
     for channels, groups in zip(settings['channels'][2:], settings['num_groups']):
         if channels % (2 * groups):
-            raise ValueError(f'arch[\'num_groups\']: 2 * {groups} must divide the {channels} channels of its stage')
+            raise ValueError(f"arch['num_groups']: 2 * {groups} must divide the {channels} channels of its stage")
     if settings['channels'][0] % 2 or settings['channels'][3] % 4:
-        raise ValueError(f'arch[\'channels\']: C1 must be even and C4 a multiple of 4, got {settings["channels"]!r}')
+        raise ValueError(f"arch['channels']: C1 must be even and C4 a multiple of 4, got {settings['channels']!r}")
     return settings
 
 

@@ -104,9 +104,7 @@ class DilatedReparamConv(nn.Module):
         return f'channels={self.channels}, kernel_size={self.kernel_size}, deploy={self.deploy}'
 
 
-def fold_branches(
-    state_dict: dict[str, Tensor], prefix: str, kernel_size: int, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
+def fold_branches(state_dict: dict[str, Tensor], prefix: str, kernel_size: int, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """Weight (C, 1, K, K) and bias (C) of the one convolution that an unfolded ``DilatedReparamConv`` is at evaluation.
 
     A batch norm after a convolution scales its kernel by weight / sqrt(running_var + eps) and shifts its output. A

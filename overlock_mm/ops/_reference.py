@@ -38,9 +38,9 @@ def relative_position_bias(rpb: Tensor, height: int, width: int) -> Tensor:
 def aggregate(value: Tensor, kernels: Tensor) -> Tensor:
     """Sum each position's clamped window under its own kernel.
 
-    Along a line of the map, one row of all its kernels is a W x W matrix with a band of k numbers a row. As such it multiplies
-    the line of values: k matrix products, where an unfolded map would take k*k times the map's memory, and a sum
-    shifted slot by slot takes k*k passes over it.
+    Along a line of the map, one row of all its kernels is a W x W matrix with a band of k numbers a row, which multiplies
+    the line of values: k matrix products in all. An unfolded map would take k*k times the memory of the map, and a sum
+    shifted slot by slot k*k passes over it.
 
     Args:
         value: (B, G, c, H, W).

@@ -148,7 +148,7 @@ def _check_shapes(
         if kernel_size % 2 == 0:
             raise ValueError(f'{name} must be odd, got {kernel_size}')
         if kernel_size > min(height, width):
-            raise ValueError(f'{name} must be at most the map\'s smaller side, {min(height, width)}, got {kernel_size}')
+            raise ValueError(f"{name} must be at most the map's smaller side, {min(height, width)}, got {kernel_size}")
     slots, tokens = small_kernel_size**2 + large_kernel_size**2, key.shape[2] * key.shape[3]
     expected = {
         'proj_weight': (proj_weight, (slots, tokens)),

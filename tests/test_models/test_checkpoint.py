@@ -113,7 +113,7 @@ def test_released_folded_file(parity, tmp_path):
 
 
 def test_head_takes_its_part(tmp_path, log):
-    pytest.importorskip('mmpretrain', reason='the head is mmpretrain\'s')
+    pytest.importorskip('mmpretrain', reason="the head is mmpretrain's")
     from overlock_mm.models import OverLoCKHead
 
     settings = dict(num_classes=7, in_channels=10, overview_channels=8)
@@ -144,7 +144,9 @@ def test_incomplete_checkpoint(small_arch, classifier, tmp_path):
     del classifier['blocks1.0.proj.2.weight']
     classifier['blocks1.0.extra'] = torch.zeros(1)
     torch.save(classifier, tmp_path / 'broken.pth')
-    with pytest.raises(ValueError, match=r'lacks 1 tensors \(blocks1.0.proj.2.weight\).*unknown 1 tensors \(blocks1.0.extra'):
+    with pytest.raises(
+        ValueError, match=r'lacks 1 tensors \(blocks1.0.proj.2.weight\).*unknown 1 tensors \(blocks1.0.extra'
+    ):
         build(small_arch, tmp_path / 'broken.pth')
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip('mmpretrain', reason='the head is mmpretrain\'s')
+pytest.importorskip('mmpretrain', reason="the head is mmpretrain's")
 
 from mmpretrain.models import ImageClassifier
 from mmpretrain.structures import DataSample
@@ -70,5 +70,5 @@ def test_without_the_auxiliary_head(small_arch):
 
 def test_the_auxiliary_head_needs_the_overview():
     head = OverLoCKHead(num_classes=2, in_channels=4, overview_channels=4)
-    with pytest.raises(ValueError, match=r'out_indices=\(4, 3\), got 1 output'):
+    with pytest.raises(ValueError, match=r'out_indices=\(4, 3\), got 1'):
         head.forward_aux((torch.randn(1, 4, 2, 2),))

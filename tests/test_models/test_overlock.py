@@ -31,9 +31,7 @@ def test_builds_from_every_registry_without_custom_imports(framework):
     assert done.stdout.split()[-1] == 'overlock_mm.models.overlock'
 
 
-@pytest.mark.parametrize(
-    'arch, millions', [('xt', 16), ('t', 33), ('s', 56), ('b', 95)], ids=['xt', 't', 's', 'b']
-)
+@pytest.mark.parametrize('arch, millions', [('xt', 16), ('t', 33), ('s', 56), ('b', 95)], ids=['xt', 't', 's', 'b'])
 def test_published_sizes(arch, millions):
     """Parameters as the paper's table gives them: of the folded classifier, whose head has 1024 hidden channels."""
     backbone = OverLoCK(arch, deploy=True)

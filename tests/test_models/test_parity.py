@@ -31,7 +31,7 @@ def build(parity, family, arch, dtype, **kwargs):
 
 
 def build_head(parity, arch, dtype, backbone):
-    pytest.importorskip('mmpretrain', reason='the head is mmpretrain\'s')
+    pytest.importorskip('mmpretrain', reason="the head is mmpretrain's")
     from overlock_mm.models import OverLoCKHead
 
     overview, features = backbone.out_channels
@@ -51,7 +51,7 @@ def test_dense_names_and_shapes(parity, family, arch):
 @pytest.mark.parametrize('arch', ARCHES)
 @pytest.mark.parametrize('family', ['cls', 'cls_reparam'])
 def test_classification_names_and_shapes(parity, family, arch):
-    pytest.importorskip('mmpretrain', reason='the head is mmpretrain\'s')
+    pytest.importorskip('mmpretrain', reason="the head is mmpretrain's")
     from overlock_mm.models import OverLoCKHead
 
     backbone = OverLoCK(arch, out_indices=(4, 3), deploy=family == 'cls_reparam')
@@ -126,9 +126,7 @@ def test_gradients_and_running_statistics(parity, dtype, with_cp):
     backbone = build(parity, 'det', 'xt', dtype, with_cp=with_cp).train()
     image = parity.input_for('det-xt', (2, 3, 64, 64)).to(dtype).requires_grad_()
     outputs = backbone(image)
-    loss = sum(
-        (out * parity.input_for(f'cotangent{i}', out.shape).to(dtype)).sum() for i, out in enumerate(outputs)
-    )
+    loss = sum((out * parity.input_for(f'cotangent{i}', out.shape).to(dtype)).sum() for i, out in enumerate(outputs))
     loss.backward()
 
     expected = np.load(parity.folder / 'grad_det_xt_2x64x64.npz')

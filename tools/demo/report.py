@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 def draw_predictions(config: Config, checkpoint: str, file: Path, count: int = 12, columns: int = 3, zoom: int = 2) -> None:
-    """Draw ``count`` validation images, ground truth on the left and predictions on the right of each pair, in one picture."""
+    """Draw ``count`` validation images into one picture, each as a pair: ground truth left, predictions right."""
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     model = init_detector(config, checkpoint, device=device)
     dataset = DATASETS.build(config.val_dataloader.dataset)

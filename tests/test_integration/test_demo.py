@@ -1,0 +1,74 @@
+"""The demo's data are exact and always the same, and an untrained network finds nothing in them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+pytest.importorskip('skimage', reason='the demo draws on the photographs of scikit-image')
+pytest.importorskip('mmdet', reason='the demo trains with mmdet')
+
+from pycocotools.coco import COCO
+
+
+def make(root, *arguments):
+    script = ROOT / 'tools' / 'demo' / 'make_dataset.py'
+    return subprocess.run([sys.executable, script, root, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def test_the_same_each_time_and_not_made_twice(demo_data, tmp_path):
+    make(tmp_path / 'again', '--train', '4', '--val', '4')
+    files = sorted(path.relative_to(demo_data) for path in demo_data.rglob('*.*'))
+    assert len(files) == 10
+    for file in files:
+        assert (demo_data / file).read_bytes() == (tmp_path / 'again' / file).read_bytes()
+    assert 'images are there' in make(tmp_path / 'again', '--train', '4', '--val', '4')
+
+
+def test_boxes_and_areas_are_those_of_the_masks(demo_data):
+    coco = COCO(str(demo_data / 'annotations' / 'instances_train2017.json'))
+    assert coco.anns
+    for annotation in coco.anns.values():
+        mask = coco.annToMask(annotation)
+        rows, columns = np.nonzero(mask)
+        left, top, width, height = annotation['bbox']
+        assert (columns.min(), rows.min()) == (left, top)
+        assert (columns.max() + 1 - left, rows.max() + 1 - top) == (width, height)
+        assert annotation['area'] == mask.sum() > 50
+
+
+def test_no_two_objects_share_a_pixel(demo_data):
+    coco = COCO(str(demo_data / 'annotations' / 'instances_train2017.json'))
+    for image in coco.imgs:
+        masks = [coco.annToMask(annotation) for annotation in coco.imgToAnns[image]]
+        assert np.sum(masks, axis=0).max() == 1
+
+
+def test_an_untrained_network_scores_near_zero(tmp_path):
+    """The same pipeline as the demo's, but for the training."""
+    import torch
+    from mmdet.registry import MODELS
+    from mmengine.config import Config
+    from mmengine.registry.utils import init_default_scope
+
+    config = ROOT / 'configs' / 'mmdet' / 'mask-rcnn_overlock-xt_fpn_demo.py'
+    make(tmp_path / 'demo')
+    cfg = Config.fromfile(config)
+    init_default_scope('mmdet')
+    torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), tmp_path / 'untrained.pth')
+    root = f'{tmp_path}/demo/'
+    command = [
+        sys.executable, ROOT / 'tools' / 'test.py', config, tmp_path / 'untrained.pth', '--work-dir', tmp_path / 'work',
+        '--cfg-options', f'test_dataloader.dataset.data_root={root}',
+        f'test_evaluator.ann_file={root}annotations/instances_val2017.json',
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    (file,) = (tmp_path / 'work').glob('*/[0-9]*.json')
+    metrics = json.loads(file.read_text())
+    assert 0 <= metrics['coco/bbox_mAP_50'] < 0.05
+    assert 0 <= metrics['coco/segm_mAP_50'] < 0.05

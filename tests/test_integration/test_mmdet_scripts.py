@@ -1,0 +1,174 @@
+"""mmdet's own scripts, as its users call them: train, resume, test, mixed precision, on a small network and data set."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SHARED
+
+mmdet = pytest.importorskip('mmdet', reason="these are mmdet's scripts")
+
+STOCK = Path(mmdet.__file__).parent / '.mim' / 'tools'
+OURS = ROOT / 'tools'
+both_pairs = pytest.mark.parametrize('tools', [STOCK, OURS], ids=['stock', 'ours'])
+
+SMALL_CONFIG = """
+_base_ = [{base!r}]
+data_root = {data_root!r}
+metainfo = {metainfo!r}
+model = dict(
+    backbone=dict(
+        arch=dict(
+            channels=(8, 16, 24, 32), depths=(1, 1, 1, 1), sub_depths=(1, 1), num_groups=(2, 2), kernel_sizes=(7, 7, 7, 5)),
+        drop_path_rate=0.1,
+        init_cfg=None,
+    ),
+    neck=dict(in_channels=[8, 16, 32, 40]),
+    roi_head=dict(bbox_head=dict(num_classes={num_classes}), mask_head=dict(num_classes={num_classes})),
+    train_cfg=dict(
+        rpn=dict(sampler=dict(num=16)), rpn_proposal=dict(nms_pre=50, max_per_img=8), rcnn=dict(sampler=dict(num=8))),
+    test_cfg=dict(rpn=dict(nms_pre=50, max_per_img=8), rcnn=dict(max_per_img=5)),
+)
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='Resize', scale=(96, 96), keep_ratio=True),
+    dict(type='PackDetInputs'),
+]
+test_pipeline = train_pipeline[:-1] + [
+    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+]
+train_dataloader = dict(
+    num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline))
+val_dataloader = dict(
+    num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=test_pipeline))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
+test_evaluator = val_evaluator
+train_cfg = dict(max_epochs=1)
+default_hooks = dict(logger=dict(interval=1))
+"""
+
+
+def write_config(folder: Path, data_root: Path, metainfo: dict | None = None) -> Path:
+    base = ROOT / 'configs' / 'mmdet' / 'mask-rcnn_overlock-t_fpn_1x_coco.py'
+    metainfo = metainfo or dict(classes=('ball', 'crate', 'sign', 'star', 'lifebuoy'))
+    config = folder / 'small.py'
+    config.write_text(
+        SMALL_CONFIG.format(
+            base=str(base), data_root=f'{data_root}/', metainfo=metainfo, num_classes=len(metainfo['classes'])
+        )
+    )
+    return config
+
+
+def run(script: Path, *arguments: object, cwd: Path, succeeds: bool = True) -> str:
+    command = [sys.executable, '-W', 'ignore', script, *map(str, arguments)]
+    env = {**os.environ, 'CUDA_VISIBLE_DEVICES': os.environ.get('CUDA_VISIBLE_DEVICES', '')}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    assert (done.returncode == 0) == succeeds, output[-4000:]
+    return output
+
+
+def losses(output: str) -> list[float]:
+    return [float(value) for value in re.findall(r'Epoch\(train\).*?  loss: ([\d.]+|nan|inf)', output)]
+
+
+@both_pairs
+def test_train_resume_and_test(tools, demo_data, tmp_path):
+    """From a folder outside the checkout: one epoch, a second by --resume, then the saved checkpoint is tested."""
+    config = write_config(tmp_path, demo_data)
+    first = run(tools / 'train.py', config, '--work-dir', 'work', cwd=tmp_path)
+    assert len(losses(first)) == 2
+    assert (tmp_path / 'work' / 'epoch_1.pth').is_file()
+
+    resumed = run(
+        tools / 'train.py',
+        config,
+        '--work-dir',
+        'work',
+        '--resume',
+        '--cfg-options',
+        'train_cfg.max_epochs=2',
+        cwd=tmp_path,
+    )
+    assert 'resumed epoch: 1' in resumed
+    assert re.findall(r'Epoch\(train\) +\[(\d)\]', resumed) == ['2', '2']
+
+    output = run(tools / 'test.py', config, 'work/epoch_2.pth', '--work-dir', 'tested', '--out', 'found.pkl', cwd=tmp_path)
+    assert 'coco/segm_mAP_50' in output
+    assert (tmp_path / 'found.pkl').is_file()
+    (file,) = (tmp_path / 'tested').glob('*/[0-9]*.json')
+    metrics = json.loads(file.read_text())
+    assert {'coco/bbox_mAP_50', 'coco/segm_mAP_50'} <= set(metrics)
+
+
+@both_pairs
+def test_mixed_precision_and_scaled_learning_rate(tools, demo_data, tmp_path):
+    config = write_config(tmp_path, demo_data)
+    output = run(
+        tools / 'train.py', config, '--work-dir', 'work', '--amp', '--auto-scale-lr', '--cfg-options',
+        'optim_wrapper.dtype=bfloat16', 'val_cfg=None', 'val_dataloader=None', 'val_evaluator=None', cwd=tmp_path,
+    )  # fmt: skip
+    assert 'LR has been automatically scaled from 0.0002 to 2.5e-05' in output
+    assert "type='AmpOptimWrapper'" in output
+    values = losses(output)
+    assert len(values) == 2
+    assert all(torch.isfinite(torch.tensor(values)))
+
+
+@both_pairs
+def test_a_foreign_object_in_a_checkpoint_is_refused(tools, demo_data, tmp_path):
+    config = write_config(tmp_path, demo_data)
+    torch.save(dict(state_dict={}, meta=dict(config=Path('unexpected'))), tmp_path / 'foreign.pth')
+    output = run(tools / 'test.py', config, 'foreign.pth', cwd=tmp_path, succeeds=False)
+    assert 'Weights only load failed' in output
+    assert 'pathlib' in output
+
+
+def test_a_missing_data_set_is_named(tmp_path):
+    config = write_config(tmp_path, tmp_path / 'nowhere')
+    output = run(OURS / 'train.py', config, '--work-dir', 'work', cwd=tmp_path, succeeds=False)
+    assert re.search(r'No such file or directory: .*nowhere/annotations/instances_train2017.json', output)
+
+
+def test_two_processes(demo_data, tmp_path):
+    """tools/dist_train.sh, on the CPU."""
+    config = write_config(tmp_path, demo_data)
+    command = [
+        'bash', str(OURS / 'dist_train.sh'), str(config), '2', '--work-dir', 'work', '--cfg-options', 'sync_bn=None',
+        'env_cfg.dist_cfg.backend=gloo',
+    ]  # fmt: skip
+    env = {**os.environ, 'PYTHON': sys.executable, 'CUDA_VISIBLE_DEVICES': '', 'PORT': '29517', 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    # Two images a process and step: one step for the four images.
+    assert len(losses(done.stdout + done.stderr)) == 1
+    assert (tmp_path / 'work' / 'epoch_1.pth').is_file()
+
+
+def test_real_pictures(tmp_path):
+    """COCO pictures and all its 80 classes."""
+    data = SHARED / 'data' / 'tiny_coco'
+    if not data.is_dir():
+        pytest.skip('100 pictures of COCO are not there (a folder shared/data/tiny_coco beside the checkout)')
+    from mmdet.datasets import CocoDataset
+
+    config = write_config(tmp_path, data, dict(classes=CocoDataset.METAINFO['classes']))
+    output = run(
+        STOCK / 'train.py', config, '--work-dir', 'work', '--cfg-options', 'train_dataloader.dataset.indices=4',
+        'val_dataloader.dataset.indices=4', cwd=tmp_path,
+    )  # fmt: skip
+    assert len(losses(output)) >= 1
+    output = run(
+        STOCK / 'test.py', config, 'work/epoch_1.pth', '--cfg-options', 'test_dataloader.dataset.indices=4', cwd=tmp_path
+    )
+    assert 'coco/bbox_mAP' in output

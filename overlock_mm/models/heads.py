@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Optional, Union
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -15,6 +16,7 @@ require('mmpretrain', 'the classification head')
 
 from mmengine.model.weight_init import PretrainedInit, trunc_normal_  # noqa: E402
 from mmpretrain.models.heads import ClsHead  # noqa: E402
+from mmpretrain.registry import MODELS  # noqa: E402
 
 
 class OverLoCKHead(ClsHead):
@@ -28,7 +30,7 @@ class OverLoCKHead(ClsHead):
         overview_channels: channels of the overview, the output before it (C4), for the auxiliary head. None builds none;
             the backbone then needs ``out_indices=(3,)`` only, otherwise ``(4, 3)``.
         hidden_channels: of the main head.
-        loss: config of the loss of the main output.
+        loss: config of the loss of the main output; by default cross entropy.
         aux_loss: config of the loss of the auxiliary output; by default ``loss`` with weight 0.4 (the release's).
         topk, cal_acc, init_cfg: as in mmpretrain's ``ClsHead``. ``init_cfg=dict(type='Pretrained', checkpoint=FILE)``
             takes the heads of a released classification checkpoint.
@@ -43,12 +45,13 @@ class OverLoCKHead(ClsHead):
         in_channels: int,
         overview_channels: Optional[int] = None,
         hidden_channels: int = 1024,
-        loss: dict = dict(type='CrossEntropyLoss', loss_weight=1.0),  # noqa: B006
+        loss: Optional[dict] = None,
         aux_loss: Optional[dict] = None,
         topk: Union[int, tuple[int, ...]] = (1,),
         cal_acc: bool = False,
         init_cfg: Optional[dict] = None,
     ) -> None:
+        loss = loss or {'type': 'CrossEntropyLoss', 'loss_weight': 1.0}
         super().__init__(loss=loss, topk=topk, cal_acc=cal_acc, init_cfg=init_cfg)
         self.num_classes = num_classes
         self.head = nn.Sequential(
@@ -65,18 +68,12 @@ class OverLoCKHead(ClsHead):
                 nn.AdaptiveAvgPool2d(1),
                 nn.Conv2d(overview_channels, num_classes, kernel_size=1),
             )
-            self.aux_loss_module = self._build_loss(aux_loss or {**loss, 'loss_weight': 0.4})
+            self.aux_loss_module = MODELS.build(aux_loss or {**loss, 'loss_weight': 0.4})
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-
-    @staticmethod
-    def _build_loss(cfg: Union[dict, nn.Module]) -> nn.Module:
-        from mmpretrain.registry import MODELS
-
-        return cfg if isinstance(cfg, nn.Module) else MODELS.build(cfg)
 
     def init_weights(self) -> None:
         cfg = self.init_cfg
@@ -101,10 +98,8 @@ class OverLoCKHead(ClsHead):
         """Losses ``loss`` and, with an auxiliary head, ``aux_loss``, of backbone outputs and their data samples."""
         losses = super().loss(feats, data_samples, **kwargs)
         if self.aux_head is not None:
-            scores, main_loss = self.forward_aux(feats), self.loss_module
-            self.loss_module = self.aux_loss_module
-            try:
-                losses['aux_loss'] = self._get_loss(scores, data_samples, **kwargs)['loss']
-            finally:
-                self.loss_module = main_loss
+            field = 'gt_score' if 'gt_score' in data_samples[0] else 'gt_label'  # soft labels of mixup and cutmix, or plain
+            targets = [sample.get(field) for sample in data_samples]
+            target = torch.stack(targets) if field == 'gt_score' else torch.cat(targets)
+            losses['aux_loss'] = self.aux_loss_module(self.forward_aux(feats), target, avg_factor=len(target), **kwargs)
         return losses

@@ -52,6 +52,17 @@ def test_the_auxiliary_loss_has_weight_0_4(small_arch):
 
 
 @torch.no_grad()
+def test_soft_labels(small_arch):
+    """As mixup and cutmix make them."""
+    model = build(small_arch, loss={'type': 'CrossEntropyLoss', 'use_soft': True}).eval()
+    features = model.extract_feat(torch.randn(1, 3, 64, 64))
+    score = torch.tensor([0.0, 0.3, 0, 0, 0.7, 0])
+    losses = model.head.loss(features, [DataSample().set_gt_score(score)])
+    expected = -(score * model.head.forward_aux(features).log_softmax(1)).sum()
+    assert losses['aux_loss'].item() == pytest.approx(0.4 * expected.item(), rel=1e-5)
+
+
+@torch.no_grad()
 def test_prediction(small_arch):
     model = build(small_arch).eval()
     image = torch.randn(2, 3, 64, 64)

@@ -69,3 +69,20 @@ def relative_error(got: torch.Tensor, expected) -> float:
     """Frobenius norm of the difference over that of the expected, in float64. NaN never passes a comparison."""
     expected = torch.as_tensor(expected).double()
     return ((got.detach().double() - expected).norm() / expected.norm()).item()
+
+
+#: CPU autocast dtypes; the first ones knew bfloat16 only.
+autocast_dtypes = pytest.mark.parametrize(
+    'dtype',
+    [
+        torch.bfloat16,
+        pytest.param(
+            torch.float16,
+            marks=pytest.mark.skipif(
+                tuple(map(int, torch.__version__.split('.')[:2])) < (2, 3),
+                reason='CPU autocast of torch < 2.3 has no float16',
+            ),
+        ),
+    ],
+    ids=['bfloat16', 'float16'],
+)

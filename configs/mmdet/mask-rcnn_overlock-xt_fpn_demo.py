@@ -3,15 +3,14 @@
 _base_ = './mask-rcnn_overlock-xt_fpn_1x_coco.py'
 
 data_root = 'data/demo/'
-metainfo = dict(classes=('ball', 'crate', 'sign', 'star', 'lifebuoy'))
+metainfo = dict(classes=('ball', 'sign', 'star', 'lifebuoy'))
 image_size = (128, 128)
-num_classes = 5
+num_classes = 4
 
 model = dict(
     backbone=dict(init_cfg=None),
     roi_head=dict(bbox_head=dict(num_classes=num_classes), mask_head=dict(num_classes=num_classes)),
     train_cfg=dict(
-        rpn=dict(sampler=dict(num=64)),
         rpn_proposal=dict(nms_pre=200, max_per_img=64),
         rcnn=dict(sampler=dict(num=32)),
     ),
@@ -47,13 +46,26 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
-max_epochs = 8
+max_epochs = 6
 train_cfg = dict(max_epochs=max_epochs, val_interval=2)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=20),
     dict(type='CosineAnnealingLR', by_epoch=True, convert_to_iter_based=True, begin=0, end=max_epochs, eta_min=0),
 ]
-optim_wrapper = dict(optimizer=dict(lr=1e-3))
+# Adam moves every weight by about the learning rate. Without thousands of steps to settle in, a layer that sums thousands
+# of inputs needs a smaller one.
+optim_wrapper = dict(
+    optimizer=dict(lr=1e-3),
+    paramwise_cfg=dict(
+        custom_keys={
+            'neck': dict(lr_mult=0.1),
+            'rpn_head': dict(lr_mult=0.1),
+            'bbox_head': dict(lr_mult=0.2),
+            'bbox_head.shared_fcs.0': dict(lr_mult=0.02),
+            'mask_head': dict(lr_mult=0.1),
+        }
+    ),
+)
 
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=1, max_keep_ckpts=1))
 randomness = dict(seed=0)

@@ -79,7 +79,7 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # A sum of squares over a map leaves float16's range at ordinary activations: at least float32 here.
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         response = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=dtype)
         response = response / (response.mean(dim=1, keepdim=True) + self.eps)
         scale = (self.gamma * response + 1).to(x.dtype)

@@ -25,12 +25,17 @@ def checkpoint_block(block: nn.Module, *inputs):
 
 @contextlib.contextmanager
 def _statistics_at_rest(block: nn.Module) -> Iterator[None]:
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    for norm in norms:
-        # A batch norm in training that does not track statistics uses the batch's and updates nothing.
-        norm.track_running_stats = False
+    """Let batch norms update copies of their running statistics, which are thrown away."""
+    kept = [
+        (norm, name, buffer)
+        for norm in block.modules()
+        if isinstance(norm, _BatchNorm)
+        for name, buffer in norm.named_buffers(recurse=False)
+    ]
+    for norm, name, buffer in kept:
+        setattr(norm, name, buffer.clone())
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, name, buffer in kept:
+            setattr(norm, name, buffer)

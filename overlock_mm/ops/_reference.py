@@ -80,11 +80,12 @@ def contmix_reference(
     It materialises everything, as the published code does, and is differentiable as often as one likes.
     """
     batch, channels, height, width = value.shape
-    dtype = torch.promote_types(value.dtype, torch.float32)
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     query, key, proj_weight = query.to(dtype), key.to(dtype), proj_weight.to(dtype)
 
-    q = query.reshape(batch, num_groups, -1, height * width)  # (B, G, Cq/G, HW)
-    k = key.reshape(batch, num_groups, -1, key.shape[-2] * key.shape[-1])  # (B, G, Cq/G, S²)
+    query_channels, tokens = key.shape[1] // num_groups, key.shape[2] * key.shape[3]
+    q = query.reshape(batch, num_groups, query_channels, height * width)  # (B, G, Cq/G, HW)
+    k = key.reshape(batch, num_groups, query_channels, tokens)  # (B, G, Cq/G, S²)
     affinity = q.transpose(-2, -1) @ k  # (B, G, HW, S²): of every position with every context token (eq. 1)
     logits = affinity @ proj_weight.t()  # (B, G, HW, ks² + kl²): W_d makes kernels of them (eq. 2)
     if proj_bias is not None:
@@ -98,6 +99,6 @@ def contmix_reference(
         if rpb is not None:
             z = z + relative_position_bias(rpb.to(dtype), height, width)  # (B, G, H, W, k, k)
         p = z.flatten(-2).softmax(dim=-1).view_as(z)  # (B, G, H, W, k, k): every kernel sums to 1
-        v = half.to(dtype).reshape(batch, num_groups, -1, height, width)  # (B, G, c, H, W)
+        v = half.to(dtype).reshape(batch, num_groups, channels // 2 // num_groups, height, width)  # (B, G, c, H, W)
         outputs.append(aggregate(v, p).reshape(batch, channels // 2, height, width))  # (B, C/2, H, W) (eq. 3)
     return torch.cat(outputs, dim=1).to(value.dtype)  # (B, C, H, W)

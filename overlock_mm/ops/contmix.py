@@ -83,17 +83,21 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-def _is_autocast_enabled(device_type: str) -> bool:
-    try:
+# torch < 2.4 has a function for each device in place of one that takes the device.
+if hasattr(torch, 'get_autocast_dtype'):
+
+    def _is_autocast_enabled(device_type: str) -> bool:
         return torch.is_autocast_enabled(device_type)
-    except TypeError:  # torch < 2.4 has a function for each device
+
+    def _autocast_dtype(device_type: str) -> torch.dtype:
+        return torch.get_autocast_dtype(device_type)
+else:
+
+    def _is_autocast_enabled(device_type: str) -> bool:
         return torch.is_autocast_cpu_enabled() if device_type == 'cpu' else torch.is_autocast_enabled()
 
-
-def _autocast_dtype(device_type: str) -> torch.dtype:
-    if hasattr(torch, 'get_autocast_dtype'):
-        return torch.get_autocast_dtype(device_type)
-    return torch.get_autocast_cpu_dtype() if device_type == 'cpu' else torch.get_autocast_gpu_dtype()
+    def _autocast_dtype(device_type: str) -> torch.dtype:
+        return torch.get_autocast_cpu_dtype() if device_type == 'cpu' else torch.get_autocast_gpu_dtype()
 
 
 def _check_types(tensors: dict[str, Optional[Tensor]], sizes: dict[str, int]) -> None:

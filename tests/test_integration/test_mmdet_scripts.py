@@ -59,7 +59,7 @@ default_hooks = dict(logger=dict(interval=1))
 
 def write_config(folder: Path, data_root: Path, metainfo: dict | None = None) -> Path:
     base = ROOT / 'configs' / 'mmdet' / 'mask-rcnn_overlock-t_fpn_1x_coco.py'
-    metainfo = metainfo or dict(classes=('ball', 'crate', 'sign', 'star', 'lifebuoy'))
+    metainfo = metainfo or dict(classes=('ball', 'sign', 'star', 'lifebuoy'))
     config = folder / 'small.py'
     config.write_text(
         SMALL_CONFIG.format(

@@ -29,7 +29,8 @@ model = dict(
 """
 
 UPERNET_RUN = """
-pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', reduce_zero_label=True), dict(type='PackSegInputs')]
+pipeline = [
+    dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", reduce_zero_label=True), dict(type="PackSegInputs")]
 train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, sampler=dict(type='InfiniteSampler'),
     dataset=dict(data_root='ade', pipeline=pipeline))
 val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root='ade', pipeline=pipeline))

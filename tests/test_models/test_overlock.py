@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import autocast_dtypes, relative_error
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from overlock_mm.models import OverLoCK
@@ -118,7 +118,6 @@ def test_recomputing_changes_nothing(small_arch, with_cp):
     assert all(torch.equal(gradients[name], gradients_cp[name]) for name in gradients)
     assert all(torch.equal(buffers[name], buffers_cp[name]) for name in buffers)
     assert buffers_cp['blocks1.0.proj.2.num_batches_tracked'] == 1
-    assert all(module.track_running_stats for module in backbone.modules() if isinstance(module, _BatchNorm))
 
 
 def test_recomputing_saves_memory(small_arch):
@@ -199,8 +198,9 @@ def test_memory_layouts(small_arch):
         assert relative_error(out, reference) < 1e-5
 
 
-@pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 3e-2), (torch.float16, 5e-3)], ids=str)
-def test_autocast(small_arch, dtype, tolerance):
+@autocast_dtypes
+def test_autocast(small_arch, dtype):
+    tolerance = {torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
     backbone = OverLoCK(small_arch, out_type='pyramid_with_overview')
     x = torch.randn(2, 3, 64, 80)
     expected = backbone(x)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import autocast_dtypes, relative_error
 
 from overlock_mm.ops import contmix, contmix_reference
 
@@ -151,7 +151,7 @@ def test_empty_batch():
     assert contmix(**make_arguments(batch=0)).shape == (0, 12, 6, 9)
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@autocast_dtypes
 def test_autocast(dtype):
     """The caller casts nothing; parameters are not rounded, gradients have the dtype of what they belong to."""
     arguments = make_arguments(dtype=torch.float32)

@@ -20,7 +20,7 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 #: The classes, and the hues (of 0..1) of the two colours of each.
-HUES = {'ball': (0.60, 0.15), 'crate': (0.09, 0.12), 'sign': (0.15, 0.0), 'star': (0.80, 0.80), 'lifebuoy': (0.0, 0.5)}
+HUES = {'ball': (0.60, 0.15), 'sign': (0.15, 0.0), 'star': (0.80, 0.80), 'lifebuoy': (0.0, 0.5)}
 CLASSES = tuple(HUES)
 PHOTOGRAPHS = (
     'astronaut.png', 'chelsea.png', 'coffee.png', 'motorcycle_left.png', 'rocket.jpg', 'brick.png', 'grass.png',
@@ -43,9 +43,6 @@ def object_at(
     distance, direction = np.hypot(u, v), np.arctan2(v, u)
     if name == 'ball':
         mask, pattern = distance <= 1, distance < 0.45
-    elif name == 'crate':
-        mask = np.maximum(abs(u), abs(v)) <= 0.85
-        pattern = np.floor((u + 1) * 2.4) % 2 == 0
     elif name == 'sign':
         # Distance to the nearest of the three sides, of an equilateral triangle.
         inside = np.min([0.5 - u * np.cos(a) - v * np.sin(a) for a in np.deg2rad([90, 210, 330])], axis=0)
@@ -82,7 +79,7 @@ def compose(photographs: list[np.ndarray], split: str, number: int) -> tuple[np.
     areas: list[int] = []
     for _ in range(rng.integers(1, 4)):
         label = int(rng.integers(len(CLASSES)))
-        radius = rng.uniform(16, 32)
+        radius = rng.uniform(18, 30)
         x, y = rng.uniform(radius * 0.8, SIZE - radius * 0.8, size=2)
         mask, colours = object_at(CLASSES[label], x, y, radius, rng.uniform(0, 2 * np.pi), rng)
         # It may hide at most half of any object behind it.

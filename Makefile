@@ -1,5 +1,5 @@
 # make env | demo | test | lint. Each step leaves a stamp when it is done: what is done is not done again,
-# what was interrupted is, and a changed pin repeats the steps after it.
+# what was interrupted is, and a changed pin repeats the steps that depend on it.
 PYTHON ?= python3
 VENV ?= .venv
 WORK_DIR ?= work_dirs/demo
@@ -8,8 +8,9 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 DONE := $(VENV)/.done
 
-.PHONY: env demo test lint help
+.PHONY: env mmcv demo test lint help
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 
 help:
 	@echo "make env   the environment in $(VENV): torch, mmcv with operators, mmdet, mmseg, mmpretrain, this package"
@@ -17,28 +18,36 @@ help:
 	@echo "make test  the tests        make lint  the linters"
 
 $(DONE)/venv:
+	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 12) or sys.exit('The pinned torch and numpy 1 need Python 3.10, 3.11 or 3.12, got %d.%d: make PYTHON=python3.11 ...' % v)"
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $(DONE) && touch $@
+
+$(DONE)/lint: requirements/lint.txt $(DONE)/venv
+	$(PIP) install -r requirements/lint.txt
+	@touch $@
 
 $(DONE)/torch: requirements/build.txt requirements/torch.txt $(DONE)/venv
 	$(PIP) install -r requirements/build.txt -r requirements/torch.txt "numpy<2"
 	@touch $@
 
-$(DONE)/mmcv: requirements/mmcv.txt tools/install_mmcv.py $(DONE)/torch
+$(DONE)/mm: requirements/mm.txt $(DONE)/torch
 	$(PIP) install -r requirements/mm.txt
-	$(PY) tools/install_mmcv.py
 	@touch $@
 
-$(DONE)/dev: requirements/dev.txt $(DONE)/mmcv
+# No stamp: whether the installed mmcv fits the torch, and the GPU or its absence, is looked at each time (seconds).
+mmcv: $(DONE)/mm
+	$(PY) tools/install_mmcv.py
+
+$(DONE)/dev: requirements/dev.txt $(DONE)/mm
 	$(PIP) install -r requirements/dev.txt
 	@touch $@
 
 # Editable, without its dependencies: they are pinned above. setup.py and the metadata decide what there is to build.
-$(DONE)/package: setup.py pyproject.toml $(DONE)/mmcv
+$(DONE)/package: setup.py pyproject.toml $(DONE)/mm
 	$(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@
 
-env: $(DONE)/dev $(DONE)/package
+env: mmcv $(DONE)/dev $(DONE)/lint $(DONE)/package
 	@$(PIP) check
 
 demo: env
@@ -47,6 +56,6 @@ demo: env
 test: env
 	$(PY) -m pytest tests $(ARGS)
 
-lint: $(DONE)/dev
+lint: $(DONE)/lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .

@@ -7,6 +7,8 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+#: Tools that work on a checkout, and would write into it.
+CHECKOUT_ONLY = ('demo', 'install_mmcv.py')
 
 
 class BuildWithConfigs(build_py):
@@ -21,7 +23,7 @@ class BuildWithConfigs(build_py):
             for name in ('configs', 'tools'):
                 target = Path(self.build_lib) / 'overlock_mm' / '.mim' / name
                 shutil.rmtree(target, ignore_errors=True)
-                shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns('__pycache__'))
+                shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns('__pycache__', *CHECKOUT_ONLY))
 
 
 setup(cmdclass={'build_py': BuildWithConfigs})

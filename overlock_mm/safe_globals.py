@@ -6,7 +6,44 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
+from .versions import version_numbers
+
 _STATISTICS = ('min', 'max', 'mean', 'current')
+_NUMBERS = ('?', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8')
+
+
+class _Array(np.ndarray):
+    """Stands in for ndarray in a checkpoint: it is filled from its saved state, and cannot be called.
+
+    ndarray itself can be called with a buffer and an object dtype, and then takes bytes for addresses of objects.
+    """
+
+    def __new__(cls, *args, **kwargs):
+        raise ValueError('refused to call numpy.ndarray from a checkpoint')
+
+    def __reduce__(self):
+        return np.asarray(self).__reduce__()
+
+    def __reduce_ex__(self, protocol):
+        # Saved as the plain array it is, not as this class.
+        return np.asarray(self).__reduce_ex__(protocol)
+
+
+def _dtype(code: str, align: bool = False, copy: bool = False) -> np.dtype:
+    if code not in _NUMBERS:
+        raise ValueError(f'refused to make numpy.dtype({code!r}) from a checkpoint: only numbers are allowed')
+    return np.dtype(code, align=align, copy=copy)
+
+
+def _reconstruct(subtype: type, shape: tuple, code: bytes) -> _Array:
+    if subtype is not _Array or shape != (0,) or code not in (b'b', 'b'):
+        raise ValueError(f'refused to reconstruct {subtype!r} of shape {shape!r} from a checkpoint')
+    return np.ndarray.__new__(_Array, shape, code)
+
+
+def _scalar(dtype: np.dtype, data: bytes) -> np.generic:
+    # A dtype here can only be one of _NUMBERS: see _dtype.
+    return np.frombuffer(data, dtype, count=1)[0]
 
 
 def _history_buffer_statistic(owner: type, name: str):
@@ -22,20 +59,19 @@ def allow_mmengine_checkpoints() -> None:
     """Let ``torch.load`` read what mmengine's Runner saves beside the weights, and nothing else.
 
     With the weights the Runner saves its message hub: HistoryBuffer objects, which hold numpy arrays and refer to their
-    own methods through ``getattr``. mmengine 0.10 cannot resume or test from such a file under torch >= 2.6. The globals
-    allowed here build numbers and arrays only; a checkpoint with any other object is still refused by torch with an error
-    that names the object.
+    own methods through ``getattr``. mmengine 0.10 cannot resume or test from such a file under torch >= 2.6. What is
+    allowed here makes numbers and arrays of numbers only; a checkpoint with any other object is still refused, by torch,
+    with an error that names the object. torch < 2.6 loads without restriction by default, and needs nothing.
     """
-    if not hasattr(torch.serialization, 'add_safe_globals'):
-        return  # torch < 2.4, which knows no such list; there and up to 2.5 mmengine loads without restriction
-    core = np._core if hasattr(np, '_core') and np.__version__ >= '2' else np.core
+    if version_numbers(torch.__version__) < (2, 6):
+        return
     allowed = [
         HistoryBuffer,
-        np.ndarray,
-        np.dtype,
-        core.multiarray._reconstruct,
-        core.multiarray.scalar,
+        (_Array, 'numpy.ndarray'),
+        (_dtype, 'numpy.dtype'),
         (_history_buffer_statistic, 'builtins.getattr'),
-        *{type(np.dtype(code)) for code in ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', '?')},
+        *{type(np.dtype(code)) for code in _NUMBERS},
     ]
+    for core in ('numpy.core', 'numpy._core'):  # as numpy 1 and numpy 2 write it
+        allowed += [(_reconstruct, f'{core}.multiarray._reconstruct'), (_scalar, f'{core}.multiarray.scalar')]
     torch.serialization.add_safe_globals(allowed)

@@ -36,12 +36,12 @@ def require(module: str, needed_by: str) -> None:
         raise ImportError(f'{needed_by} needs {module}, which is not installed: pip install "{supported_range(module)}"')
     version = importlib.import_module(module).__version__
     _, first, last = SUPPORTED[module]
-    if _numbers(version) < _numbers(first) or (last and _numbers(version) >= _numbers(last)):
+    if version_numbers(version) < version_numbers(first) or (last and version_numbers(version) >= version_numbers(last)):
         warnings.warn(f'{module} {version} is outside the range tried, {supported_range(module)}', stacklevel=3)
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """(2, 11, 0) of '2.11.0+cu130', (2, 1) of '2.1.0rc1': the leading numbers."""
+def version_numbers(version: str) -> tuple[int, ...]:
+    """Leading numbers of a version: (2, 11, 0) of '2.11.0+cu130', (2, 1) of '2.1.0rc1'."""
     numbers = []
     for part in version.split('+')[0].split('.'):
         if not part.isdigit():

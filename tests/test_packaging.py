@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,7 +16,8 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp('wheel')
     source = folder / 'source'
     # A copy, so that the build leaves nothing in the checkout.
-    subprocess.run(['git', 'checkout-index', '-a', f'--prefix={source}/'], cwd=ROOT, check=True)
+    ignored = shutil.ignore_patterns('.*', 'data', 'work_dirs', 'build', 'dist', '*.egg-info', '__pycache__')
+    shutil.copytree(ROOT, source, ignore=ignored)
     command = [sys.executable, '-m', 'pip', 'wheel', '--no-build-isolation', '--no-deps', '-q', '-w', folder, source]
     subprocess.run(command, check=True, capture_output=True)
     return next(folder.glob('*.whl'))

@@ -15,7 +15,7 @@ from overlock_mm import versions
     'version, numbers', [('2.11.0+cu130', (2, 11, 0)), ('2.1.0rc1', (2, 1)), ('1.10', (1, 10)), ('0.10.7', (0, 10, 7))]
 )
 def test_numbers(version, numbers):
-    assert versions._numbers(version) == numbers
+    assert versions.version_numbers(version) == numbers
 
 
 def test_missing_package_is_named(monkeypatch):

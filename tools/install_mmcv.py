@@ -10,6 +10,7 @@ Usage: python tools/install_mmcv.py [--requirement requirements/mmcv.txt] [--cac
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import re
 import shutil
@@ -33,14 +34,35 @@ def pinned_version(requirement: Path) -> str:
 
 
 def builds_with_cuda() -> bool:
-    """CUDA operators are built where a GPU can run them and nvcc can compile them, or where FORCE_CUDA=1 asks for it."""
-    if os.environ.get('FORCE_CUDA') == '1':
-        if CUDA_HOME is None:
-            raise SystemExit('FORCE_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME to the folder that holds bin/nvcc')
-        return True
-    if torch.cuda.is_available() and CUDA_HOME is None:
-        print('This machine has a GPU but no nvcc (CUDA_HOME is not set): mmcv gets CPU operators only.', flush=True)
-    return torch.cuda.is_available() and CUDA_HOME is not None
+    """CUDA operators are built where a GPU can run them and a fitting nvcc compile them; FORCE_CUDA=1 and =0 decide it."""
+    forced = os.environ.get('FORCE_CUDA')
+    if forced == '0' or (forced != '1' and not torch.cuda.is_available()):
+        return False
+    problem = cuda_problem()
+    if problem and forced == '1':
+        raise SystemExit(f'FORCE_CUDA=1, but {problem}')
+    if problem:
+        print(
+            f'\n*** This machine has a GPU, but {problem}.\n'
+            '*** mmcv gets CPU operators: models run on the CPU. Mend it and run make env again.\n',
+            flush=True,
+        )
+    return not problem
+
+
+def cuda_problem() -> str | None:
+    """Why nvcc cannot compile for the installed torch; None if it can."""
+    if torch.version.cuda is None:
+        return 'the installed torch is a CPU build'
+    if CUDA_HOME is None:
+        return 'no CUDA toolkit was found: set CUDA_HOME to the folder that holds bin/nvcc'
+    nvcc = Path(CUDA_HOME) / 'bin' / 'nvcc'
+    said = subprocess.run([nvcc, '--version'], capture_output=True, text=True).stdout
+    release = re.search(r'release (\d+)\.', said)
+    if release is None or release.group(1) != torch.version.cuda.split('.')[0]:
+        found = release.group(1) if release else 'an unknown version'
+        return f'torch is built for CUDA {torch.version.cuda} and {nvcc} is of CUDA {found}'
+    return None
 
 
 def wheel_key(cuda: bool) -> str:
@@ -68,6 +90,8 @@ def works(version: str, cuda: bool) -> bool:
 
 def build(version: str, cuda: bool, folder: Path) -> Path:
     """Build mmcv's wheel in ``folder/build`` and return its final place in ``folder``."""
+    kind = 'CUDA' if cuda else 'CPU'
+    print(f'Building mmcv {version} with {kind} operators in {folder} (once per machine)', flush=True)
     work = folder / 'build'
     work.mkdir(parents=True, exist_ok=True)
     source = work / f'mmcv-{version}'
@@ -85,7 +109,11 @@ def build(version: str, cuda: bool, folder: Path) -> Path:
     env.setdefault('MAX_JOBS', str(os.cpu_count() or 1))
     # Without debug information the build takes half the time.
     env['CFLAGS'] = f'{env.get("CFLAGS", "")} -g0 -O2'.strip()
-    if not cuda:
+    if cuda:
+        # Headers of cuSPARSE, cuBLAS and others come with torch, not with every toolkit.
+        headers = [str(path) for path in Path(sysconfig.get_path('purelib')).glob('nvidia/*/include')]
+        env['CPATH'] = os.pathsep.join([*headers, *filter(None, [env.get('CPATH')])])
+    else:
         env['CUDA_VISIBLE_DEVICES'] = ''  # mmcv builds for CUDA wherever torch sees a GPU
     out = work / 'wheel'
     shutil.rmtree(out, ignore_errors=True)
@@ -137,12 +165,10 @@ def main() -> None:
         print(f'mmcv {version} with operators is installed')
         return
     folder = cache / f'mmcv-{version}' / wheel_key(cuda)
-    wheel = next(folder.glob('mmcv-*.whl'), None)
-    if wheel is None:
-        print(
-            f'Building mmcv {version} with {"CUDA" if cuda else "CPU"} operators in {folder} (once per machine)', flush=True
-        )
-        wheel = build(version, cuda, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / 'lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one build at a time, whoever starts it
+        wheel = next(folder.glob('mmcv-*.whl'), None) or build(version, cuda, folder)
     subprocess.run([*PIP, 'install', '--no-deps', '--no-cache-dir', '--force-reinstall', str(wheel)], check=True)
     if not works(version, cuda):
         raise SystemExit(f'{wheel} is installed but its operators do not load; remove {folder} and run this again')

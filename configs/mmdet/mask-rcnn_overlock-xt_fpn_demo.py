@@ -12,7 +12,7 @@ model = dict(
     roi_head=dict(bbox_head=dict(num_classes=num_classes), mask_head=dict(num_classes=num_classes)),
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=200, max_per_img=64),
-        rcnn=dict(sampler=dict(num=32)),
+        rcnn=dict(sampler=dict(num=64)),
     ),
     test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=64), rcnn=dict(max_per_img=20)),
 )
@@ -31,7 +31,7 @@ test_pipeline = [
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
 train_dataloader = dict(
-    batch_size=4,
+    batch_size=2,
     num_workers=0,
     persistent_workers=False,
     dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline),
@@ -46,23 +46,20 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
-max_epochs = 6
-train_cfg = dict(max_epochs=max_epochs, val_interval=2)
+max_epochs = 4
+train_cfg = dict(max_epochs=max_epochs, val_interval=1)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=20),
     dict(type='CosineAnnealingLR', by_epoch=True, convert_to_iter_based=True, begin=0, end=max_epochs, eta_min=0),
 ]
-# Adam moves every weight by about the learning rate. Without thousands of steps to settle in, a layer that sums thousands
-# of inputs needs a smaller one.
 optim_wrapper = dict(
-    optimizer=dict(lr=1e-3),
+    optimizer=dict(lr=1e-4),
     paramwise_cfg=dict(
         custom_keys={
+            # The neck sets the scale of what the heads see: it must move slower than they learn.
             'neck': dict(lr_mult=0.1),
-            'rpn_head': dict(lr_mult=0.1),
-            'bbox_head': dict(lr_mult=0.2),
-            'bbox_head.shared_fcs.0': dict(lr_mult=0.02),
-            'mask_head': dict(lr_mult=0.1),
+            'rpn_head': dict(lr_mult=2.0),
+            'bbox_head': dict(lr_mult=0.5),
         }
     ),
 )

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Optional
 
+import torch
 import torch.nn as nn
+from mmengine.dist import barrier, get_rank
 from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from mmengine.model.weight_init import PretrainedInit, update_init_info
 from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
@@ -16,14 +21,41 @@ from torch import Tensor
 CLASSIFICATION_HEADS = ('head', 'aux_head')
 #: What only pyramids have: a classification checkpoint leaves it as it was initialised.
 PYRAMID_MODULES = ('extra_norm', 'h_proj')
+_BASIC_STAGES = ('blocks1', 'blocks2', 'blocks3', 'blocks4')
+_DYNAMIC_STAGES = ('sub_blocks3', 'sub_blocks4')
+
+
+class TakesReleasedCheckpoints(BaseModule):
+    """A module whose ``init_cfg=dict(type='Pretrained', checkpoint=FILE)`` goes through :func:`load_pretrained`."""
+
+    def init_weights(self) -> None:
+        """Apply ``init_cfg``: other initialisations first, then the checkpoint it names, if it does.
+
+        Raises:
+            ValueError: the checkpoint is of another variant, or has no weights for this module.
+        """
+        if self.is_init:
+            return
+        init_cfg = self.init_cfg
+        cfgs = [] if init_cfg is None else init_cfg if isinstance(init_cfg, list) else [init_cfg]
+        pretrained = [cfg for cfg in cfgs if cfg['type'] in ('Pretrained', PretrainedInit)]
+        self.init_cfg = [cfg for cfg in cfgs if cfg not in pretrained] or None
+        try:
+            super().init_weights()
+        finally:
+            self.init_cfg = init_cfg
+        for cfg in pretrained:
+            load_pretrained(self, **{name: value for name, value in cfg.items() if name != 'type'})
+            if hasattr(self, '_params_init_info'):
+                update_init_info(self, init_info=f'PretrainedInit: load from {cfg["checkpoint"]}')
 
 
 def load_pretrained(module: nn.Module, checkpoint: str, prefix: Optional[str] = None, map_location: str = 'cpu') -> None:
     """Load a released checkpoint, or one in its format, and log what was left out.
 
     The weights may be flat or under ``state_dict`` or ``model``. A backbone takes them from a classification checkpoint,
-    less the classification heads (a pyramid's own norms stay as initialised), or from a detection or segmentation
-    checkpoint (names that begin with ``backbone.``); a head takes those of a classification checkpoint.
+    less the classification heads (a pyramid's own norms stay as initialised), or from the checkpoint of a whole model,
+    where they are under ``backbone.``; a head takes those of a classification checkpoint.
 
     Args:
         module: the backbone or the head.
@@ -33,14 +65,21 @@ def load_pretrained(module: nn.Module, checkpoint: str, prefix: Optional[str] = 
 
     Raises:
         ValueError: the checkpoint holds no such weights, or those of another variant.
+        OSError: there is no such file, or it cannot be downloaded.
     """
-    content = CheckpointLoader.load_checkpoint(checkpoint, map_location=map_location, logger='current')
-    state_dict = _strip_prefix(released_state_dict(content, checkpoint), module, prefix, checkpoint)
+    state_dict = released_state_dict(read_checkpoint(checkpoint, map_location), checkpoint)
     own = module.state_dict()
-    left_out = {name: tensor for name, tensor in state_dict.items() if _may_be_left_out(name, own)}
+    state_dict = _strip_prefix(state_dict, own, prefix)
+    left_out = {name for name in state_dict if _is_of_another_model(name, own)}
     state_dict = {name: tensor for name, tensor in state_dict.items() if name not in left_out}
+    if not state_dict.keys() & own.keys():
+        found = _tops([*state_dict, *left_out]) or 'nothing'
+        raise ValueError(f'{checkpoint} has no weights for {type(module).__name__}, got {found}')
+    for name, tensor in state_dict.items():
+        # Depths and widths are compared as a whole below, which says more than the first shape that differs.
+        if name in own and own[name].shape != tensor.shape and describe_variant(state_dict) == describe_variant(own):
+            raise ValueError(f'{name} must have shape {tuple(own[name].shape)}, got {tuple(tensor.shape)} in {checkpoint}')
 
-    _check_variant(module, state_dict, checkpoint)
     result = module.load_state_dict(state_dict, strict=False)
     tracked = 'num_batches_tracked'  # old checkpoints lack it; it plays no part in results
     missing = [name for name in result.missing_keys if not name.endswith(tracked)]
@@ -57,6 +96,33 @@ def load_pretrained(module: nn.Module, checkpoint: str, prefix: Optional[str] = 
     if initialised:
         message += f' Not in it, so left as initialised: {_tops(initialised)}.'
     print_log(message, logger='current')
+
+
+def read_checkpoint(checkpoint: str, map_location: str = 'cpu') -> Any:
+    """Content of a checkpoint, by weights-only loading; one with an http(s) address is downloaded once, to torch's cache.
+
+    Raises:
+        pickle.UnpicklingError: it holds something other than tensors, numbers and the like.
+        OSError: there is no such file, or it cannot be downloaded; the message says where to put it by hand.
+    """
+    if checkpoint.startswith(('http://', 'https://')):
+        file = Path(torch.hub.get_dir()) / 'checkpoints' / checkpoint.rsplit('/', 1)[-1]
+        for is_my_turn in (get_rank() == 0, get_rank() != 0):
+            if is_my_turn and not file.is_file():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    torch.hub.download_url_to_file(checkpoint, str(file))
+                except OSError as error:
+                    raise OSError(
+                        f'{file.name} could not be downloaded ({error}); download {checkpoint} by other means and put it '
+                        f'into {file.parent}, or give its path as the checkpoint'
+                    ) from error
+            barrier()
+        return torch.load(file, map_location=map_location, weights_only=True)
+    if Path(checkpoint).is_file():
+        return torch.load(checkpoint, map_location=map_location, weights_only=True)
+    # Other backends of mmengine's, or its error for a file that is not there.
+    return CheckpointLoader.load_checkpoint(checkpoint, map_location=map_location, logger='current')
 
 
 def released_state_dict(content: Any, checkpoint: str) -> OrderedDict[str, Tensor]:
@@ -77,66 +143,59 @@ def released_state_dict(content: Any, checkpoint: str) -> OrderedDict[str, Tenso
     return OrderedDict((re.sub(r'^module\.', '', name), value) for name, value in state_dict.items())
 
 
-def describe_variant(state_dict: Mapping[str, Tensor]) -> Optional[str]:
+def describe_variant(state_dict: Mapping[str, Tensor], prefix: str = '') -> Optional[str]:
     """Channels and depths that the names and shapes of a backbone's weights show; None if they are not OverLoCK's.
 
-    It reads 'channels (56, 112, 256, 336), depths (2, 2, 3, 2, 6, 2)', in the order of ``overlock.STAGES``.
+    It reads 'channels (56, 112, 256, 336), depths (2, 2, 3, 2, 6, 2)', the depths in the order of ``overlock.STAGES``.
     """
     try:
-        channels = tuple(state_dict[f'{stage}.0.dwconv.weight'].shape[0] for stage in _BASIC_STAGES)
+        channels = tuple(state_dict[f'{prefix}{stage}.0.dwconv.weight'].shape[0] for stage in _BASIC_STAGES)
     except KeyError:
         return None
     depths = []
-    for stage in (*_BASIC_STAGES, 'sub_blocks3', 'sub_blocks4'):
-        indices = (re.match(rf'{stage}\.(\d+)\.', name) for name in state_dict)
+    for stage in _BASIC_STAGES + _DYNAMIC_STAGES:
+        indices = (re.match(rf'{re.escape(prefix)}{stage}\.(\d+)\.', name) for name in state_dict)
         depths.append(max((int(match.group(1)) + 1 for match in indices if match), default=0))
     return f'channels {channels}, depths {tuple(depths)}'
 
 
-_BASIC_STAGES = ('blocks1', 'blocks2', 'blocks3', 'blocks4')
+def check_variant(backbone: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+    """Refuse the weights, under ``prefix`` of a state dict, of another variant than the backbone's.
 
-
-def _check_variant(module: nn.Module, state_dict: Mapping[str, Tensor], checkpoint: str) -> None:
-    own = module.state_dict()
-    there, here = describe_variant(state_dict), describe_variant(own)
-    if here is not None and there != here:
-        found = f'of another variant, with {there}' if there else f'none of OverLoCK, with {_tops(state_dict)}'
-        raise ValueError(f'{checkpoint} is {found}; {type(module).__name__} has {here}')
-    for name, tensor in state_dict.items():
-        # A folded file or model differs here, and the convolutions themselves deal with it.
-        if name in own and own[name].shape != tensor.shape:
-            raise ValueError(f'{name} must have shape {tuple(own[name].shape)}, got {tuple(tensor.shape)} in {checkpoint}')
+    Raises:
+        ValueError: they are of another variant; the message describes both.
+    """
+    there, here = describe_variant(state_dict, prefix), describe_variant(backbone.state_dict())
+    if there is not None and there != here:
+        raise ValueError(f'the checkpoint is of another variant, with {there}; {type(backbone).__name__} has {here}')
 
 
 def _strip_prefix(
-    state_dict: Mapping[str, Tensor], module: nn.Module, prefix: Optional[str], checkpoint: str
+    state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], prefix: Optional[str]
 ) -> Mapping[str, Tensor]:
     if prefix is None:
-        own = {_top(name) for name in module.state_dict()}
-        if own & {_top(name) for name in state_dict}:
-            return state_dict
-        prefix = 'backbone'
-    prefix = f'{prefix.rstrip(".")}.'
+        # The prefix, of those that a whole model may have, under which most of this module's names are.
+        prefixes = ('', 'backbone.', 'head.')
+        prefix = max(prefixes, key=lambda prefix: sum(f'{prefix}{name}' in state_dict for name in own))
+    elif prefix:
+        prefix = f'{prefix.rstrip(".")}.'
     stripped = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-    if not stripped:
-        raise ValueError(f'{checkpoint} has no weights for {type(module).__name__}, got {_tops(state_dict) or "nothing"}')
-    return stripped
+    return stripped or state_dict
 
 
-def _may_be_left_out(name: str, own: Mapping[str, Tensor]) -> bool:
-    """Weights of the other flavours: the heads in a backbone, a pyramid's norms in a plain one, the backbone in a head."""
-    if name in own:
-        return False
-    if any(_top(other) in CLASSIFICATION_HEADS for other in own):
-        return _top(name) not in CLASSIFICATION_HEADS
-    return _top(name) in CLASSIFICATION_HEADS + PYRAMID_MODULES
+def _is_of_another_model(name: str, own: Mapping[str, Tensor]) -> bool:
+    """A classification head in a backbone, a pyramid's norms in a plain one; the backbone or another head in a head."""
+    tops = {_top(other) for other in own}
+    if _top(name) in tops:
+        return name not in own and _top(name) in PYRAMID_MODULES
+    return bool(tops & set(CLASSIFICATION_HEADS)) or _top(name) in CLASSIFICATION_HEADS + PYRAMID_MODULES
 
 
 def _top(name: str) -> str:
     return name.split('.', 1)[0]
 
 
-def _tops(names) -> str:
+def _tops(names: Iterable[str]) -> str:
     return ', '.join(sorted({_top(name) for name in names}))
 
 

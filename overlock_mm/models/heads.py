@@ -10,16 +10,16 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..versions import require
-from .checkpoint import load_pretrained
+from .checkpoint import TakesReleasedCheckpoints
 
 require('mmpretrain', 'the classification head')
 
-from mmengine.model.weight_init import PretrainedInit, trunc_normal_  # noqa: E402
+from mmengine.model.weight_init import trunc_normal_  # noqa: E402
 from mmpretrain.models.heads import ClsHead  # noqa: E402
 from mmpretrain.registry import MODELS  # noqa: E402
 
 
-class OverLoCKHead(ClsHead):
+class OverLoCKHead(TakesReleasedCheckpoints, ClsHead):
     """Classification head, with the auxiliary head on the overview for training.
 
     The parameters are named as in a released classification checkpoint (``head.*`` and ``aux_head.*``).
@@ -74,13 +74,6 @@ class OverLoCKHead(ClsHead):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-
-    def init_weights(self) -> None:
-        cfg = self.init_cfg
-        if isinstance(cfg, dict) and cfg['type'] in ('Pretrained', PretrainedInit):
-            load_pretrained(self, **{name: value for name, value in cfg.items() if name != 'type'})
-        else:
-            super().init_weights()
 
     def forward(self, feats: Sequence[Tensor]) -> Tensor:
         """Backbone outputs, each (B, C, H, W), the last of which is used, to class scores (B, num_classes)."""

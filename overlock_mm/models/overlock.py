@@ -8,14 +8,13 @@ from typing import Any, Optional, Union
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from mmengine.model import BaseModule
-from mmengine.model.weight_init import PretrainedInit, trunc_normal_, update_init_info
+from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..registry import MODELS
 from .blocks import BasicBlock, DynamicBlock
-from .checkpoint import load_pretrained
+from .checkpoint import TakesReleasedCheckpoints, check_variant
 from .layers import LayerNorm2d, LayerScale
 from .recompute import checkpoint_block
 
@@ -68,7 +67,7 @@ class _ContextDownsample(nn.Module):
 
 
 @MODELS.register_module()
-class OverLoCK(BaseModule):
+class OverLoCK(TakesReleasedCheckpoints):
     """OverLoCK backbone.
 
     Base-Net encodes the image to stride 16, Overview-Net makes a context prior of it at stride 32, and Focus-Net looks
@@ -96,7 +95,7 @@ class OverLoCK(BaseModule):
         out_indices: which outputs, in the order in which they are returned. 0: blocks1, stride 4, C1 channels; 1: blocks2,
             stride 8, C2; 2: sub_blocks3, stride 16, C3 + Ch; 3: sub_blocks4, stride 32, C4 + Ch; with 'features' also 4:
             the overview (blocks4), stride 32, C4. By default (3,) for 'features' and (0, 1, 2, 3) for pyramids.
-            ``out_channels`` of the built backbone gives their channels.
+            ``out_channels`` of the built backbone gives their channels. Stages that no output needs do not run.
         drop_path_rate: stochastic depth of the last block; it grows linearly over all blocks from 0.
         frozen_stages: how many of the six stages, in the order ``blocks1..4, sub_blocks3, sub_blocks4``, are frozen along
             with what leads to them (their batch norms use the running statistics). 0 freezes the stem, -1 nothing.
@@ -184,8 +183,8 @@ class OverLoCK(BaseModule):
         )
 
         if out_type != 'features':
-            # Only norms that are used, so that every parameter has a gradient. Norm 1 always is: see forward.
-            norms = sorted({1, *self.out_indices})
+            # Only norms that are used, so that every parameter has a gradient. Norm 1 stands before stage 3: see forward.
+            norms = sorted({*self.out_indices} | ({1} if self._depth > 0 else set()))
             if self._adds_overview:
                 self.h_proj = nn.Sequential(nn.Conv2d(c4, c4 + context, kernel_size=1), LayerScale(c4 + context, 1e-5))
                 norms.append(4)
@@ -193,6 +192,11 @@ class OverLoCK(BaseModule):
 
         self._reset_parameters()
         self._freeze_stages()
+
+    @property
+    def _depth(self) -> int:
+        """How far the outputs need the network to run: 0 blocks1, 1 blocks2, 2 blocks4, 3 sub_blocks3, 4 all."""
+        return max((0, 1, 3, 4, 2)[index] for index in self.out_indices)
 
     @property
     def _adds_overview(self) -> bool:
@@ -206,20 +210,10 @@ class OverLoCK(BaseModule):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def init_weights(self) -> None:
-        """Load the checkpoint that ``init_cfg`` names, if it does; otherwise the weights stay as they were built.
-
-        Raises:
-            ValueError: the checkpoint is of another variant, or not one of OverLoCK.
-        """
-        cfg = self.init_cfg
-        if not (isinstance(cfg, dict) and cfg['type'] in ('Pretrained', PretrainedInit)):
-            super().init_weights()
-        elif not self.is_init:
-            load_pretrained(self, **{name: value for name, value in cfg.items() if name != 'type'})
-            if hasattr(self, '_params_init_info'):
-                update_init_info(self, init_info=f'PretrainedInit: load from {cfg["checkpoint"]}')
-            self.is_init = True
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # Whoever loads, and however leniently: half of another variant's weights are worse than none.
+        check_variant(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images (B, in_channels, H, W), of any size from 1 x 1, to a tuple of maps, in the order of ``out_indices``.
@@ -231,25 +225,25 @@ class OverLoCK(BaseModule):
             ValueError: the input has another rank or number of channels, or is empty.
         """
         self._check_input(x)
-        features = []
+        features = {}
 
-        x = self._run('blocks1', self.patch_embed1(x))
-        features.append(x)
-        x = self._run('blocks2', self.patch_embed2(x))
-        features.append(x)
-        if self.out_type != 'features':
-            # The released dense checkpoints were trained with the normalised map going on into stage 3.
-            x = self.extra_norm['1'](x)
+        x = features[0] = self._run('blocks1', self.patch_embed1(x))
+        if self._depth > 0:
+            x = self._run('blocks2', self.patch_embed2(x))
+            if self.out_type != 'features':
+                # The released dense checkpoints were trained with the normalised map going on into stage 3.
+                x = self.extra_norm['1'](x)
             features[1] = x
-        x = self._run('blocks3', self.patch_embed3(x))
-
-        overview = self._run('blocks4', self.patch_embed4(x))
-        prior = self.high_level_proj(overview)
-
-        x, h = self._run_dynamic('sub_blocks3', x, F.interpolate(prior, x.shape[2:], mode='bilinear', align_corners=False))
-        features.append(torch.cat([x, h], dim=1))
-        features.append(self._run_dynamic('sub_blocks4', *self.patch_embedx(x, h), prior))
-        features.append(overview)
+        if self._depth > 1:
+            x = self._run('blocks3', self.patch_embed3(x))
+            overview = features[4] = self._run('blocks4', self.patch_embed4(x))
+        if self._depth > 2:
+            prior = self.high_level_proj(overview)
+            h = F.interpolate(prior, x.shape[2:], mode='bilinear', align_corners=False)
+            x, h = self._run_dynamic('sub_blocks3', x, h, h)
+            features[2] = torch.cat([x, h], dim=1)
+        if self._depth > 3:
+            features[3] = self._run_dynamic('sub_blocks4', *self.patch_embedx(x, h), prior)
         return tuple(self._output(i, features) for i in self.out_indices)
 
     def _run(self, stage: str, x: Tensor) -> Tensor:
@@ -257,9 +251,7 @@ class OverLoCK(BaseModule):
             x = checkpoint_block(block, x) if self._recomputes(stage) else block(x)
         return x
 
-    def _run_dynamic(self, stage: str, x: Tensor, h: Tensor, prior: Optional[Tensor] = None):
-        """Focus-Net's stages; in the first of them the prior is what the context starts as."""
-        prior = h if prior is None else prior
+    def _run_dynamic(self, stage: str, x: Tensor, h: Tensor, prior: Tensor):
         out = x, h
         for block in getattr(self, stage):
             out = checkpoint_block(block, *out, prior) if self._recomputes(stage) else block(*out, prior)
@@ -268,7 +260,7 @@ class OverLoCK(BaseModule):
     def _recomputes(self, stage: str) -> bool:
         return stage in self.recomputed_stages and torch.is_grad_enabled()
 
-    def _output(self, index: int, features: list[Tensor]) -> Tensor:
+    def _output(self, index: int, features: dict[int, Tensor]) -> Tensor:
         if self.out_type == 'features' or index == 1:
             return features[index]
         out = self.extra_norm[str(index)](features[index])
@@ -310,16 +302,20 @@ class OverLoCK(BaseModule):
             ('blocks1',),
             ('patch_embed2', 'blocks2'),
             ('patch_embed3', 'blocks3'),
-            ('patch_embed4', 'blocks4', 'high_level_proj'),
-            ('sub_blocks3',),
+            ('patch_embed4', 'blocks4'),
+            ('high_level_proj', 'sub_blocks3'),
             ('patch_embedx', 'sub_blocks4'),
         ]
         frozen = [getattr(self, name) for stage in parts[: self.frozen_stages + 1] for name in stage]
-        if self.frozen_stages >= 2 and self.out_type != 'features':
+        if self.frozen_stages >= 2 and self.out_type != 'features' and self._depth > 0:
             frozen.append(self.extra_norm['1'])  # it stands before stage 3, not only before an output
         for module in frozen:
             module.eval()
             module.requires_grad_(False)
+        # Stages that no output needs do not run: without a gradient, as DistributedDataParallel wants it.
+        for stage in parts[(2, 3, 5, 6, 7)[self._depth] :]:
+            for name in stage:
+                getattr(self, name).requires_grad_(False)
 
 
 def resolve_architecture(arch: Union[str, dict[str, Any]]) -> dict[str, Any]:

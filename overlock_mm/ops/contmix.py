@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Optional
 
 import torch
@@ -64,7 +65,7 @@ def contmix(
     sizes = dict(num_groups=num_groups, small_kernel_size=small_kernel_size, large_kernel_size=large_kernel_size)
     _check_types(arguments, sizes)
     device_type = value.device.type
-    if _is_autocast_enabled(device_type):
+    if device_type != 'meta' and _is_autocast_enabled(device_type):
         for name in ('value', 'query', 'key'):
             # As torch's own autocast: float64 is left alone.
             if arguments[name].dtype != torch.float64:
@@ -72,7 +73,8 @@ def contmix(
     _check_dtypes_and_devices(arguments)
     _check_shapes(**arguments, **sizes)
 
-    with torch.autocast(device_type, enabled=False):
+    # The meta device, of shapes without data, knows no autocast.
+    with contextlib.nullcontext() if device_type == 'meta' else torch.autocast(device_type, enabled=False):
         out = contmix_reference(**arguments, **sizes)
     if _is_channels_last(value):
         out = out.contiguous(memory_format=torch.channels_last)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import colorsys
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -116,10 +118,13 @@ def annotate(objects: list[tuple[int, np.ndarray]], image_id: int, first_id: int
 
 def make_split(root: Path, split: str, count: int, photographs: list[np.ndarray]) -> None:
     folder, file = root / f'{split}2017', root / 'annotations' / f'instances_{split}2017.json'
-    if file.is_file() and len(json.loads(file.read_text())['images']) == count:
+    info = dict(description='drawn objects on photographs', version=hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
+    made = json.loads(file.read_text()) if file.is_file() else {}
+    if made.get('info') == info and len(made['images']) == count:
         print(f'{folder}: {count} images are there')
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     file.parent.mkdir(exist_ok=True)
     images, annotations = [], []
     for number in tqdm(range(count), desc=str(folder), unit='image'):
@@ -131,7 +136,7 @@ def make_split(root: Path, split: str, count: int, photographs: list[np.ndarray]
     categories = [dict(id=index + 1, name=name) for index, name in enumerate(CLASSES)]
     # The annotations come last, and at once: they say that the split is complete.
     unfinished = file.with_suffix('.unfinished')
-    unfinished.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
+    unfinished.write_text(json.dumps(dict(info=info, images=images, annotations=annotations, categories=categories)))
     unfinished.replace(file)
 
 

@@ -9,8 +9,10 @@ Usage: python tools/demo/run.py [--work-dir work_dirs/demo]
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -36,7 +38,22 @@ def fingerprint() -> str:
 def run(*command: object) -> None:
     words = [str(word) for word in command]
     print(f'\n$ {shlex.join(words)}', flush=True)
-    subprocess.run([sys.executable, *words[1:]], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, *words[1:]], check=True, cwd=ROOT, env={**os.environ, **hidden_gpu()})
+
+
+@functools.cache
+def hidden_gpu() -> dict[str, str]:
+    """Environment that keeps to the CPU where torch sees a GPU but mmcv's operators were built without CUDA."""
+    import torch
+    from mmcv.ops import get_compiling_cuda_version
+
+    if not torch.cuda.is_available() or 'not available' not in get_compiling_cuda_version():
+        return {}
+    print(
+        '*** This machine has a GPU, but mmcv has CPU operators only (make env says why): the demo runs on the CPU.',
+        flush=True,
+    )
+    return {'CUDA_VISIBLE_DEVICES': ''}
 
 
 def tested_metrics(folder: Path) -> dict[str, float]:

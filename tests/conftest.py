@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,16 @@ def demo_data(tmp_path_factory) -> Path:
     return root
 
 
+def run_script(*arguments: object, cwd: Path, succeeds: bool = True, **variables: str) -> str:
+    """Run a Python script on the CPU, with environment variables, and return what it printed."""
+    command = [sys.executable, '-W', 'ignore', *map(str, arguments)]
+    env = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', **variables}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    assert (done.returncode == 0) == succeeds, output[-4000:]
+    return output
+
+
 def relative_error(got: torch.Tensor, expected) -> float:
     """Frobenius norm of the difference over that of the expected, in float64. NaN never passes a comparison."""
     expected = torch.as_tensor(expected).double()
@@ -85,4 +96,10 @@ autocast_dtypes = pytest.mark.parametrize(
         ),
     ],
     ids=['bfloat16', 'float16'],
+)
+
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+devices = pytest.mark.parametrize(
+    'device',
+    ['cpu', pytest.param('cuda', marks=no_gpu)],
 )

@@ -16,6 +16,9 @@ weights_only_is_default = pytest.mark.skipif(
 )
 
 
+RECONSTRUCT = np.zeros(1).__reduce__()[0]
+
+
 class Foreign:
     pass
 
@@ -41,22 +44,47 @@ def test_anything_else_is_refused(tmp_path):
         torch.load(tmp_path / 'foreign.pth')
 
 
-class ReadsAnAttribute:
-    def __init__(self, owner, name):
-        self.arguments = owner, name
+class Calls:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
 
     def __reduce__(self):
-        return getattr, self.arguments
+        return self.call
+
+
+@weights_only_is_default
+def test_what_was_loaded_can_be_saved_and_loaded_again(tmp_path):
+    """As a resumed run does it."""
+    history = HistoryBuffer()
+    for _ in range(2):
+        history.update(1.5)
+        torch.save(dict(history=history), tmp_path / 'hub.pth')
+        history = torch.load(tmp_path / 'hub.pth')['history']
+    assert history.mean() == 1.5
+    assert len(history.data[0]) == 2
 
 
 @weights_only_is_default
 @pytest.mark.parametrize(
-    'owner, name', [(HistoryBuffer, '__init__'), (HistoryBuffer, 'register_statistics'), (np.ndarray, 'tofile')]
+    'call, message',
+    [
+        (Calls(getattr, HistoryBuffer, '__init__'), 'refused to read .*__init__'),
+        (Calls(getattr, HistoryBuffer, 'register_statistics'), 'refused to read .*register_statistics'),
+        (Calls(getattr, np.ndarray, 'tofile'), 'refused to read .*tofile'),
+        # Bytes taken for the address of an object.
+        (Calls(np.ndarray, (1,), 'O', b'12345678'), 'refused to call numpy.ndarray'),
+        (Calls(np.dtype, 'O'), r"refused to make numpy.dtype\('O'\)"),
+        (Calls(np.dtype, 'V8'), 'refused to make numpy.dtype'),
+        (Calls(RECONSTRUCT, HistoryBuffer, (0,), b'b'), 'refused to reconstruct .*HistoryBuffer'),
+        (Calls(RECONSTRUCT, np.ndarray, (10**12,), b'b'), 'refused to reconstruct'),
+    ],
 )
-def test_getattr_is_confined(tmp_path, owner, name):
-    torch.save(dict(extra=ReadsAnAttribute(owner, name)), tmp_path / 'attribute.pth')
-    with pytest.raises((pickle.UnpicklingError, ValueError), match=f'refused to read .*{name}'):
-        torch.load(tmp_path / 'attribute.pth')
+def test_what_is_allowed_makes_numbers_only(tmp_path, call, message):
+    torch.save(dict(extra=call), tmp_path / 'call.pth')
+    with pytest.raises((pickle.UnpicklingError, ValueError), match=message):
+        torch.load(tmp_path / 'call.pth')
 
 
 def test_the_stand_in_answers_for_statistics_only():

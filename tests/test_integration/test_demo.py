@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 pytest.importorskip('skimage', reason='the demo draws on the photographs of scikit-image')
 pytest.importorskip('mmdet', reason='the demo trains with mmdet')
@@ -17,8 +15,7 @@ from pycocotools.coco import COCO
 
 
 def make(root, *arguments):
-    script = ROOT / 'tools' / 'demo' / 'make_dataset.py'
-    return subprocess.run([sys.executable, script, root, *arguments], check=True, capture_output=True, text=True).stdout
+    return run_script(ROOT / 'tools' / 'demo' / 'make_dataset.py', root, *arguments, cwd=ROOT)
 
 
 def test_the_same_each_time_and_not_made_twice(demo_data, tmp_path):
@@ -62,12 +59,11 @@ def test_an_untrained_network_scores_near_zero(tmp_path):
     init_default_scope('mmdet')
     torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), tmp_path / 'untrained.pth')
     root = f'{tmp_path}/demo/'
-    command = [
-        sys.executable, ROOT / 'tools' / 'test.py', config, tmp_path / 'untrained.pth', '--work-dir', tmp_path / 'work',
+    run_script(
+        ROOT / 'tools' / 'test.py', config, 'untrained.pth', '--work-dir', 'work',
         '--cfg-options', f'test_dataloader.dataset.data_root={root}',
-        f'test_evaluator.ann_file={root}annotations/instances_val2017.json',
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+        f'test_evaluator.ann_file={root}annotations/instances_val2017.json', cwd=tmp_path,
+    )  # fmt: skip
     (file,) = (tmp_path / 'work').glob('*/[0-9]*.json')
     metrics = json.loads(file.read_text())
     assert 0 <= metrics['coco/bbox_mAP_50'] < 0.05

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SHARED
+from conftest import run_script as run
 
 mmdet = pytest.importorskip('mmdet', reason="these are mmdet's scripts")
 
@@ -67,15 +68,6 @@ def write_config(folder: Path, data_root: Path, metainfo: dict | None = None) ->
         )
     )
     return config
-
-
-def run(script: Path, *arguments: object, cwd: Path, succeeds: bool = True) -> str:
-    command = [sys.executable, '-W', 'ignore', script, *map(str, arguments)]
-    env = {**os.environ, 'CUDA_VISIBLE_DEVICES': os.environ.get('CUDA_VISIBLE_DEVICES', '')}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-    output = done.stdout + done.stderr
-    assert (done.returncode == 0) == succeeds, output[-4000:]
-    return output
 
 
 def losses(output: str) -> list[float]:

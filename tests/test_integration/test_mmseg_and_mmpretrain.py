@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from conftest import run_script as run
 from mmengine.registry.utils import init_default_scope
 
 TRAIN, TEST = ROOT / 'tools' / 'train.py', ROOT / 'tools' / 'test.py'
@@ -58,13 +56,6 @@ optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3))
 default_hooks = dict(logger=dict(type='LoggerHook', interval=1), visualization=dict(type='VisualizationHook'))
 visualizer = dict(type='UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
 """
-
-
-def run(*arguments, cwd):
-    command = [sys.executable, '-W', 'ignore', *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return done.stdout + done.stderr
 
 
 def test_upernet(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,26 +114,73 @@ def test_released_folded_file(parity, tmp_path):
     assert torch.equal(backbone.blocks1[0].proj[1].lk_origin.bias, weights['blocks1.0.proj.1.lk_origin.bias'])
 
 
-def test_head_takes_its_part(tmp_path, log):
+@pytest.mark.parametrize('prefix', ['', 'head.'], ids=['released', 'mmpretrain'])
+@pytest.mark.parametrize('with_aux_head', [True, False])
+def test_head_takes_its_part(tmp_path, prefix, with_aux_head):
     pytest.importorskip('mmpretrain', reason="the head is mmpretrain's")
     from overlock_mm.models import OverLoCKHead
 
-    settings = dict(num_classes=7, in_channels=10, overview_channels=8)
-    source = OverLoCKHead(**settings)
-    weights = {**source.state_dict(), 'patch_embed1.0.weight': torch.zeros(3)}
-    torch.save(weights, tmp_path / 'classifier.pth')
+    settings = dict(num_classes=7, in_channels=10)
+    source = OverLoCKHead(**settings, overview_channels=8).state_dict()
+    weights = {f'{prefix}{name}': tensor for name, tensor in source.items()}
+    torch.save({**weights, 'backbone.patch_embed1.0.weight': torch.zeros(3)}, tmp_path / 'classifier.pth')
+    settings['overview_channels'] = 8 if with_aux_head else None
     head = OverLoCKHead(**settings, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'classifier.pth')))
     head.init_weights()
-    assert all(torch.equal(value, weights[name]) for name, value in head.state_dict().items())
+    assert any(name.startswith('aux_head') for name in head.state_dict()) == with_aux_head
+    assert all(torch.equal(value, source[name]) for name, value in head.state_dict().items())
 
 
 def test_another_variant(small_arch, classifier, tmp_path):
     torch.save(classifier, tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match=r'other.pth is of another variant, with channels \(8, 12, 24, 40\), depths .*256'):
+    with pytest.raises(ValueError, match=r'is of another variant, with channels \(8, 12, 24, 40\), depths .*256'):
         build('xt', tmp_path / 'other.pth')
     deeper = {**small_arch, 'sub_depths': (3, 2)}
     with pytest.raises(ValueError, match=r'depths \(1, 1, 1, 1, 2, 2\); OverLoCK has .*\(1, 1, 1, 1, 3, 2\)'):
         build(deeper, tmp_path / 'other.pth')
+
+
+def test_another_variant_is_refused_by_lenient_loaders_too(small_arch, tmp_path):
+    """tools/test.py and load_from go through mmengine's loader, which only logs what does not fit."""
+    from mmengine.runner import load_checkpoint
+
+    weights = {f'backbone.{name}': tensor for name, tensor in OverLoCK(small_arch).state_dict().items()}
+    torch.save(dict(state_dict=weights), tmp_path / 'detector.pth')
+    detector = torch.nn.Module()
+    detector.backbone = OverLoCK({**small_arch, 'depths': (1, 1, 2, 1)})
+    with pytest.raises(ValueError, match='is of another variant'):
+        load_checkpoint(detector, str(tmp_path / 'detector.pth'))
+
+
+def test_init_cfg_list(small_arch, classifier, tmp_path, log):
+    torch.save(classifier, tmp_path / 'classifier.pth')
+    pretrained = dict(type='Pretrained', checkpoint=str(tmp_path / 'classifier.pth'))
+    init_cfg = [dict(type='Constant', layer='Conv2d', val=3.0), pretrained]
+    backbone = OverLoCK(small_arch, out_type='pyramid_with_overview', init_cfg=init_cfg)
+    backbone.init_weights()
+    assert torch.equal(backbone.patch_embed1[0].weight, classifier['patch_embed1.0.weight'])
+    assert (backbone.h_proj[0].weight == 3).all()
+    assert backbone.init_cfg == init_cfg
+
+
+def test_a_download_that_fails_says_what_to_do(small_arch, tmp_path, monkeypatch):
+    def no_network(url, file):
+        raise OSError('no route')
+
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', no_network)
+    with pytest.raises(OSError, match=r'overlock_t.pth could not be downloaded \(no route\); .* into .*checkpoints'):
+        build(small_arch, 'https://host.invalid/v1/overlock_t.pth')
+
+
+def test_what_was_downloaded_is_loaded_as_weights_only(small_arch, classifier, tmp_path, monkeypatch):
+    content = [classifier, dict(state_dict=classifier, config=Path('foreign'))]
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, file: torch.save(content.pop(0), file))
+    backbone = build(small_arch, 'https://host.invalid/v1/good.pth')
+    assert torch.equal(backbone.patch_embed1[0].weight, classifier['patch_embed1.0.weight'])
+    with pytest.raises(pickle.UnpicklingError):
+        build(small_arch, 'https://host.invalid/v1/foreign.pth')
 
 
 def test_other_input_channels_name_the_weight(small_arch, classifier, tmp_path):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import autocast_dtypes, relative_error
+from conftest import autocast_dtypes, devices, relative_error
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from overlock_mm.models import OverLoCK
@@ -76,16 +76,22 @@ def test_out_indices_choose_and_order(small_arch):
 
 
 @pytest.mark.parametrize('out_type', ('features', *PYRAMIDS))
-@pytest.mark.parametrize('out_indices', [None, (1, 2, 3), (3,)], ids=str)
-def test_every_parameter_receives_a_gradient(small_arch, out_type, out_indices):
-    """DistributedDataParallel needs it. The zero-initialised GRNs are moved off zero first."""
+@pytest.mark.parametrize('out_indices', [None, (1, 2, 3), (3,), (0, 1, 2), (0, 1), (0,), (4,)], ids=str)
+def test_every_trainable_parameter_receives_a_gradient(small_arch, out_type, out_indices):
+    """DistributedDataParallel needs it: stages that no output needs are not trainable."""
+    if out_indices == (4,) and out_type != 'features':
+        pytest.skip('the overview is an output of plain features only')
     backbone = OverLoCK(small_arch, out_type=out_type, out_indices=out_indices)
     for parameter in backbone.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
+        parameter.data += 0.1 * torch.randn_like(parameter)  # GRNs start at zero, and block gradients there
     outputs = backbone(torch.randn(2, 3, 80, 96))
     sum((out * torch.randn_like(out)).sum() for out in outputs).backward()
-    without = [name for name, p in backbone.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert without == []
+    trained = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+    assert [name for name, p in trained.items() if p.grad is None] == []
+    # A bias in front of a batch norm has a zero gradient; a weight has not.
+    assert [name for name, p in trained.items() if p.ndim > 1 and not p.grad.abs().sum() > 0] == []
+    assert ('sub_blocks4.0.rpb2' in trained) == (out_indices is None or 3 in out_indices)
+    assert 'blocks1.0.dwconv.weight' in trained
 
 
 @torch.no_grad()
@@ -137,22 +143,52 @@ def test_recomputing_saves_memory(small_arch):
     assert saved(True) < saved(['blocks1']) < saved(False)
 
 
+PARTS = (
+    ('patch_embed1',),
+    ('blocks1',),
+    ('patch_embed2', 'blocks2', 'extra_norm.1'),
+    ('patch_embed3', 'blocks3'),
+    ('patch_embed4', 'blocks4'),
+    ('high_level_proj', 'sub_blocks3'),
+    ('patch_embedx', 'sub_blocks4'),
+)
+
+
 @pytest.mark.parametrize('frozen', range(-1, 7))
 def test_frozen_stages(small_arch, frozen):
-    backbone = OverLoCK(small_arch, out_type='pyramid', frozen_stages=frozen).train()
-    for number, stage in enumerate(('patch_embed1', *STAGES)):
-        module = getattr(backbone, stage)
-        is_frozen = number <= frozen
-        assert all(p.requires_grad != is_frozen for p in module.parameters())
-        assert all(m.training != is_frozen for m in module.modules() if isinstance(m, _BatchNorm))
-    if frozen < 6:
-        before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
-        outputs = backbone(torch.randn(2, 3, 64, 64))
-        sum(out.sum() for out in outputs).backward()
-        frozen_names = ('patch_embed1', *STAGES)[: frozen + 1]
-        for name, buffer in backbone.named_buffers():
-            if name.split('.')[0] in frozen_names:
-                assert torch.equal(buffer, before[name])
+    backbone = OverLoCK(small_arch, out_type='pyramid', frozen_stages=frozen)
+    backbone.eval()
+    backbone.train()
+    frozen_names = tuple(f'{name}.' for part in PARTS[: frozen + 1] for name in part)
+    others = tuple(f'{name}.' for part in PARTS[frozen + 1 :] for name in part) + ('extra_norm.',)
+    for name, parameter in backbone.named_parameters():
+        assert name.startswith(frozen_names + others)
+        assert parameter.requires_grad != name.startswith(frozen_names), name
+    before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+    outputs = backbone(torch.randn(2, 3, 64, 64))
+    sum(out.sum() for out in outputs).backward()
+    for name, buffer in backbone.named_buffers():
+        if name.endswith('num_batches_tracked'):
+            assert torch.equal(buffer, before[name]) == name.startswith(frozen_names), name
+
+
+@torch.no_grad()
+def test_synchronised_batch_norms(small_arch):
+    """Every shipped config asks for them; the Runner converts the model after it was built and frozen."""
+    from mmengine.model import convert_sync_batchnorm
+
+    backbone = OverLoCK(small_arch, out_type='pyramid', frozen_stages=1).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected, names = backbone(x), list(backbone.state_dict())
+    backbone = convert_sync_batchnorm(backbone, 'torch')
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in backbone.modules())
+    assert list(backbone.state_dict()) == names
+    assert not any(p.requires_grad for p in backbone.blocks1.parameters())
+    backbone.train()
+    assert not any(m.training for m in backbone.blocks1.modules() if isinstance(m, _BatchNorm))
+    backbone.eval().switch_to_deploy()
+    for out, reference in zip(backbone(x), expected):
+        assert relative_error(out, reference) < 1e-5
 
 
 def test_norm_eval(small_arch):
@@ -233,6 +269,43 @@ def test_compiles_into_one_graph(small_arch):
         x = torch.randn(1, 3, *size)
         for out, reference in zip(compiled(x), backbone(x)):
             assert relative_error(out, reference) < 1e-5
+
+
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_training_compiles(small_arch, with_cp):
+    """With and without recomputation; the running statistics are updated once."""
+    x = torch.randn(2, 3, 64, 64)
+    results = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        backbone = OverLoCK(small_arch, with_cp=with_cp)
+        run = torch.compile(backbone, backend='aot_eager') if compiles else backbone
+        run(x)[0].square().mean().backward()
+        results.append(({name: p.grad for name, p in backbone.named_parameters()}, dict(backbone.named_buffers())))
+    (gradients, buffers), (compiled_gradients, compiled_buffers) = results
+    weights = [name for name in gradients if gradients[name].ndim > 1 and gradients[name].abs().sum() > 0]
+    assert len(weights) > 100
+    for name in weights:
+        assert relative_error(compiled_gradients[name], gradients[name]) < 1e-3, name
+    for name in buffers:
+        assert torch.allclose(compiled_buffers[name], buffers[name], rtol=1e-4, atol=1e-6), name
+
+
+@devices
+def test_device(small_arch, device):
+    """Building, folding and running keep to the device."""
+    backbone = OverLoCK(small_arch, out_type='pyramid_with_overview').to(device).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = [out.cpu() for out in backbone(x.to(device))]
+    backbone.switch_to_deploy()
+    assert all(value.device.type == device for value in backbone.state_dict().values())
+    for out, reference in zip(backbone(x.to(device)), expected):
+        assert relative_error(out.cpu(), reference) < 1e-4
+
+
+def test_shapes_without_data(small_arch):
+    backbone = OverLoCK(small_arch, out_type='pyramid').to('meta')
+    assert [tuple(out.shape[2:]) for out in backbone(torch.empty(1, 3, 800, 1344, device='meta'))][0] == (200, 336)
 
 
 def test_other_input_channels(small_arch):

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import autocast_dtypes, relative_error
+from conftest import autocast_dtypes, devices, relative_error
 
 from overlock_mm.ops import contmix, contmix_reference
 
@@ -93,6 +93,16 @@ def test_equals_the_oracle(function, settings):
     for name in ('proj_bias', 'rpb_small', 'rpb_large'):
         without = {**arguments, name: None}
         assert relative_error(function(**without), oracle(**without)) < 1e-14
+
+
+@devices
+@IMPLEMENTATIONS
+def test_devices(function, device):
+    arguments = make_arguments(device=device, dtype=torch.float32)
+    out = function(**arguments)
+    assert out.device.type == device
+    on_cpu = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    assert relative_error(out.cpu(), oracle(**on_cpu)) < 1e-5
 
 
 @IMPLEMENTATIONS

@@ -75,3 +75,17 @@ def test_the_head_says_that_it_needs_mmpretrain():
 def test_mmcv_is_asked_for_on_import():
     done = run_without(['mmcv'], 'import overlock_mm')
     assert 'ImportError: overlock_mm needs mmcv, which is not installed: pip install "mmcv>=2.0.0,<2.2.0"' in done.stderr
+
+
+def test_the_scripts_say_which_framework_a_config_needs():
+    from conftest import ROOT
+
+    code = (
+        'import argparse\n'
+        f'sys.path.insert(0, {str(ROOT / "tools")!r})\n'
+        'import launch\n'
+        f'config = {str(ROOT / "configs/mmdet/mask-rcnn_overlock-t_fpn_1x_coco.py")!r}\n'
+        'launch.load_config(argparse.Namespace(config=config, launcher="none", cfg_options=None, work_dir=None, local_rank=0))'
+    )
+    done = run_without(['mmdet'], code)
+    assert 'needs mmdet, which is not installed: pip install "mmdet>=3.0.0,<3.4.0"' in done.stderr

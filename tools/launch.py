@@ -10,7 +10,8 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-import overlock_mm  # noqa: F401  (it lets torch read mmengine's checkpoints)
+# Importing overlock_mm also lets torch read mmengine's checkpoints.
+from overlock_mm.versions import SUPPORTED, require
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def load_config(args: argparse.Namespace) -> Config:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = Config.fromfile(args.config)
+    try:
+        cfg = Config.fromfile(args.config)
+    except ImportError as error:
+        # A base such as 'mmdet::...' of a framework that is not installed: say which, and which version.
+        for module in ('mmdet', 'mmseg', 'mmpretrain'):
+            if module in str(error):
+                require(module, args.config)
+        raise
+    if cfg.get('default_scope') in SUPPORTED:
+        require(cfg.default_scope, args.config)
     cfg.launcher = args.launcher
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)

@@ -85,7 +85,8 @@ def test_the_scripts_say_which_framework_a_config_needs():
         f'sys.path.insert(0, {str(ROOT / "tools")!r})\n'
         'import launch\n'
         f'config = {str(ROOT / "configs/mmdet/mask-rcnn_overlock-t_fpn_1x_coco.py")!r}\n'
-        'launch.load_config(argparse.Namespace(config=config, launcher="none", cfg_options=None, work_dir=None, local_rank=0))'
+        'options = dict(config=config, launcher="none", cfg_options=None, work_dir=None, local_rank=0)\n'
+        'launch.load_config(argparse.Namespace(**options))'
     )
     done = run_without(['mmdet'], code)
     assert 'needs mmdet, which is not installed: pip install "mmdet>=3.0.0,<3.4.0"' in done.stderr

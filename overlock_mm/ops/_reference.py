@@ -40,7 +40,7 @@ def aggregate(value: Tensor, kernels: Tensor) -> Tensor:
 
     Along a line of the map, one row of all its kernels is a W x W matrix with a band of k numbers a row, which multiplies
     the line of values: k matrix products in all. An unfolded map would take k*k times the memory of the map, and a sum
-    shifted slot by slot k*k passes over it.
+    shifted slot by slot k*k passes over it. The bands, k * G * H * W * W numbers an image, are kept for the backward.
 
     Args:
         value: (B, G, c, H, W).

@@ -218,13 +218,15 @@ class OverLoCK(TakesReleasedCheckpoints):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images (B, in_channels, H, W), of any size from 1 x 1, to a tuple of maps, in the order of ``out_indices``.
 
-        A map at stride s has ceil(H / s) x ceil(W / s) positions.
+        A map at stride s has ceil(H / s) x ceil(W / s) positions. Outputs are contiguous, or channels_last if the input is.
 
         Raises:
             TypeError: the input is no floating-point tensor.
             ValueError: the input has another rank or number of channels, or is empty.
         """
         self._check_input(x)
+        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
         features = {}
 
         x = features[0] = self._run('blocks1', self.patch_embed1(x))
@@ -244,7 +246,9 @@ class OverLoCK(TakesReleasedCheckpoints):
             features[2] = torch.cat([x, h], dim=1)
         if self._depth > 3:
             features[3] = self._run_dynamic('sub_blocks4', *self.patch_embedx(x, h), prior)
-        return tuple(self._output(i, features) for i in self.out_indices)
+        # Layer norms and convolutions change strides as it suits them. mmcv's operators (RoIAlign first) read the memory as
+        # if it were contiguous, whatever the strides say: what comes out is laid out as the input was.
+        return tuple(self._output(i, features).contiguous(memory_format=memory_format) for i in self.out_indices)
 
     def _run(self, stage: str, x: Tensor) -> Tensor:
         for block in getattr(self, stage):

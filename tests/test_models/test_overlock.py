@@ -234,6 +234,29 @@ def test_memory_layouts(small_arch):
         assert relative_error(out, reference) < 1e-5
 
 
+@pytest.mark.parametrize('out_type', ('features', *PYRAMIDS))
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@torch.no_grad()
+def test_outputs_are_laid_out_as_the_input(small_arch, out_type, memory_format):
+    backbone = OverLoCK(small_arch, out_type=out_type, out_indices=(0, 1, 2, 3)).eval()
+    for out in backbone(torch.randn(2, 3, 64, 96).contiguous(memory_format=memory_format)):
+        assert out.is_contiguous(memory_format=memory_format)
+
+
+@torch.no_grad()
+def test_regions_of_an_fpn_see_their_values(small_arch):
+    """mmcv's RoIAlign reads memory, not strides: the features it sees must be those that a copy of them holds."""
+    mmdet_models = pytest.importorskip('mmdet.models', reason="the neck is mmdet's")
+    roi_align = pytest.importorskip('mmcv.ops', reason='mmcv was built without operators').roi_align
+    backbone = OverLoCK(small_arch, out_type='pyramid_with_overview').eval()
+    neck = mmdet_models.FPN(list(backbone.out_channels), 16, num_outs=5)
+    rois = torch.tensor([[0, 3.0, 5.0, 40.0, 44.0], [1, 20.0, 10.0, 60.0, 30.0]])
+    for level, feature in enumerate(neck(backbone(torch.randn(2, 3, 64, 64)))[:4]):
+        scale = 1 / 4 / 2**level
+        expected = roi_align(feature.clone(memory_format=torch.contiguous_format), rois, (7, 7), scale, 0, 'avg', True)
+        assert torch.equal(roi_align(feature, rois, (7, 7), scale, 0, 'avg', True), expected)
+
+
 @autocast_dtypes
 def test_autocast(small_arch, dtype):
     tolerance = {torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]

@@ -1,6 +1,6 @@
-# The demo (make demo): the XT config as it is, but for the data, their classes, the image size, the schedule, and the numbers
-# of proposals and samples, which fit small pictures and minutes on two CPU cores. It starts from nothing: no pre-trained
-# weights. The learning rate is the recipe's.
+# The demo (make demo): the XT config as it is, but for the data, their classes, the image size, the schedule, and the
+# numbers of proposals and samples, which fit small pictures and minutes on two CPU cores. It starts from nothing: no
+# pre-trained weights. The optimiser and its learning rate are the recipe's.
 _base_ = './mask-rcnn_overlock-xt_fpn_1x_coco.py'
 
 data_root = 'data/demo/'

@@ -120,8 +120,8 @@ def test_the_demo_changes_only_what_it_says():
     allowed = (
         'model.backbone.init_cfg', 'model.roi_head.bbox_head.num_classes', 'model.roi_head.mask_head.num_classes',
         'model.train_cfg.rpn.sampler.num', 'model.train_cfg.rpn_proposal.', 'model.train_cfg.rcnn.sampler.num',
-        'model.test_cfg.rpn.', 'model.test_cfg.rcnn.max_per_img', 'optim_wrapper.optimizer.lr',
-        'optim_wrapper.paramwise_cfg.custom_keys.', 'max_epochs', 'num_classes',
+        'model.test_cfg.rpn.', 'model.test_cfg.rcnn.max_per_img',
+        'max_epochs', 'num_classes',
         'train_cfg.', 'param_scheduler', 'default_hooks.logger.', 'default_hooks.checkpoint.', 'randomness', 'data_root',
         'metainfo', 'image_size', 'train_pipeline', 'test_pipeline', 'train_dataloader.', 'val_dataloader.',
         'test_dataloader.', 'val_evaluator.ann_file', 'test_evaluator.ann_file',

@@ -42,6 +42,8 @@ def draw_predictions(args: argparse.Namespace, cfg: Config) -> None:
     elif scope == 'mmseg' and args.show_dir:
         cfg.visualizer.save_dir = args.show_dir
     hook.update(show=args.show, wait_time=args.wait_time)
+    if scope != 'mmdet':
+        hook.interval = 1  # every picture, as mmdet does, not every so many
 
 
 def augment(cfg: Config) -> None:

@@ -27,7 +27,8 @@ metainfo = {metainfo!r}
 model = dict(
     backbone=dict(
         arch=dict(
-            channels=(8, 16, 24, 32), depths=(1, 1, 1, 1), sub_depths=(1, 1), num_groups=(2, 2), kernel_sizes=(7, 7, 7, 5)),
+            _delete_=True, channels=(8, 16, 24, 32), depths=(1, 1, 1, 1), sub_depths=(1, 1), num_groups=(2, 2),
+            kernel_sizes=(7, 7, 7, 5)),
         drop_path_rate=0.1,
         init_cfg=None,
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mmengine.registry.utils import init_default_scope
 
 pytest.importorskip('mmpretrain', reason="the head is mmpretrain's")
 
@@ -14,6 +15,7 @@ from overlock_mm.models import OverLoCK, OverLoCKHead
 
 
 def build(arch, out_indices=(4, 3), **head):
+    init_default_scope('mmpretrain')
     channels = OverLoCK(arch, out_indices=out_indices).out_channels
     return ImageClassifier(
         backbone=dict(type='overlock_mm.OverLoCK', arch=arch, out_indices=out_indices),

@@ -179,8 +179,7 @@ def _strip_prefix(
         prefix = max(prefixes, key=lambda prefix: sum(f'{prefix}{name}' in state_dict for name in own))
     elif prefix:
         prefix = f'{prefix.rstrip(".")}.'
-    stripped = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-    return stripped or state_dict
+    return {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
 
 
 def _is_of_another_model(name: str, own: Mapping[str, Tensor]) -> bool:

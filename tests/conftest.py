@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gzip
 import importlib.util
 import json
@@ -74,6 +76,27 @@ def run_script(*arguments: object, cwd: Path, succeeds: bool = True, **variables
     output = done.stdout + done.stderr
     assert (done.returncode == 0) == succeeds, output[-4000:]
     return output
+
+
+@contextlib.contextmanager
+def names_with_gradient(model: torch.nn.Module):
+    """The set of the names of the parameters to which a backward inside gives a gradient other than 0.
+
+    mmengine's optimisers clear gradients at the end of a step.
+    """
+    names = set()
+
+    def record(name: str, gradient: torch.Tensor) -> None:
+        if gradient.any():
+            names.add(name)
+
+    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hooks = [parameter.register_hook(functools.partial(record, name)) for name, parameter in parameters]
+    try:
+        yield names
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def relative_error(got: torch.Tensor, expected) -> float:

@@ -1,9 +1,10 @@
-"""The OverLoCK network."""
+"""The OverLoCK network, and its ContMix as a block for others."""
 
 from ..registry import MODELS
+from .contmix_block import ContMixBlock
 from .overlock import OverLoCK
 
-__all__ = ['OverLoCK', 'OverLoCKHead']
+__all__ = ['ContMixBlock', 'OverLoCK', 'OverLoCKHead']
 
 
 def __getattr__(name: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -147,7 +148,7 @@ class DynamicBlock(nn.Module):
         y = self.dwconv1(torch.cat([x, h], dim=1))
         normed = self.norm1(y)
         fused = self.fusion(normed)
-        mixed = self._mix(fused, normed)
+        mixed = mix_at_fitting_size(self._mix, self.kernel_size, fused, normed)
         mixed = self.dyconv_proj(mixed) + self.lepe(fused)
         mixed = self.se_layer(mixed) * self.gate(fused)
         y = self.ls1(y) + self.drop_path(self.proj(mixed))
@@ -160,13 +161,8 @@ class DynamicBlock(nn.Module):
 
     def _mix(self, fused: Tensor, normed: Tensor) -> Tensor:
         """Context mixing of ``fused`` (B, C, H, W) by kernels made from ``normed`` (B, C + Ch, H, W)."""
-        size = fused.shape[2:]
-        if min(size) < self.kernel_size:
-            enlarged = _size_that_holds(self.kernel_size, *size)
-            fused = F.interpolate(fused, enlarged, mode='bilinear', align_corners=False)
-            normed = F.interpolate(normed, enlarged, mode='bilinear', align_corners=False)
         x, h = normed.split([self.channels, self.context_channels], dim=1)
-        mixed = contmix(
+        return contmix(
             fused,
             self.weight_query(x) * self.query_scale,
             self.weight_key(h),
@@ -178,9 +174,25 @@ class DynamicBlock(nn.Module):
             small_kernel_size=self.small_kernel_size,
             large_kernel_size=self.kernel_size,
         )
-        if mixed.shape[2:] != size:
-            mixed = F.adaptive_avg_pool2d(mixed, size)
-        return mixed
+
+
+def mix_at_fitting_size(mix: Callable[..., Tensor], kernel_size: int, *maps: Tensor) -> Tensor:
+    """Run ContMix on maps of any size: those that cannot hold its kernel are enlarged, and the result is averaged back.
+
+    Args:
+        mix: takes ``maps``, all of one size, and gives a map of that size.
+        kernel_size: of the large kernel.
+        maps: each (B, *, H, W).
+
+    Returns:
+        What ``mix`` gives, (B, *, H, W).
+    """
+    size = maps[0].shape[2:]
+    if min(size) >= kernel_size:
+        return mix(*maps)
+    enlarged = _size_that_holds(kernel_size, *size)
+    mixed = mix(*(F.interpolate(each, enlarged, mode='bilinear', align_corners=False) for each in maps))
+    return F.adaptive_avg_pool2d(mixed, size)
 
 
 def _size_that_holds(kernel_size: int, height: int, width: int) -> tuple[int, int]:

@@ -1,18 +1,25 @@
-"""The Mask R-CNN configs are the released recipe: models, optimisers, schedules and pipelines, not only that they build."""
+"""The Mask R-CNN configs are the released recipe: models, optimisers, schedules and pipelines, not only that they build.
+
+And the ContMix plugin's example is mmdet's own recipe, and trains.
+"""
 
 from __future__ import annotations
 
 import pytest
+import torch
+from conftest import names_with_gradient
 
 pytest.importorskip('mmdet', reason='these configs are for mmdet')
 
-from mmdet.registry import MODELS
+from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS
 from mmengine.registry.utils import init_default_scope
 
 import overlock_mm
+from overlock_mm.models import ContMixBlock
 
 DROP_PATH = {'xt': 0.1, 't': 0.2, 's': 0.4, 'b': 0.6}
 CHANNELS = {
@@ -96,8 +103,6 @@ def test_schedule(arch):
 
 def learning_rates(cfg: Config, iterations_per_epoch: int) -> list[float]:
     """The learning rate at every iteration of the schedule."""
-    import torch
-
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=cfg.optim_wrapper.optimizer.lr)
     schedulers = [PARAM_SCHEDULERS.build({**scheduler, 'optimizer': optimizer}) for scheduler in cfg.param_scheduler]
     rates = []
@@ -128,6 +133,44 @@ def test_the_demo_changes_only_what_it_says():
     )  # fmt: skip
     different = {key for key, _ in flat(demo.to_dict()) ^ flat(full.to_dict())}
     assert [key for key in sorted(different) if not key.startswith(allowed)] == []
+
+
+def test_the_contmix_example_is_mmdets_config_with_the_plugin(tmp_path):
+    (tmp_path / 'stock.py').write_text("_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'")
+    ours, stock = load('mask-rcnn_r50-contmix_fpn_1x_coco'), Config.fromfile(tmp_path / 'stock.py')
+    different = {key for key, _ in flat(ours.to_dict()) ^ flat(stock.to_dict())}
+    assert different == {'model.backbone.plugins'}
+    backbone = MODELS.build({**ours.model.backbone, 'init_cfg': None})
+    names = [name for name, module in backbone.named_modules() if type(module) is ContMixBlock]
+    blocks = ((2, 4), (3, 6), (4, 3))  # stages by mmdet's names of their layers, and their bottlenecks
+    assert names == [f'layer{stage}.{i}.contmix_block' for stage, number in blocks for i in range(number)]
+    assert backbone.layer2[0].contmix_block.in_channels == 128
+    assert backbone.layer4[0].contmix_block.kernel_size == 7
+
+
+def test_the_contmix_example_trains(demo_data):
+    """Two steps of the config's detector and optimiser on the demo's pictures; the first moves a block's scale only."""
+    cfg = load('mask-rcnn_r50-contmix_fpn_1x_coco')
+    # As a pre-trained ResNet: residual branches at zero would keep gradients from the blocks at first.
+    cfg.model.backbone.update(init_cfg=None, zero_init_residual=False)
+    demo = load('mask-rcnn_overlock-xt_fpn_demo')
+    dataset = DATASETS.build(
+        {**demo.train_dataloader.dataset, 'data_root': f'{demo_data}/', 'filter_cfg': None, 'pipeline': demo.train_pipeline}
+    )
+    batch = pseudo_collate([dataset[0], dataset[1]])
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    model.train()
+    optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    blocks = {name: module for name, module in model.named_modules() if type(module) is ContMixBlock}
+    assert len(blocks) == 13
+    names = {f'{block}.{name}' for block, module in blocks.items() for name, _ in module.named_parameters()}
+    for expected in ({name for name in names if '.layer_scale.' in name}, names):
+        with names_with_gradient(model) as found:
+            logs = model.train_step(batch, optim_wrapper)
+        assert {'loss_rpn_cls', 'loss_cls', 'loss_bbox', 'loss_mask'} <= set(logs)
+        assert torch.isfinite(logs['loss'])
+        assert found & names == expected
 
 
 def flat(value, prefix=''):

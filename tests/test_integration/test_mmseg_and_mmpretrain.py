@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, names_with_gradient
 from conftest import run_script as run
 from mmengine.registry.utils import init_default_scope
 
@@ -75,6 +75,46 @@ def test_upernet(tmp_path):
     (losses['decode.loss_ce'] + losses['aux.loss_ce']).backward()
     # GRN starts as the identity: what is inside the norm of its scale has a zero gradient, never none.
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_contmix_in_a_resnet_of_mmseg():
+    """The plugin in a dilated ResNet, with an auxiliary head: two steps, the first of which moves a block's scale only."""
+    pytest.importorskip('mmseg', reason="this is mmsegmentation's model")
+    from mmengine.hub import get_config
+    from mmengine.optim import build_optim_wrapper
+    from mmengine.structures import PixelData
+    from mmseg.registry import MODELS
+    from mmseg.structures import SegDataSample
+
+    init_default_scope('mmseg')
+    cfg = get_config('mmseg::_base_/models/fcn_r50-d8.py')
+    bn = dict(type='BN')  # the SyncBN of the config needs a GPU
+    plugin = dict(cfg=dict(type='overlock_mm.ContMixBlock'), stages=(False, False, True, True), position='after_conv2')
+    cfg.merge_from_dict(
+        dict(
+            model=dict(
+                pretrained=None,
+                data_preprocessor=dict(size=(64, 64)),
+                # As a pre-trained ResNet: residual branches at zero would keep gradients from the blocks at first.
+                backbone=dict(base_channels=16, norm_cfg=bn, zero_init_residual=False, plugins=[plugin]),
+                decode_head=dict(in_channels=512, channels=16, norm_cfg=bn),
+                auxiliary_head=dict(in_channels=256, channels=16, norm_cfg=bn),
+            )
+        )
+    )
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    model.train()
+    optim_wrapper = build_optim_wrapper(model, dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9)))
+    names = {name for name, _ in model.named_parameters() if '.contmix_block.' in name}
+    labels = [SegDataSample(gt_sem_seg=PixelData(data=torch.randint(0, 19, (1, 64, 64)))) for _ in range(2)]
+    batch = dict(inputs=[torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8) for _ in labels], data_samples=labels)
+    for expected in ({name for name in names if '.layer_scale.' in name}, names):
+        with names_with_gradient(model) as found:
+            logs = model.train_step(batch, optim_wrapper)
+        assert {'decode.loss_ce', 'aux.loss_ce'} <= set(logs)
+        assert torch.isfinite(logs['loss'])
+        assert found & names == expected != set()
 
 
 def test_our_scripts_train_and_test_a_segmentor(tmp_path):

@@ -1,14 +1,35 @@
-"""Build steps that pyproject.toml cannot say; the metadata is there."""
+"""Build steps that pyproject.toml cannot say: the compiled operator, and configs and tools inside the package.
 
+The operator is compiled against the torch that is installed, always for the CPU, and for CUDA when a CUDA toolkit is found
+that fits this torch. One binary serves every Python version.
+
+Environment variables:
+    OVERLOCK_MM_WITH_OPS=0  leave the operator out: ContMix then runs through its reference in plain PyTorch
+    FORCE_CUDA=1            compile for CUDA or fail (no GPU is needed); FORCE_CUDA=0: do not
+    CUDA_HOME               the CUDA toolkit; without it, the one of the nvcc on PATH
+    TORCH_CUDA_ARCH_LIST    GPU architectures, e.g. "8.0;9.0+PTX"; without it those of the GPUs that are there, or else
+                            all that the toolkit knows of 7.0, 7.5, 8.0, 8.6, 8.9, 9.0, 10.0 and 12.0
+    MAX_JOBS                compilers that run at once
+"""
+
+from __future__ import annotations
+
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Optional
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+SOURCES = Path('overlock_mm/ops/csrc')
 #: Tools that work on a checkout, and would write into it.
 CHECKOUT_ONLY = ('demo', 'install_mmcv.py')
+ARCHITECTURES = ('7.0', '7.5', '8.0', '8.6', '8.9', '9.0', '10.0', '12.0')
 
 
 class BuildWithConfigs(build_py):
@@ -26,4 +47,149 @@ class BuildWithConfigs(build_py):
                 shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns('__pycache__', *CHECKOUT_ONLY))
 
 
-setup(cmdclass={'build_py': BuildWithConfigs})
+class BuildError(SystemExit):
+    """Ends the build with a message, without a traceback."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f'overlock_mm: {message}')
+
+
+def say(message: str) -> None:
+    print(f'overlock_mm: {message}', file=sys.stderr, flush=True)
+
+
+def import_torch():
+    """The torch that the operator will run with.
+
+    pip builds in an environment of its own, where a torch would be another one. The interpreter is the same: without the
+    paths that pip sets, it finds the torch of the environment that is installed into.
+    """
+    try:
+        import torch
+    except ImportError:
+        code = 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])'
+        outside = subprocess.run([sys.executable, '-E', '-s', '-c', code], capture_output=True, text=True)
+        if outside.returncode:
+            raise BuildError(
+                'the compiled operator is built against the installed torch, and there is none. Install torch first, '
+                'then:\n    pip install --no-build-isolation .\n'
+                'or leave the operator out, which is slow:\n    OVERLOCK_MM_WITH_OPS=0 pip install .'
+            ) from None
+        sys.path.append(outside.stdout.strip())
+        import torch
+    return torch
+
+
+def cuda_toolkit() -> Optional[Path]:
+    """The folder of the CUDA toolkit, if there is one."""
+    nvcc = shutil.which('nvcc')
+    for variable in ('CUDA_HOME', 'CUDA_PATH'):
+        if os.environ.get(variable):
+            folder = Path(os.environ[variable])
+            if not (folder / 'bin' / 'nvcc').is_file():
+                raise BuildError(f'{variable} must be the folder of a CUDA toolkit, with bin/nvcc in it, got {folder}')
+            return folder
+    if nvcc is None:
+        return Path('/usr/local/cuda') if Path('/usr/local/cuda/bin/nvcc').is_file() else None
+    # It may be a link, or a script that calls the real one.
+    trial = subprocess.run([nvcc, '--dryrun', '-x', 'cu', os.devnull], capture_output=True, text=True)
+    top = re.search(r'^#\$ TOP=(.+)$', trial.stderr, re.MULTILINE)
+    return Path(top.group(1).strip()).resolve() if top else Path(nvcc).resolve().parents[1]
+
+
+def toolkit_version(toolkit: Path) -> str:
+    out = subprocess.run([toolkit / 'bin' / 'nvcc', '--version'], capture_output=True, text=True, check=True).stdout
+    return re.search(r'release (\d+\.\d+)', out).group(1)
+
+
+def choose_cuda(torch, force: Optional[str]) -> Optional[Path]:
+    """The toolkit to compile for CUDA with, or None for the CPU alone; says why.
+
+    Args:
+        torch: the module.
+        force: FORCE_CUDA: '1' for CUDA or an error, '0' for the CPU alone, None or '' to find out.
+    """
+    if force == '0':
+        say('FORCE_CUDA=0: building for the CPU alone')
+        return None
+
+    problem = None
+    toolkit = cuda_toolkit()
+    version = toolkit_version(toolkit) if toolkit else None
+    if torch.version.cuda is None:
+        problem = f'torch {torch.__version__} is a build without CUDA'
+    elif toolkit is None:
+        problem = f'no CUDA toolkit was found (no CUDA_HOME, no nvcc); torch {torch.__version__} wants {torch.version.cuda}'
+    elif version.split('.')[0] != torch.version.cuda.split('.')[0]:
+        problem = f'the CUDA toolkit in {toolkit} is {version}, but torch {torch.__version__} wants {torch.version.cuda}'
+    if problem is None:
+        say(f'building for the CPU and for CUDA {version} ({toolkit})')
+        return toolkit
+    if force == '1':
+        raise BuildError(f'FORCE_CUDA=1, but {problem}')
+    if torch.cuda.is_available():
+        say('=' * 100)
+        say(f'THERE IS A GPU, BUT {problem}: ContMix will be SLOW on it. Get the toolkit, then build again with')
+        say('    FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .')
+        say('=' * 100)
+    else:
+        say(f'building for the CPU alone: {problem}')
+    return None
+
+
+def default_architectures(toolkit: Path) -> str:
+    """Of the architectures that count, those the toolkit compiles for; the last as PTX too, for GPUs to come."""
+    command = [toolkit / 'bin' / 'nvcc', '--list-gpu-arch']
+    known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    chosen = [name for name in ARCHITECTURES if f'compute_{name.replace(".", "")}' in known]
+    return ';'.join(chosen) + '+PTX'
+
+
+def operator_extension() -> dict:
+    """Keyword arguments of ``setup`` that build overlock_mm.ops._C."""
+    if os.environ.get('OVERLOCK_MM_WITH_OPS') == '0':
+        say('OVERLOCK_MM_WITH_OPS=0: leaving the compiled operator out')
+        return {}
+    if os.name == 'nt':
+        raise BuildError(
+            'the operator needs GCC or Clang (it uses their vector types). OVERLOCK_MM_WITH_OPS=0 leaves it out'
+        )
+    torch = import_torch()
+    toolkit = choose_cuda(torch, os.environ.get('FORCE_CUDA'))
+    if toolkit:
+        os.environ['CUDA_HOME'] = str(toolkit)  # read when cpp_extension is imported
+        if not os.environ.get('TORCH_CUDA_ARCH_LIST') and not torch.cuda.is_available():
+            os.environ['TORCH_CUDA_ARCH_LIST'] = default_architectures(toolkit)
+    from torch.utils import cpp_extension
+
+    sources = [path for part in ('.', 'autograd', 'autocast', 'cpu') for path in (SOURCES / part).glob('*.cpp')]
+    flags = {'cxx': ['-O3', '-g0', '-ffp-contract=fast'], 'nvcc': ['-O3', '-lineinfo']}
+    macros = []
+    if toolkit:
+        sources += [*(SOURCES / 'cuda').glob('*.cpp'), *(SOURCES / 'cuda').glob('*.cu')]
+        architectures = os.environ.get('TORCH_CUDA_ARCH_LIST') or 'those of the GPUs at the build'
+        say(f'GPU architectures: {architectures}')
+        macros += [('OVERLOCK_MM_WITH_CUDA', None), ('OVERLOCK_MM_CUDA_ARCHITECTURES', f'"{architectures}"')]
+    extension = (cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension)(
+        'overlock_mm.ops._C',
+        sorted(map(str, sources)),
+        define_macros=macros,
+        extra_compile_args=flags if toolkit else flags['cxx'],
+        py_limited_api=True,
+    )
+    return dict(
+        ext_modules=[extension],
+        cmdclass=dict(build_ext=cpp_extension.BuildExtension),
+        options=dict(bdist_wheel=dict(py_limited_api='cp39')),
+    )
+
+
+def wants_extension(commands: list[str]) -> bool:
+    """An sdist and the package's metadata need no torch."""
+    return any(not command.startswith('-') and command not in ('sdist', 'egg_info', 'dist_info') for command in commands)
+
+
+if __name__ == '__main__':
+    arguments = operator_extension() if wants_extension(sys.argv[1:]) else {}
+    arguments['cmdclass'] = dict(arguments.get('cmdclass', {}), build_py=BuildWithConfigs)
+    setup(**arguments)

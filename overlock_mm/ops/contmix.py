@@ -1,4 +1,7 @@
-"""The ContMix operator: argument checks and the choice of implementation."""
+"""The ContMix operator: the compiled one where there is one, else the reference.
+
+The compiled operator checks its own arguments (csrc/contmix.cpp); the checks here, for the reference, say the same.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from . import _extension
 from ._reference import contmix_reference
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -58,27 +62,42 @@ def contmix(
         TypeError: an argument is no tensor (or no integer), or the dtypes do not go together.
         ValueError: a shape, a kernel size or a device does not fit; the message names the argument and what it got.
     """
-    arguments = dict(
+    tensors = dict(
         value=value, query=query, key=key, proj_weight=proj_weight,
         proj_bias=proj_bias, rpb_small=rpb_small, rpb_large=rpb_large,
     )  # fmt: skip
     sizes = dict(num_groups=num_groups, small_kernel_size=small_kernel_size, large_kernel_size=large_kernel_size)
-    _check_types(arguments, sizes)
+    _check_types(tensors, sizes)
+    if not _is_exporting() and _extension.compiled_for(value.device):
+        return torch.ops.overlock_mm.contmix(**tensors, **sizes)
+    return _uncompiled(tensors, sizes)
+
+
+def _uncompiled(tensors: dict[str, Optional[Tensor]], sizes: dict[str, int]) -> Tensor:
+    """What the compiled operator does with its arguments, around the reference: autocast, checks, memory format."""
+    value = tensors['value']
     device_type = value.device.type
+    # The meta device, of shapes without data, knows no autocast.
     if device_type != 'meta' and _is_autocast_enabled(device_type):
         for name in ('value', 'query', 'key'):
             # As torch's own autocast: float64 is left alone.
-            if arguments[name].dtype != torch.float64:
-                arguments[name] = arguments[name].to(_autocast_dtype(device_type))
-    _check_dtypes_and_devices(arguments)
-    _check_shapes(**arguments, **sizes)
-
-    # The meta device, of shapes without data, knows no autocast.
+            if tensors[name].dtype != torch.float64:
+                tensors[name] = tensors[name].to(_autocast_dtype(device_type))
+    _check_dtypes_and_devices(tensors)
+    _check_shapes(**tensors, **sizes)
     with contextlib.nullcontext() if device_type == 'meta' else torch.autocast(device_type, enabled=False):
-        out = contmix_reference(**arguments, **sizes)
+        out = contmix_reference(**tensors, **sizes)
     if _is_channels_last(value):
         out = out.contiguous(memory_format=torch.channels_last)
     return out
+
+
+def _is_exporting() -> bool:
+    """Whether a graph is being made for elsewhere, where there may be no compiled operator: ONNX, torch.export, a trace."""
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return True
+    # torch >= 2.7
+    return getattr(torch.compiler, 'is_exporting', bool)()
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -1,0 +1,63 @@
+"""Finds and loads the compiled operator."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+BUILD_COMMAND = 'pip install --no-build-isolation --force-reinstall --no-deps overlock_mm'
+
+
+def _load() -> Optional[str]:
+    """Register the compiled operators with torch; what went wrong, if they are not there."""
+    binaries = sorted(Path(__file__).parent.glob('_C*.so'))
+    if not binaries:
+        return 'overlock_mm was installed without its compiled operator'
+    try:
+        torch.ops.load_library(binaries[0])
+    except (OSError, RuntimeError) as error:
+        return (
+            f'the compiled operator does not load with torch {torch.__version__} (it serves the version of torch that it was '
+            f'built with): {error}'
+        )
+    return None
+
+
+#: Why the compiled operator is missing; None where it is there.
+missing: Optional[str] = _load()
+
+
+@lru_cache(maxsize=None)
+def build_info() -> dict[str, Any]:
+    """What the binary was built for: ``torch``, ``compiler``, ``cpu`` (the instruction set used here), ``cuda`` and
+    ``cuda_architectures``, which are None for a binary of the CPU alone. Empty where there is no binary."""
+    return {} if missing else json.loads(torch.ops.overlock_mm._build_info())
+
+
+def compiled_for(device: torch.device) -> bool:
+    """Whether there is a compiled operator for tensors on ``device``. If not, say so, once for each reason."""
+    if not missing and (device.type in ('cpu', 'meta') or (device.type == 'cuda' and build_info()['cuda'])):
+        return True
+    _announce_fallback(device.type)
+    return False
+
+
+@lru_cache(maxsize=None)
+def _announce_fallback(device_type: str) -> None:
+    reason = missing
+    if not reason and device_type == 'cuda':
+        reason = 'overlock_mm was built without CUDA, but is used on a GPU'
+    elif not reason:
+        reason = f'there is no compiled operator for the device {device_type!r}'
+    command = f'FORCE_CUDA=1 {BUILD_COMMAND}' if device_type == 'cuda' else BUILD_COMMAND
+    warnings.warn(
+        f'{reason}: ContMix runs through its reference in plain PyTorch, several times slower and with many times the memory. '
+        f'To build it, with torch installed (and a CUDA toolkit, for a GPU):\n    {command}',
+        RuntimeWarning,
+        stacklevel=4,
+    )

@@ -1,0 +1,41 @@
+// What was built, and what of it is used here: for `python -m overlock_mm.ops` and bug reports.
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <sstream>
+#include <string>
+
+#include "build_info.h"
+
+#ifdef OVERLOCK_MM_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace overlock_mm {
+namespace {
+
+/// As JSON.
+std::string build_info() {
+  std::ostringstream out;
+  out << "{\"torch\": \"" << TORCH_VERSION << "\", \"compiler\": \""
+#if defined(__VERSION__)
+      << __VERSION__
+#else
+      << "unknown"
+#endif
+      << "\", \"cpu\": \"" << cpu_instruction_set() << "\", \"cuda\": ";
+#ifdef OVERLOCK_MM_WITH_CUDA
+  out << '"' << CUDART_VERSION / 1000 << '.' << CUDART_VERSION % 1000 / 10 << "\", \"cuda_architectures\": \""
+      << OVERLOCK_MM_CUDA_ARCHITECTURES << '"';
+#else
+  out << "null, \"cuda_architectures\": null";
+#endif
+  out << '}';
+  return out.str();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(overlock_mm, CompositeExplicitAutograd, m) { m.impl("_build_info", &build_info); }
+
+}  // namespace overlock_mm

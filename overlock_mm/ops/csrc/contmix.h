@@ -1,0 +1,75 @@
+// What a ContMix kernel is given: plain numbers and pointers, nothing of torch. docs/contmix.md has the mathematics.
+//
+// B images, G groups, an H x W map. Branch 0 has the small kernel and the first half of the channels, branch 1 the large
+// kernel and the other half. A branch of kernel size k has k * k slots a position, row-major in the position's window;
+// L = ks * ks + kl * kl counts both, the small kernel's first.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define OVERLOCK_MM_HOST_DEVICE __host__ __device__
+#else
+#define OVERLOCK_MM_HOST_DEVICE
+#endif
+
+namespace overlock_mm {
+
+enum class Dtype { float32, float64, float16, bfloat16 };
+
+/// A (B, channels, H, W) tensor. All strides are in elements, not bytes.
+struct Map {
+  void* data = nullptr;
+  int64_t batch_stride = 0, channel_stride = 0, row_stride = 0, column_stride = 0;
+};
+
+/// "Accumulation type" is float64 for float64 maps and float32 for all others.
+struct ContMixParams {
+  int64_t batch, groups, height, width;
+  int64_t channels;        ///< of one group in one branch: C / 2 / G
+  int64_t query_channels;  ///< of one group: Cq / G
+  int64_t kernel_size[2];  ///< ks, kl: odd, at most min(H, W)
+
+  // Maps, of one dtype.
+  Map value;   ///< (B, 2 * G * channels, H, W)
+  Map query;   ///< (B, G * query_channels, H, W)
+  Map output;  ///< as value
+
+  // Contiguous, of the accumulation type.
+  const void* keys;   ///< (B, G, L, query_channels): M = W_d kᵀ, a synthesised key for every slot
+  const void* bias;   ///< (L), or null
+  const void* rpb[2]; ///< (G, 2k - 1, 2k - 1) by offset, or null
+  void* logsumexp;    ///< (B, 2, G, H, W): of each kernel's logits, in base 2: log2(sum(exp(logits)))
+
+  // Backward only. Null where a gradient is not asked for.
+  Map grad_output;  ///< as output
+  Map grad_value;   ///< as value
+  Map grad_query;   ///< as query
+  // Partial sums over the map, contiguous, of the accumulation type, to be summed over their first dimension (and B).
+  // Every element is written. There are as many as the device's contmix_backward_partials says.
+  int64_t partials;
+  void* grad_keys;    ///< (partials, B, G, L, query_channels)
+  void* grad_bias;    ///< (partials, B, G, L)
+  void* grad_rpb[2];  ///< (partials, B, G, 2k - 1, 2k - 1)
+
+  OVERLOCK_MM_HOST_DEVICE int64_t slots() const {
+    return kernel_size[0] * kernel_size[0] + kernel_size[1] * kernel_size[1];
+  }
+};
+
+/// First index of the window of `position` along an axis of `size`: at a border the window moves inward.
+OVERLOCK_MM_HOST_DEVICE inline int64_t window_start(int64_t position, int64_t size, int64_t kernel_size) {
+  const int64_t start = position - kernel_size / 2;
+  const int64_t last = size - kernel_size;
+  return start < 0 ? 0 : (start > last ? last : start);
+}
+
+/// First and last position whose window holds `position`: the window the other way round.
+OVERLOCK_MM_HOST_DEVICE inline int64_t first_reader(int64_t position, int64_t kernel_size) {
+  return position < kernel_size ? 0 : position - kernel_size / 2;
+}
+OVERLOCK_MM_HOST_DEVICE inline int64_t last_reader(int64_t position, int64_t size, int64_t kernel_size) {
+  return position >= size - kernel_size ? size - 1 : position + kernel_size / 2;
+}
+
+}  // namespace overlock_mm

@@ -1,0 +1,124 @@
+// ContMix for tensors on the CPU.
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <torch/library.h>
+
+#include "../build_info.h"
+#include "../contmix_tensors.h"
+#include "contmix_cpu.h"
+
+namespace overlock_mm {
+namespace {
+
+/// The best instruction set of this processor, or what ATEN_CPU_CAPABILITY asks torch to make do with.
+template <typename T>
+const cpu::Kernels<T>& kernels() {
+  constexpr bool is_float = std::is_same<T, float>::value;
+  static const cpu::Kernels<T>& best = []() -> const cpu::Kernels<T>& {
+    [[maybe_unused]] const std::string capability = at::get_cpu_capability();
+    if constexpr (is_float) {
+#if defined(__x86_64__)
+      if (capability == "AVX512") return cpu::avx512::float_kernels();
+      if (capability == "AVX2") return cpu::avx2::float_kernels();
+#endif
+      return cpu::baseline::float_kernels();
+    } else {
+#if defined(__x86_64__)
+      if (capability == "AVX512") return cpu::avx512::double_kernels();
+      if (capability == "AVX2") return cpu::avx2::double_kernels();
+#endif
+      return cpu::baseline::double_kernels();
+    }
+  }();
+  return best;
+}
+
+template <typename Function>
+void in_parallel(int64_t items, Function function) {
+  at::parallel_for(0, items, 1, function);
+}
+
+template <typename T>
+void run(const ContMixParams& params, bool backward) {
+  const cpu::Kernels<T>& kernel = kernels<T>();
+  int64_t sizes[3];
+  kernel.workspace_sizes(params, backward, &sizes[0], &sizes[1], &sizes[2]);
+  Tensor memory[3];
+  for (int i = 0; i < 3; ++i) memory[i] = at::empty({sizes[i]}, at::CPU(c10::CppTypeToScalarType<T>::value));
+  const cpu::Workspace<T> workspace{
+      memory[0].template data_ptr<T>(), memory[1].template data_ptr<T>(), memory[2].template data_ptr<T>()};
+
+  const int64_t groups = params.batch * params.groups;
+  in_parallel(groups, [&](int64_t begin, int64_t end) { kernel.pack_keys(params, workspace, backward, begin, end); });
+  in_parallel(2 * groups, [&](int64_t begin, int64_t end) { kernel.pack_value(params, workspace, backward, begin, end); });
+  if (!backward) {
+    in_parallel(
+        groups * params.height, [&](int64_t begin, int64_t end) { kernel.forward(params, workspace, begin, end); });
+    return;
+  }
+  in_parallel(
+      groups * params.partials, [&](int64_t begin, int64_t end) { kernel.backward(params, workspace, begin, end); });
+  if (params.grad_value.data) {
+    in_parallel(2 * groups * params.height, [&](int64_t begin, int64_t end) {
+      kernel.gather_grad_value(params, workspace, begin, end);
+    });
+  }
+}
+
+void run(const ContMixParams& params, at::ScalarType dtype, bool backward) {
+  if (params.batch == 0) return;
+  if (dtype == at::kDouble) {
+    run<double>(params, backward);
+  } else {
+    run<float>(params, backward);
+  }
+}
+
+/// Half types are computed through float32.
+Tensor widened(const Tensor& map) { return map.to(accumulation_type(map)); }
+
+std::tuple<Tensor, Tensor> contmix_cpu(
+    const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias, const OptionalTensor& rpb_small,
+    const OptionalTensor& rpb_large, int64_t small_kernel_size, int64_t large_kernel_size) {
+  check_internal_arguments(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
+  const Inputs inputs(
+      widened(value), widened(query), keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
+  const Outputs outputs(inputs);
+  ContMixParams params = inputs.params();
+  outputs.add_to(params);
+  run(params, inputs.value.scalar_type(), /*backward=*/false);
+  return {outputs.output.to(value.scalar_type()), outputs.logsumexp};
+}
+
+Gradients contmix_backward_cpu(
+    const Tensor& grad_output, const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias,
+    const OptionalTensor& rpb_small, const OptionalTensor& rpb_large, const Tensor& output, const Tensor& logsumexp,
+    int64_t small_kernel_size, int64_t large_kernel_size, std::array<bool, 6> output_mask) {
+  check_internal_arguments(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
+  check_backward_arguments(grad_output, value, keys, output, logsumexp);
+  const Inputs inputs(
+      widened(value), widened(query), keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
+  ContMixParams params = inputs.params();
+  const GradientBuffers gradients(inputs, cpu::backward_partials(params), output_mask);
+  const Tensor wide_grad = widened(grad_output), wide_output = widened(output), contiguous_sums = logsumexp.contiguous();
+  params.grad_output = as_map(wide_grad);
+  params.output = as_map(wide_output);
+  params.logsumexp = contiguous_sums.data_ptr();
+  gradients.add_to(params);
+  run(params, inputs.value.scalar_type(), /*backward=*/true);
+  Gradients out = gradients.sums();
+  if (output_mask[0]) std::get<0>(out) = std::get<0>(out).to(value.scalar_type());
+  if (output_mask[1]) std::get<1>(out) = std::get<1>(out).to(value.scalar_type());
+  return out;
+}
+
+}  // namespace
+
+std::string cpu_instruction_set() { return kernels<float>().instruction_set; }
+
+TORCH_LIBRARY_IMPL(overlock_mm, CPU, m) {
+  m.impl("_contmix", &contmix_cpu);
+  m.impl("_contmix_backward", &contmix_backward_cpu);
+}
+
+}  // namespace overlock_mm

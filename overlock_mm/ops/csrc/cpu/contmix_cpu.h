@@ -1,0 +1,62 @@
+// The CPU kernels, compiled once for every instruction set, and what they share with the code that runs them.
+//
+// They work in float32 or float64 on maps of any strides; half types are converted before. Each function does the items
+// [begin, end) of its phase; the items of a phase are independent, and how they are shared out changes no result.
+#pragma once
+
+#include "../contmix.h"
+
+namespace overlock_mm::cpu {
+
+/// Memory that the phases of one call share, owned by the caller. Its layout is the kernels' own business.
+template <typename T>
+struct Workspace {
+  T* keys;        ///< keys and bias, laid out for the vectors
+  T* value;       ///< value, laid out for the vectors
+  T* grad_value;  ///< backward: sums of each strip with the rows around it that it reaches
+};
+
+template <typename T>
+struct Kernels {
+  const char* instruction_set;
+
+  /// Elements of the parts of a workspace.
+  void (*workspace_sizes)(const ContMixParams&, bool backward, int64_t* keys, int64_t* value, int64_t* grad_value);
+
+  /// B * G items.
+  void (*pack_keys)(const ContMixParams&, const Workspace<T>&, bool backward, int64_t begin, int64_t end);
+  /// B * 2 * G items.
+  void (*pack_value)(const ContMixParams&, const Workspace<T>&, bool backward, int64_t begin, int64_t end);
+  /// B * G * H items: a line of the map each.
+  void (*forward)(const ContMixParams&, const Workspace<T>&, int64_t begin, int64_t end);
+  /// B * G * partials items: a strip of the map each.
+  void (*backward)(const ContMixParams&, const Workspace<T>&, int64_t begin, int64_t end);
+  /// B * 2 * G * H items: a line of grad_value each, from the strips that reach it.
+  void (*gather_grad_value)(const ContMixParams&, const Workspace<T>&, int64_t begin, int64_t end);
+};
+
+/// How many strips of the map the backward works on apart. It depends on the shape alone, so that every number of threads
+/// sums in the same order.
+inline int64_t backward_partials(const ContMixParams& params) {
+  const int64_t groups = params.batch * params.groups;
+  const int64_t wanted = groups == 0 ? 1 : (32 + groups - 1) / groups;
+  const int64_t most = (params.height + 7) / 8;
+  return wanted < most ? wanted : most;
+}
+
+namespace baseline {
+const Kernels<float>& float_kernels();
+const Kernels<double>& double_kernels();
+}  // namespace baseline
+#if defined(__x86_64__)
+namespace avx2 {
+const Kernels<float>& float_kernels();
+const Kernels<double>& double_kernels();
+}  // namespace avx2
+namespace avx512 {
+const Kernels<float>& float_kernels();
+const Kernels<double>& double_kernels();
+}  // namespace avx512
+#endif
+
+}  // namespace overlock_mm::cpu

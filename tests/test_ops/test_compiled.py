@@ -1,0 +1,559 @@
+"""The compiled ContMix operator, in the ways in which torch uses operators."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from conftest import devices, no_gpu, relative_error
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_contmix import SIZES, make_arguments, oracle
+from torch import Tensor
+
+from overlock_mm import ops
+from overlock_mm.ops import _extension, contmix, contmix_reference
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get('OVERLOCK_MM_WITH_OPS') == '0', reason='OVERLOCK_MM_WITH_OPS=0: built without the compiled operator'
+)
+
+
+def tensors_of(arguments: dict) -> dict[str, Tensor]:
+    return {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+
+
+def with_gradients(function, arguments: dict, grad_output: Tensor) -> list[Tensor]:
+    """The output, and the gradients of all tensors among the arguments."""
+    copies = {
+        name: value.detach().clone().requires_grad_() if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+    out = function(**copies)
+    grads = torch.autograd.grad(out, list(tensors_of(copies).values()), grad_output.to(out.dtype))
+    return [out.detach(), *grads]
+
+
+def to(arguments: dict, dtype: torch.dtype) -> dict:
+    return {name: value.to(dtype) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def keys_of(arguments: dict) -> Tensor:
+    """M = W_d kᵀ, (B, G, L, Cq/G)."""
+    key, groups = arguments['key'], arguments['num_groups']
+    tokens = key.reshape(key.shape[0], groups, key.shape[1] // groups, -1)
+    return arguments['proj_weight'] @ tokens.transpose(-2, -1)
+
+
+def internal_arguments(arguments: dict) -> list:
+    """Those of ``_contmix``."""
+    names = ('proj_bias', 'rpb_small', 'rpb_large', 'small_kernel_size', 'large_kernel_size')
+    return [arguments['value'], arguments['query'], keys_of(arguments), *(arguments[name] for name in names)]
+
+
+def test_is_built():
+    assert _extension.missing is None
+
+
+def test_is_what_runs(monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError('the reference ran')
+
+    monkeypatch.setattr(sys.modules['overlock_mm.ops.contmix'], 'contmix_reference', fail)
+    contmix(**make_arguments())
+
+
+@pytest.mark.parametrize('height, width', [(5, 5), (7, 6), (16, 5), (12, 21)])
+@pytest.mark.parametrize('small, large', [(1, 3), (3, 5), (5, 3)])
+@devices
+def test_gradcheck(height, width, small, large, device):
+    arguments = make_arguments(
+        batch=1, height=height, width=width, per_group=2, query_per_group=1, tokens=2, num_groups=1,
+        small_kernel_size=small, large_kernel_size=large, device=device,
+    )  # fmt: skip
+    tensors = tensors_of(arguments)
+
+    def run(*inputs):
+        return contmix(**{**arguments, **dict(zip(tensors, inputs))})
+
+    # fast mode: a random projection of the Jacobian; test_gradients has the whole of one.
+    assert torch.autograd.gradcheck(run, [value.requires_grad_() for value in tensors.values()], fast_mode=True)
+
+
+@st.composite
+def random_settings(draw):
+    small, large = draw(st.sampled_from([1, 3, 5, 7])), draw(st.sampled_from([1, 3, 5, 7, 9, 13, 15]))
+    least = max(small, large)
+    return dict(
+        batch=draw(st.integers(0, 2)),
+        height=draw(st.integers(least, least + 20)),
+        width=draw(st.integers(least, least + 40)),
+        per_group=draw(st.sampled_from([1, 3, 8, 10, 14, 16, 17, 33])),
+        query_per_group=draw(st.sampled_from([1, 2, 8, 16, 19])),
+        tokens=draw(st.integers(1, 3)),
+        num_groups=draw(st.integers(1, 3)),
+        small_kernel_size=small,
+        large_kernel_size=large,
+    )
+
+
+LAYOUTS = {
+    'contiguous': Tensor.contiguous,
+    'channels_last': lambda x: x.contiguous(memory_format=torch.channels_last),
+    'slice': lambda x: torch.cat([x, x, x], dim=1)[:, x.shape[1] : 2 * x.shape[1]],
+    'strided': lambda x: torch.stack([x, x], dim=-1)[..., 0],
+    'transposed': lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@given(
+    shape=random_settings(),
+    missing=st.sets(st.sampled_from(['proj_bias', 'rpb_small', 'rpb_large'])),
+    layouts=st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 3),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 2**31),
+)
+def test_equals_the_reference_on_random_shapes(shape, missing, layouts, dtype, seed):
+    torch.manual_seed(seed)
+    arguments = make_arguments(**shape)
+    # Logits that leave a softmax with more than one slot, on a kernel of any size.
+    arguments['query'] = arguments['query'] / (shape['query_per_group'] * shape['tokens'])
+    arguments.update(dict.fromkeys(missing))
+    grad_output = torch.randn_like(arguments['value'])
+    expected = with_gradients(contmix_reference, arguments, grad_output)
+    for name, layout in zip(('value', 'query', 'key'), layouts):
+        arguments[name] = LAYOUTS[layout](arguments[name])
+    got = with_gradients(contmix, to(arguments, dtype), LAYOUTS[layouts[0]](grad_output))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for x, y in zip(got, expected):
+        assert x.shape == y.shape
+        assert (x.double() - y).norm() <= tolerance * max(y.norm(), 1e-6)  # a gradient may be 0
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)], ids=str)
+def test_half_gradients(dtype, tolerance):
+    """Parameters in float32 beside half maps, as autocast leaves them: their gradients are not rounded to half."""
+    arguments = make_arguments(height=20, width=33, per_group=10, query_per_group=16, dtype=dtype)
+    arguments['query'] = arguments['query'] / 4
+    for name in ('proj_weight', 'proj_bias', 'rpb_small', 'rpb_large'):
+        arguments[name] = arguments[name].float()
+    grad_output = torch.randn(arguments['value'].shape, dtype=torch.float64).to(dtype)
+    got = with_gradients(contmix, arguments, grad_output)
+    expected = with_gradients(contmix_reference, to(arguments, torch.float64), grad_output)
+    for name, x, y in zip(['output', *tensors_of(arguments)], got, expected):
+        assert relative_error(x, y) < tolerance, name
+        assert x.dtype == (dtype if name in ('output', 'value', 'query', 'key') else torch.float32)
+
+
+def test_nan_stays_in_its_window():
+    arguments = make_arguments(height=9, width=30, dtype=torch.float32)
+    arguments['value'][0, 0, 4, 15] = torch.nan  # first group, small kernel: 3x3
+    out = contmix(**arguments)
+    expected = torch.zeros(9, 30, dtype=torch.bool)
+    expected[3:6, 14:17] = True
+    assert torch.equal(out[0, 0].isnan(), expected)
+    assert out[0, 1:].isfinite().all()
+    assert out[1].isfinite().all()
+
+
+def test_a_masked_kernel_is_nan_as_in_eager_mode():
+    arguments = make_arguments(dtype=torch.float32)
+    arguments['rpb_small'].fill_(-torch.inf)
+    assert contmix(**arguments)[:, :6].isnan().all()
+    assert contmix(**arguments)[:, 6:].isfinite().all()
+
+
+def naive_half(value, query, key, proj_weight, proj_bias, rpb_small, rpb_large, **sizes):
+    """The published computation of the kernels' logits in the maps' own dtype, up to the softmax."""
+    groups = sizes['num_groups']
+    q = query.unflatten(1, (groups, -1)).flatten(3)
+    k = key.unflatten(1, (groups, -1)).flatten(3)
+    logits = (q.transpose(-2, -1) @ k) @ proj_weight.t()
+    return logits[..., : sizes['small_kernel_size'] ** 2].softmax(dim=-1)
+
+
+def test_logits_that_overflow_in_half_precision():
+    """Logits up to 1e4 from affinities beyond float16: the naive half path has NaN, the operator has not."""
+    arguments = make_arguments(dtype=torch.float16)
+    arguments['query'] = (arguments['query'] * 64).clamp(-200, 200)
+    arguments['key'] = (arguments['key'] * 2000).clamp(-6e3, 6e3)
+    arguments['proj_weight'] = arguments['proj_weight'] * 0.005
+    logits = arguments['proj_weight'].float() @ (
+        arguments['key'].float().unflatten(1, (2, -1)).flatten(3).transpose(-2, -1)
+        @ arguments['query'].float().unflatten(1, (2, -1)).flatten(3)
+    )
+    assert 5e3 < logits.abs().max() < 2e4
+    assert naive_half(**arguments).isnan().any()
+    out = contmix(**arguments)
+    assert out.isfinite().all()
+    assert relative_error(out, oracle(**arguments)) < 2e-3
+
+
+@pytest.mark.parametrize('requires_grad', [False, True])
+@pytest.mark.parametrize('name', ['contmix', '_contmix', '_contmix_backward'])
+@devices
+def test_opcheck(name, requires_grad, device):
+    arguments = make_arguments(dtype=torch.float32, device=device)
+    if name == 'contmix':
+        sizes = {key: arguments.pop(key) for key in SIZES}
+        inputs = list(arguments.values())
+    else:
+        sizes, inputs = {}, internal_arguments(arguments)
+        if name == '_contmix_backward':
+            out, logsumexp = torch.ops.overlock_mm._contmix(*inputs)
+            inputs = [
+                torch.randn_like(out),
+                *inputs[:-2],
+                out,
+                logsumexp,
+                *inputs[-2:],
+                [True, False, True, True, False, True],
+            ]
+    inputs = [x.detach().requires_grad_(requires_grad) if isinstance(x, Tensor) else x for x in inputs]
+    checks = ['test_schema', 'test_faketensor', 'test_autograd_registration']
+    if name == 'contmix' or not requires_grad:
+        # With gradients, this one differentiates: _contmix has an output without a gradient, _contmix_backward none.
+        checks.append('test_aot_dispatch_dynamic')
+    torch.library.opcheck(getattr(torch.ops.overlock_mm, name).default, inputs, sizes, test_utils=checks)
+
+
+def test_meta_has_the_layout_of_the_real_one():
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        arguments = make_arguments(dtype=torch.bfloat16)
+        arguments['value'] = arguments['value'].contiguous(memory_format=memory_format)
+        on_meta = {name: x.to('meta') if isinstance(x, Tensor) else x for name, x in arguments.items()}
+        real, meta = contmix(**arguments), contmix(**on_meta)
+        assert (meta.shape, meta.dtype, meta.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_torch_compile_with_dynamic_shapes():
+    compiled = torch.compile(contmix, fullgraph=True, dynamic=True, backend='aot_eager')
+    for height, width, batch in ((6, 9, 2), (11, 7, 3)):
+        arguments = make_arguments(batch=batch, height=height, width=width, dtype=torch.float32)
+        grad_output = torch.randn_like(arguments['value'])
+        for x, y in zip(with_gradients(compiled, arguments, grad_output), with_gradients(contmix, arguments, grad_output)):
+            assert relative_error(x, y) < 1e-6
+
+
+def test_torch_compile_with_inductor():
+    arguments = make_arguments(dtype=torch.float32)
+
+    def between(**arguments):
+        return torch.relu(contmix(**{**arguments, 'query': arguments['query'] * 0.5})) + 1
+
+    compiled = torch.compile(between, fullgraph=True)
+    grad_output = torch.randn_like(arguments['value'])
+    for x, y in zip(with_gradients(compiled, arguments, grad_output), with_gradients(between, arguments, grad_output)):
+        assert relative_error(x, y) < 1e-6
+
+
+def test_a_graph_for_elsewhere_has_no_compiled_operator():
+    class Module(torch.nn.Module):
+        def forward(self, *tensors):
+            return contmix(*tensors, **SIZES)
+
+    arguments = make_arguments(dtype=torch.float32)
+    tensors = tuple(tensors_of(arguments).values())
+    expected = contmix(**arguments)
+    exported = torch.export.export(Module(), tensors)
+    traced = torch.jit.trace(Module(), tensors, check_trace=False)
+    assert not any('overlock_mm' in str(node.target) for node in exported.graph.nodes)
+    assert not any('overlock_mm' in node.kind() for node in traced.inlined_graph.nodes())
+    assert relative_error(exported.module()(*tensors), expected) < 1e-6
+    assert relative_error(traced(*tensors), expected) < 1e-6
+
+
+def test_autocast_of_the_binary():
+    """torch.ops.overlock_mm.contmix casts by itself, and only the maps; inside, nothing is cast again."""
+    arguments = make_arguments(dtype=torch.float32)
+    rounded = {name: arguments[name].bfloat16() for name in ('value', 'query', 'key')}
+    expected = contmix(**{**arguments, **rounded})
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert torch.equal(torch.ops.overlock_mm.contmix(**arguments), expected)
+    with torch.autocast('cpu', enabled=False):
+        assert torch.ops.overlock_mm.contmix(**arguments).dtype == torch.float32
+
+
+def test_activation_checkpointing():
+    arguments = make_arguments(dtype=torch.float32)
+
+    def checkpointed(**arguments):
+        return torch.utils.checkpoint.checkpoint(contmix, use_reentrant=False, **arguments)
+
+    grad_output = torch.randn_like(arguments['value'])
+    for x, y in zip(with_gradients(checkpointed, arguments, grad_output), with_gradients(contmix, arguments, grad_output)):
+        assert torch.equal(x, y)
+
+
+def test_saves_little_more_than_inputs_and_output():
+    """The kernels are not kept: a logarithm of a sum for each, and the folded keys, are all there is besides."""
+    arguments = make_arguments(
+        batch=1, height=50, width=84, per_group=16, query_per_group=16, tokens=7, num_groups=8, dtype=torch.float32,
+        small_kernel_size=5, large_kernel_size=13,
+    )  # fmt: skip
+    tensors = {name: value.requires_grad_() for name, value in tensors_of(arguments).items()}
+    saved = {}
+
+    def pack(x):
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = contmix(**{**arguments, **tensors})
+    inputs_and_output = sum(x.numel() * 4 for x in (*tensors.values(), out))
+    assert sum(saved.values()) <= 1.1 * inputs_and_output
+
+
+@pytest.mark.parametrize(
+    'wanted',
+    [('value',), ('query',), ('key', 'proj_weight'), ('proj_bias',), ('rpb_small',), ('rpb_large', 'value')],
+    ids=str,
+)
+@devices
+def test_only_the_gradients_asked_for(wanted, device):
+    arguments = make_arguments(height=18, width=21, device=device)
+    grad_output = torch.randn_like(arguments['value'])
+    names = ['output', *tensors_of(arguments)]
+    expected = dict(zip(names, with_gradients(contmix_reference, arguments, grad_output)))
+    for name in wanted:
+        arguments[name].requires_grad_()
+    grads = torch.autograd.grad(contmix(**arguments), [arguments[name] for name in wanted], grad_output)
+    for name, grad in zip(wanted, grads):
+        assert relative_error(grad, expected[name]) < 1e-12
+
+
+def test_second_derivative_is_refused_and_named():
+    arguments = make_arguments()
+    arguments['value'].requires_grad_()
+    arguments['query'].requires_grad_()
+    (grad,) = torch.autograd.grad(contmix(**arguments).pow(2).sum(), arguments['query'], create_graph=True)
+    with pytest.raises(RuntimeError, match='no second derivative; overlock_mm.ops.contmix_reference'):
+        grad.sum().backward()
+
+
+def test_numbers_of_threads_give_the_same_bits():
+    arguments = make_arguments(
+        height=40, width=37, per_group=14, query_per_group=14, tokens=7, num_groups=8, dtype=torch.float32,
+        small_kernel_size=5, large_kernel_size=13,
+    )  # fmt: skip
+    grad_output = torch.randn_like(arguments['value'])
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(with_gradients(contmix, arguments, grad_output))
+    finally:
+        torch.set_num_threads(before)
+    for others in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(others, results[0]))
+
+
+@devices
+def test_repeats_itself_to_the_bit(device):
+    arguments = make_arguments(height=30, width=45, per_group=10, query_per_group=16, device=device, dtype=torch.float32)
+    grad_output = torch.randn_like(arguments['value'])
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (with_gradients(contmix, arguments, grad_output) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(x, y) for x, y in zip(first, second))
+
+
+@no_gpu
+def test_cuda_graph():
+    arguments = make_arguments(height=20, width=33, per_group=16, query_per_group=16, device='cuda', dtype=torch.float32)
+    contmix(**arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = contmix(**arguments)
+    arguments['value'].normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert relative_error(out, contmix_reference(**to(arguments, torch.float64))) < 1e-5
+
+
+@no_gpu
+def test_runs_on_the_current_stream():
+    arguments = make_arguments(height=20, width=33, device='cuda', dtype=torch.float32)
+    expected = contmix(**arguments)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**7)
+        late = {**arguments, 'value': arguments['value'] * 1}
+        out = contmix(**late)
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+DDP = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, {tests!r})
+from test_contmix import make_arguments
+from overlock_mm.ops import contmix
+
+rank = int(sys.argv[1])
+dist.init_process_group('gloo', init_method='file://' + sys.argv[2], rank=rank, world_size=2)
+torch.manual_seed(0)
+arguments = make_arguments(batch=4, dtype=torch.float64)
+
+class Module(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name in ('proj_weight', 'proj_bias', 'rpb_small', 'rpb_large'):
+            setattr(self, name, torch.nn.Parameter(arguments[name].clone()))
+
+    def forward(self, value, query, key):
+        return contmix(**{{**arguments, **dict(self.named_parameters()), 'value': value, 'query': query, 'key': key}})
+
+module = Module()
+maps = [arguments[name] for name in ('value', 'query', 'key')]
+(module(*maps).pow(2).sum() / 2).backward()
+expected = [p.grad.clone() for p in module.parameters()]
+module.zero_grad()
+parallel = torch.nn.parallel.DistributedDataParallel(module)
+parallel(*(x[2 * rank : 2 * rank + 2] for x in maps)).pow(2).sum().backward()
+for parameter, grad in zip(module.parameters(), expected):
+    torch.testing.assert_close(parameter.grad, grad)
+print('same gradients')
+"""
+
+
+def test_distributed_data_parallel(tmp_path):
+    script = tmp_path / 'ddp.py'
+    script.write_text(DDP.format(tests=os.path.dirname(__file__)))
+    environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': os.path.dirname(os.path.dirname(__file__))}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-W', 'ignore', script, str(rank), tmp_path / 'store'], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert all('same gradients' in output for output in outputs), outputs
+
+
+@pytest.mark.parametrize('capability, instruction_set', [('default', 'baseline'), ('avx2', 'avx2'), ('avx512', 'avx512')])
+def test_every_instruction_set(capability, instruction_set):
+    """The one binary, on processors that know less: torch's own switch plays them."""
+    known = {'baseline': 0, 'avx2': 1, 'avx512': 2}
+    if known[instruction_set] > known[_extension.build_info()['cpu']]:
+        pytest.skip(f'this processor has no {instruction_set}')
+    code = f"""
+import sys
+sys.path[:0] = [{os.path.dirname(__file__)!r}, {os.path.dirname(os.path.dirname(__file__))!r}]
+import torch
+from test_compiled import with_gradients, _extension, contmix, contmix_reference, make_arguments, relative_error, to
+assert _extension.build_info()['cpu'] == {instruction_set!r}, _extension.build_info()
+for settings in (
+    dict(height=20, width=33, per_group=16, query_per_group=16, tokens=7, small_kernel_size=5, large_kernel_size=13),
+    dict(height=9, width=8, per_group=10, query_per_group=8, small_kernel_size=5, large_kernel_size=7),
+    dict(height=33, width=40, per_group=3, query_per_group=2, small_kernel_size=3, large_kernel_size=31),
+    dict(height=7, width=7, per_group=1, query_per_group=1, small_kernel_size=1, large_kernel_size=3),
+):
+    arguments = make_arguments(**settings)
+    arguments['query'] = arguments['query'] / 8
+    grad_output = torch.randn_like(arguments['value'])
+    expected = with_gradients(contmix_reference, arguments, grad_output)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 5e-6)):
+        for x, y in zip(with_gradients(contmix, to(arguments, dtype), grad_output), expected):
+            assert (x.double() - y).norm() <= tolerance * max(y.norm(), 1e-6), (settings, dtype)
+"""
+    environment = {**os.environ, 'ATEN_CPU_CAPABILITY': capability, 'CUDA_VISIBLE_DEVICES': ''}
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def call(name, change):
+    """A call of an internal operator with one argument changed."""
+    arguments = make_arguments()
+    names = ['value', 'query', 'keys', 'bias', 'rpb_small', 'rpb_large', 'small_kernel_size', 'large_kernel_size']
+    inputs = dict(zip(names, internal_arguments(arguments)))
+    if name == '_contmix_backward':
+        out, logsumexp = torch.ops.overlock_mm._contmix(**inputs)
+        inputs.update(grad_output=out, output=out, logsumexp=logsumexp, output_mask=[True] * 6)
+    argument, changed = change
+    getattr(torch.ops.overlock_mm, name)(**{**inputs, argument: changed(inputs[argument])})
+
+
+@pytest.mark.parametrize(
+    'name, argument, change, error, message',
+    [
+        ('_contmix', 'keys', lambda x: x[0], ValueError, r'keys must have 4 dimensions, got shape \(2, 34, 2\)'),
+        ('_contmix', 'keys', lambda x: x[:, :, 1:], ValueError, r'keys must have shape \(2, G, 34, 4 / G\), got \(2, 2, 33, 2\)'),
+        ('_contmix', 'keys', lambda x: x.float(), TypeError, 'keys must have dtype torch.float64, got torch.float32'),
+        ('_contmix', 'keys', lambda x: x.to('meta'), ValueError, 'keys must be on the device of value, cpu, got meta'),
+        ('_contmix', 'keys', lambda x: x[:, :0], ValueError, 'num_groups must be at least 1, got 0'),
+        ('_contmix', 'bias', lambda x: x[1:], ValueError, r'proj_bias must have shape \(34,\), got \(33,\)'),
+        ('_contmix', 'bias', lambda x: x.to('meta'), ValueError, 'proj_bias must be on the device of value, cpu, got meta'),
+        ('_contmix', 'small_kernel_size', lambda x: -1, ValueError, 'small_kernel_size must be at least 1, got -1'),
+        ('_contmix_backward', 'output', lambda x: x[:1], ValueError, r'output must have the shape of value, \(2, 12, 6, 9\), got'),
+        ('_contmix_backward', 'output', lambda x: x.to('meta'), ValueError, 'output must be on the device of value, cpu, got'),
+        ('_contmix_backward', 'grad_output', lambda x: x.float(), TypeError, 'grad_output must have dtype torch.float64 with'),
+        ('_contmix_backward', 'logsumexp', lambda x: x[:, :1], ValueError, r'logsumexp must have shape \(2, 2, 2, 6, 9\), got'),
+        ('_contmix_backward', 'logsumexp', lambda x: x.float(), TypeError, 'logsumexp must have dtype torch.float64, got'),
+        ('_contmix_backward', 'logsumexp', lambda x: x.to('meta'), ValueError, 'logsumexp must be on the device of value, cpu'),
+    ],
+)  # fmt: skip
+def test_bad_internal_arguments(name, argument, change, error, message):
+    with pytest.raises(error) as raised:
+        call(name, (argument, change))
+    assert re.search(message, str(raised.value))
+
+
+def test_reports_what_is_built():
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'overlock_mm.ops'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split('  ', 1) for line in done.stdout.splitlines())
+    lines = {name.strip(): value.strip() for name, value in lines.items()}
+    assert lines['torch'].startswith(torch.__version__)
+    assert lines['used on the CPU'] == f'compiled operator, {_extension.build_info()["cpu"]}'
+    assert lines['compiled operator'].startswith(f'torch {torch.__version__.split("+")[0]}')
+
+
+@pytest.fixture
+def fresh_announcements():
+    _extension._announce_fallback.cache_clear()
+    yield
+    _extension._announce_fallback.cache_clear()
+
+
+def test_the_fallback_is_announced_once(monkeypatch, fresh_announcements):
+    monkeypatch.setattr(_extension, 'missing', 'overlock_mm was installed without its compiled operator')
+    arguments = make_arguments()
+    with pytest.warns(RuntimeWarning, match='without its compiled operator: .* reference(.|\n)*pip install') as caught:
+        out = contmix(**arguments)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert relative_error(out, oracle(**arguments)) < 1e-14
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        contmix(**arguments)
+
+
+def test_a_binary_without_cuda_says_so_on_a_gpu(monkeypatch, fresh_announcements):
+    monkeypatch.setattr(_extension, 'build_info', lambda: {'cuda': None})
+    with pytest.warns(RuntimeWarning, match='built without CUDA, but is used on a GPU(.|\n)*FORCE_CUDA=1 pip install'):
+        assert not _extension.compiled_for(torch.device('cuda'))
+    assert _extension.compiled_for(torch.device('cpu'))
+
+
+def test_a_binary_that_does_not_load_says_why(monkeypatch):
+    def fail(path):
+        raise OSError('undefined symbol: _ZN3c10')
+
+    monkeypatch.setattr(torch.ops, 'load_library', fail)
+    assert re.search('does not load with torch .*undefined symbol', _extension._load())
+
+
+def test_exports():
+    assert set(ops.__all__) == {'contmix', 'contmix_reference'}

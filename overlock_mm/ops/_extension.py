@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Optional
 
@@ -22,8 +22,8 @@ def _load() -> Optional[str]:
         torch.ops.load_library(binaries[0])
     except (OSError, RuntimeError) as error:
         return (
-            f'the compiled operator does not load with torch {torch.__version__} (it serves the version of torch that it was '
-            f'built with): {error}'
+            f'the compiled operator does not load with torch {torch.__version__} (it serves the version of torch that '
+            f'it was built with): {error}'
         )
     return None
 
@@ -32,7 +32,7 @@ def _load() -> Optional[str]:
 missing: Optional[str] = _load()
 
 
-@lru_cache(maxsize=None)
+@cache
 def build_info() -> dict[str, Any]:
     """What the binary was built for: ``torch``, ``compiler``, ``cpu`` (the instruction set used here), ``cuda`` and
     ``cuda_architectures``, which are None for a binary of the CPU alone. Empty where there is no binary."""
@@ -47,7 +47,7 @@ def compiled_for(device: torch.device) -> bool:
     return False
 
 
-@lru_cache(maxsize=None)
+@cache
 def _announce_fallback(device_type: str) -> None:
     reason = missing
     if not reason and device_type == 'cuda':
@@ -56,8 +56,8 @@ def _announce_fallback(device_type: str) -> None:
         reason = f'there is no compiled operator for the device {device_type!r}'
     command = f'FORCE_CUDA=1 {BUILD_COMMAND}' if device_type == 'cuda' else BUILD_COMMAND
     warnings.warn(
-        f'{reason}: ContMix runs through its reference in plain PyTorch, several times slower and with many times the memory. '
-        f'To build it, with torch installed (and a CUDA toolkit, for a GPU):\n    {command}',
+        f'{reason}: ContMix runs through its reference in plain PyTorch, several times slower and with many times the '
+        f'memory. To build it, with torch installed (and a CUDA toolkit, for a GPU):\n    {command}',
         RuntimeWarning,
         stacklevel=4,
     )

@@ -35,7 +35,7 @@ Tensor contmix(
 
   const at::ScalarType dtype = accumulation_type(value);
   const auto converted = [&](const OptionalTensor& tensor) {
-    return tensor ? OptionalTensor(tensor->to(dtype)) : std::nullopt;
+    return tensor ? OptionalTensor(tensor->to(dtype)) : OptionalTensor();
   };
   const Tensor tokens = key.to(dtype).reshape_symint(
       {key.sym_size(0), num_groups, key.sym_size(1) / num_groups, key.sym_size(2) * key.sym_size(3)});  // (B, G, Cq/G, S²)

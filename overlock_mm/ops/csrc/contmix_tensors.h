@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <torch/version.h>
 
 #include <array>
 #include <optional>
@@ -13,7 +14,11 @@
 namespace overlock_mm {
 
 using at::Tensor;
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 3
+using OptionalTensor = c10::optional<Tensor>;  // not std's before torch 2.3
+#else
 using OptionalTensor = std::optional<Tensor>;
+#endif
 
 /// Raise ValueError, or TypeError for a dtype, unless the arguments of `contmix` other than key and proj_weight go together.
 /// Works on tensors with symbolic sizes.

@@ -13,7 +13,7 @@ using torch::autograd::variable_list;
 
 bool requires_grad(const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); }
 
-OptionalTensor if_defined(const Variable& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+OptionalTensor if_defined(const Variable& tensor) { return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor(); }
 
 class ContMix : public torch::autograd::Function<ContMix> {
  public:

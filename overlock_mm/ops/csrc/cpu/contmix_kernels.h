@@ -13,6 +13,7 @@
 // Border positions take the same path as all others: a window is always inside the map, and a bias is looked up by offset.
 
 #define OVERLOCK_MM_INLINE inline __attribute__((always_inline))
+#define OVERLOCK_MM_NOINLINE __attribute__((noinline))
 #define OVERLOCK_MM_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace overlock_mm::cpu::OVERLOCK_MM_NAMESPACE {
@@ -90,22 +91,48 @@ inline Vector<T> exp2(Vector<T> x) {
   return x < S::smallest_exponent ? Vector<T>{} : p * power;
 }
 
+/// Lane i is lane indices[i] of a and b laid end to end.
+template <typename T>
+OVERLOCK_MM_INLINE Vector<T> shuffle(Vector<T> a, Vector<T> b, typename Simd<T>::Integers indices) {
+#if defined(__clang__)
+  Vector<T> out;
+  for (int i = 0; i < Simd<T>::lanes; ++i) out[i] = indices[i] < Simd<T>::lanes ? a[indices[i]] : b[indices[i] - Simd<T>::lanes];
+  return out;
+#else
+  return __builtin_shuffle(a, b, indices);
+#endif
+}
+
 /// Lanes first, first + 1, ... of a and b laid end to end.
 template <int first, typename T>
-inline Vector<T> lanes_from(Vector<T> a, Vector<T> b) {
-  if constexpr (first == 0) {
-    return a;
-  } else {
-    typename Simd<T>::Integers indices;
+OVERLOCK_MM_INLINE Vector<T> lanes_from(Vector<T> a, Vector<T> b) {
+  typename Simd<T>::Integers indices;
 #pragma GCC unroll 16
-    for (int i = 0; i < Simd<T>::lanes; ++i) indices[i] = first + i;
-#if defined(__clang__)
-    Vector<T> out;
-    for (int i = 0; i < Simd<T>::lanes; ++i) out[i] = first + i < Simd<T>::lanes ? a[first + i] : b[first + i - Simd<T>::lanes];
-    return out;
-#else
-    return __builtin_shuffle(a, b, indices);
-#endif
+  for (int i = 0; i < Simd<T>::lanes; ++i) indices[i] = first + i;
+  return shuffle<T>(a, b, indices);
+}
+
+struct Add {
+  template <typename V>
+  OVERLOCK_MM_INLINE V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+
+struct Largest {
+  template <typename V>
+  OVERLOCK_MM_INLINE V operator()(V a, V b) const {
+    return a > b ? a : b;
+  }
+};
+
+/// The lanes of x combined, by halves.
+template <typename Combine, typename T, int n = Simd<T>::lanes>
+OVERLOCK_MM_INLINE T combine_lanes(Vector<T> x) {
+  if constexpr (n == 1) {
+    return x[0];
+  } else {
+    return combine_lanes<Combine, T, n / 2>(Combine{}(x, lanes_from<n / 2, T>(x, x)));
   }
 }
 
@@ -221,35 +248,100 @@ inline T* line(const Map& map, int64_t image, int64_t channel, int64_t y) {
   return static_cast<T*>(map.data) + image * map.batch_stride + channel * map.channel_stride + y * map.row_stride;
 }
 
+/// Transpose a square of vectors: swap blocks of 1, 2, 4, ... lanes across the diagonals of squares twice their size.
+template <typename T, int size = 1>
+OVERLOCK_MM_INLINE void transpose(Vector<T> (&rows)[Simd<T>::lanes]) {
+  constexpr int lanes = Simd<T>::lanes;
+  if constexpr (size < lanes) {
+    typename Simd<T>::Integers upper, lower;
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      upper[i] = i & size ? lanes + i - size : i;
+      lower[i] = i & size ? lanes + i : i + size;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      if (i & size) continue;
+      const Vector<T> a = rows[i], b = rows[i + size];
+      rows[i] = shuffle<T>(a, b, upper);
+      rows[i + size] = shuffle<T>(a, b, lower);
+    }
+    transpose<T, 2 * size>(rows);
+  }
+}
+
 /// Positions (n, padded channels) of a line from a map, with zeros in the padding.
 template <typename T>
-inline void read_positions(const Map& map, const T* from, int64_t n, int64_t channels, int64_t padded, T* to) {
-  for (int64_t x = 0; x < n; ++x) {
-    for (int64_t c = channels; c < padded; ++c) to[x * padded + c] = T(0);
+OVERLOCK_MM_NOINLINE void read_positions(
+    const Map& map, const T* from, int64_t n, int64_t channels, int64_t padded, T* to) {
+  constexpr int lanes = Simd<T>::lanes;
+  int64_t x = 0;
+  if (map.column_stride == 1 && padded % lanes == 0) {
+    for (; x + lanes <= n; x += lanes) {
+      for (int64_t c = 0; c < padded; c += lanes) {
+        Vector<T> rows[lanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) {
+          rows[i] = c + i < channels ? load(from + (c + i) * map.channel_stride + x) : Vector<T>{};
+        }
+        transpose<T>(rows);
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) store(to + (x + i) * padded + c, rows[i]);
+      }
+    }
   }
-  if (map.channel_stride == 1) {
-    for (int64_t x = 0; x < n; ++x) {
-      for (int64_t c = 0; c < channels; ++c) to[x * padded + c] = from[x * map.column_stride + c];
-    }
-  } else {
-    for (int64_t c = 0; c < channels; ++c) {
-      const T* channel = from + c * map.channel_stride;
-      for (int64_t x = 0; x < n; ++x) to[x * padded + c] = channel[x * map.column_stride];
-    }
+  for (; x < n; ++x) {
+    for (int64_t c = 0; c < channels; ++c) to[x * padded + c] = from[c * map.channel_stride + x * map.column_stride];
+    for (int64_t c = channels; c < padded; ++c) to[x * padded + c] = T(0);
   }
 }
 
 template <typename T>
-inline void write_positions(const Map& map, T* to, int64_t n, int64_t channels, int64_t padded, const T* from) {
-  if (map.channel_stride == 1) {
-    for (int64_t x = 0; x < n; ++x) {
-      for (int64_t c = 0; c < channels; ++c) to[x * map.column_stride + c] = from[x * padded + c];
+OVERLOCK_MM_NOINLINE void write_positions(
+    const Map& map, T* to, int64_t n, int64_t channels, int64_t padded, const T* from) {
+  constexpr int lanes = Simd<T>::lanes;
+  int64_t x = 0;
+  if (map.column_stride == 1) {
+    for (; x + lanes <= n; x += lanes) {
+      for (int64_t c = 0; c < channels; c += lanes) {
+        Vector<T> rows[lanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) rows[i] = load(from + (x + i) * padded + c);
+        transpose<T>(rows);
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) {
+          if (c + i < channels) store(to + (c + i) * map.channel_stride + x, rows[i]);
+        }
+      }
     }
-  } else {
+  }
+  for (; x < n; ++x) {
+    for (int64_t c = 0; c < channels; ++c) to[c * map.channel_stride + x * map.column_stride] = from[x * padded + c];
+  }
+}
+
+/// Sums over the channels of the products of two maps, for n positions of a line.
+template <typename T>
+OVERLOCK_MM_NOINLINE void channel_products(
+    const Map& first_map, const T* first, const Map& second_map, const T* second, int64_t n, int64_t channels, T* sums) {
+  constexpr int lanes = Simd<T>::lanes;
+  int64_t t = 0;
+  if (first_map.column_stride == 1 && second_map.column_stride == 1) {
+    for (; t + lanes <= n; t += lanes) {
+      Vector<T> sum = {};
+      for (int64_t c = 0; c < channels; ++c) {
+        sum += load(first + c * first_map.channel_stride + t) * load(second + c * second_map.channel_stride + t);
+      }
+      store(sums + t, sum);
+    }
+  }
+  for (; t < n; ++t) {
+    T sum = 0;
     for (int64_t c = 0; c < channels; ++c) {
-      T* channel = to + c * map.channel_stride;
-      for (int64_t x = 0; x < n; ++x) channel[x * map.column_stride] = from[x * padded + c];
+      sum += first[c * first_map.channel_stride + t * first_map.column_stride] *
+             second[c * second_map.channel_stride + t * second_map.column_stride];
     }
+    sums[t] = sum;
   }
 }
 
@@ -261,7 +353,7 @@ void pack_value(const ContMixParams& p, const Workspace<T>& workspace, bool back
   const int64_t size = channels * p.height * p.width;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / (2 * p.groups), channel = item % (2 * p.groups) * p.channels;
-    T* packed = workspace.value + item * size;
+    T* const packed = workspace.value + item * size;
     for (int64_t y = 0; y < p.height; ++y) {
       const T* from = line<T>(p.value, image, channel, y);
       if (!backward) {
@@ -387,7 +479,7 @@ class BiasTables {
 
 /// Logits of n_positions x n_vectors * lanes slots, in base 2: z = M q + bias.
 template <typename T, int n_positions, int n_vectors>
-inline void logits_tile(
+OVERLOCK_MM_NOINLINE void logits_tile(
     const T* const* bias, int64_t first, const T* keys, int64_t keys_stride, const T* query, int64_t query_stride,
     int64_t query_channels, T* z, int64_t z_stride) {
   constexpr int lanes = Simd<T>::lanes;
@@ -535,7 +627,7 @@ OVERLOCK_MM_INLINE void for_columns(int64_t k, AtColumn at_column, AtPosition at
 
 /// Sums of n positions' windows under their kernels: out (n, padded channels). `value` is the first of the window's.
 template <typename T, int n, int n_vectors, bool sliding>
-void sum_windows(
+OVERLOCK_MM_NOINLINE void sum_windows(
     int64_t k, const T* weights, int64_t weights_stride, const T* value, int64_t row_stride, int64_t column_stride,
     T* out, int64_t out_stride) {
   constexpr int lanes = Simd<T>::lanes;
@@ -565,7 +657,7 @@ void sum_windows(
 
 /// The way back: add n positions' gradients (n, padded channels), each under its kernel, to the windows they came from.
 template <typename T, int n, int n_vectors, bool sliding>
-void spread_to_windows(
+OVERLOCK_MM_NOINLINE void spread_to_windows(
     int64_t k, const T* weights, int64_t weights_stride, const T* grad, int64_t grad_stride, T* grad_value,
     int64_t row_stride, int64_t column_stride) {
   constexpr int lanes = Simd<T>::lanes;
@@ -653,7 +745,7 @@ OVERLOCK_MM_INLINE void weight_gradients_of_rows(
 
 /// n positions of a run; all rows of their windows.
 template <typename T, int n, int n_rows, int n_vectors, bool sliding>
-void weight_gradients(
+OVERLOCK_MM_NOINLINE void weight_gradients(
     int64_t k, int64_t first_column, const T* grad, int64_t grad_stride, int64_t channels, const T* value,
     int64_t channel_stride, int64_t row_stride, T* out, int64_t out_stride) {
   int64_t i = 0;
@@ -671,7 +763,7 @@ void weight_gradients(
 
 /// out[j] += sum over i of factors[j, i] * rows[i], for n rows of a vector.
 template <typename T, int n>
-OVERLOCK_MM_INLINE void add_product(
+OVERLOCK_MM_NOINLINE void add_product(
     int64_t terms, const T* factors, int64_t factors_stride, int64_t terms_stride, const T* rows, int64_t rows_stride,
     T* out, int64_t out_stride) {
   Vector<T> sums[n];
@@ -684,6 +776,24 @@ OVERLOCK_MM_INLINE void add_product(
   }
 #pragma GCC unroll 8
   for (int j = 0; j < n; ++j) store(out + j * out_stride, sums[j]);
+}
+
+/// z to 2^(z - its maximum) in place; returns what makes a softmax of it, one over the sum. `logsumexp` is of base 2.
+template <typename T>
+OVERLOCK_MM_NOINLINE T exponentials(T* z, int64_t slots, T* logsumexp) {
+  constexpr int lanes = Simd<T>::lanes;
+  Vector<T> largest = load(z);
+  for (int64_t slot = lanes; slot < slots; slot += lanes) largest = Largest{}(load(z + slot), largest);
+  const T maximum = combine_lanes<Largest, T>(largest);
+  Vector<T> sums = {};
+  for (int64_t slot = 0; slot < slots; slot += lanes) {
+    const Vector<T> weight = exp2<T>(load(z + slot) - maximum);
+    sums += weight;
+    store(z + slot, weight);
+  }
+  const T sum = combine_lanes<Add, T>(sums);
+  *logsumexp = maximum + std::log2(sum);
+  return T(1) / sum;
 }
 
 template <typename T>
@@ -717,26 +827,7 @@ void forward(const ContMixParams& p, const Workspace<T>& workspace, int64_t begi
 
         T scale[kChunk];
         T* logsumexp = static_cast<T*>(p.logsumexp) + (branch_and_group * p.height + y) * p.width + x;
-        for (int64_t t = 0; t < n; ++t) {
-          T* const row = z + t * layout.all_slots;
-          Vector<T> largest = load(row);
-          for (int64_t slot = lanes; slot < slots; slot += lanes) {
-            const Vector<T> other = load(row + slot);
-            largest = other > largest ? other : largest;
-          }
-          T maximum = largest[0];
-          for (int i = 1; i < lanes; ++i) maximum = largest[i] > maximum ? largest[i] : maximum;
-          Vector<T> sums = {};
-          for (int64_t slot = 0; slot < slots; slot += lanes) {
-            const Vector<T> weight = exp2<T>(load(row + slot) - maximum);
-            sums += weight;
-            store(row + slot, weight);
-          }
-          T sum = sums[0];
-          for (int i = 1; i < lanes; ++i) sum += sums[i];
-          scale[t] = T(1) / sum;
-          logsumexp[t] = maximum + std::log2(sum);
-        }
+        for (int64_t t = 0; t < n; ++t) scale[t] = exponentials<T>(z + t * layout.all_slots, slots, logsumexp + t);
 
         const T* value = workspace.value + branch_and_group * plane * layout.channels +
                          window_start(y, p.height, k) * row_stride;
@@ -824,14 +915,9 @@ void backward(const ContMixParams& p, const Workspace<T>& workspace, int64_t beg
           const T* grad_from = line<T>(p.grad_output, image, channel, y) + x * p.grad_output.column_stride;
           read_positions(p.grad_output, grad_from, n, p.channels, cp, grad_output);
 
-          // D: the gradient times the output.
-          T products[kChunk] = {};
+          T products[kChunk];  // D: the gradient times the output
           const T* output = line<T>(p.output, image, channel, y) + x * p.output.column_stride;
-          for (int64_t c = 0; c < p.channels; ++c) {
-            for (int64_t t = 0; t < n; ++t) {
-              products[t] += grad_output[t * cp + c] * output[c * p.output.channel_stride + t * p.output.column_stride];
-            }
-          }
+          channel_products(p.grad_output, grad_from, p.output, output, n, p.channels, products);
 
           // P, from the logits once more.
           T* const z = weights + first_slot;
@@ -880,7 +966,7 @@ void backward(const ContMixParams& p, const Workspace<T>& workspace, int64_t beg
                 };
                 switch (n_vectors) {
                   case 1:
-                    return of_vectors(Constant<1>{}, Constant<2>{});
+                    return of_vectors(Constant<1>{}, Constant<kVectorBytes == 64 ? 4 : 2>{});
                   case 2:
                     return of_vectors(Constant<2>{}, Constant<1>{});
                   case 3:

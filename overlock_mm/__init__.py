@@ -1,14 +1,18 @@
-"""OverLoCK (CVPR 2025) for OpenMMLab: backbone, classification head and the ContMix operator."""
+"""OverLoCK (CVPR 2025) for OpenMMLab: backbone, classification head and the ContMix operator.
 
+The operator alone, overlock_mm.ops, needs only torch.
+"""
+
+import importlib.util
+
+from .config_path import get_config_path, list_configs
 from .versions import require
-
-for _module in ('torch', 'mmengine', 'mmcv'):
-    require(_module, 'overlock_mm')
-
-from .config_path import get_config_path, list_configs  # noqa: E402
-from .safe_globals import allow_mmengine_checkpoints  # noqa: E402
 
 __version__ = '0.1.0'
 __all__ = ['__version__', 'get_config_path', 'list_configs']
 
-allow_mmengine_checkpoints()
+require('torch', 'overlock_mm')
+if importlib.util.find_spec('mmengine') is not None:
+    from .safe_globals import allow_mmengine_checkpoints
+
+    allow_mmengine_checkpoints()

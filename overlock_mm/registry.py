@@ -4,7 +4,12 @@
 as ``<scope>.registry``, this module.
 """
 
-from mmengine.registry import MODELS as MMENGINE_MODELS
-from mmengine.registry import Registry
+from .versions import require
+
+for _module in ('mmengine', 'mmcv'):
+    require(_module, 'overlock_mm.models')
+
+from mmengine.registry import MODELS as MMENGINE_MODELS  # noqa: E402
+from mmengine.registry import Registry  # noqa: E402
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='overlock_mm', locations=['overlock_mm.models'])

@@ -72,9 +72,18 @@ def test_the_head_says_that_it_needs_mmpretrain():
     assert 'needs mmpretrain, which is not installed: pip install "mmpretrain>=1.0.0,<1.3.0"' in done.stderr
 
 
-def test_mmcv_is_asked_for_on_import():
-    done = run_without(['mmcv'], 'import overlock_mm')
-    assert 'ImportError: overlock_mm needs mmcv, which is not installed: pip install "mmcv>=2.0.0,<2.2.0"' in done.stderr
+def test_the_models_say_that_they_need_mmcv():
+    done = run_without(['mmcv'], 'import overlock_mm.models')
+    assert (
+        'ImportError: overlock_mm.models needs mmcv, which is not installed: pip install "mmcv>=2.0.0,<2.2.0"'
+        in done.stderr
+    )
+
+
+def test_the_operator_needs_torch_only():
+    code = 'from overlock_mm.ops import contmix\nprint("imported")'
+    done = run_without(['mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain'], code)
+    assert done.stdout.split() == ['imported'], done.stderr
 
 
 def test_the_scripts_say_which_framework_a_config_needs():

@@ -11,8 +11,6 @@ import warnings
 import pytest
 import torch
 from conftest import devices, no_gpu, relative_error
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from test_contmix import SIZES, make_arguments, oracle
 from torch import Tensor
 
@@ -86,57 +84,6 @@ def test_gradcheck(height, width, small, large, device):
 
     # fast mode: a random projection of the Jacobian; test_gradients has the whole of one.
     assert torch.autograd.gradcheck(run, [value.requires_grad_() for value in tensors.values()], fast_mode=True)
-
-
-@st.composite
-def random_settings(draw):
-    small, large = draw(st.sampled_from([1, 3, 5, 7])), draw(st.sampled_from([1, 3, 5, 7, 9, 13, 15]))
-    least = max(small, large)
-    return dict(
-        batch=draw(st.integers(0, 2)),
-        height=draw(st.integers(least, least + 20)),
-        width=draw(st.integers(least, least + 40)),
-        per_group=draw(st.sampled_from([1, 3, 8, 10, 14, 16, 17, 33])),
-        query_per_group=draw(st.sampled_from([1, 2, 8, 16, 19])),
-        tokens=draw(st.integers(1, 3)),
-        num_groups=draw(st.integers(1, 3)),
-        small_kernel_size=small,
-        large_kernel_size=large,
-    )
-
-
-LAYOUTS = {
-    'contiguous': Tensor.contiguous,
-    'channels_last': lambda x: x.contiguous(memory_format=torch.channels_last),
-    'slice': lambda x: torch.cat([x, x, x], dim=1)[:, x.shape[1] : 2 * x.shape[1]],
-    'strided': lambda x: torch.stack([x, x], dim=-1)[..., 0],
-    'transposed': lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-}
-
-
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
-@given(
-    shape=random_settings(),
-    missing=st.sets(st.sampled_from(['proj_bias', 'rpb_small', 'rpb_large'])),
-    layouts=st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 3),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-    seed=st.integers(0, 2**31),
-)
-def test_equals_the_reference_on_random_shapes(shape, missing, layouts, dtype, seed):
-    torch.manual_seed(seed)
-    arguments = make_arguments(**shape)
-    # Logits that leave a softmax with more than one slot, on a kernel of any size.
-    arguments['query'] = arguments['query'] / (shape['query_per_group'] * shape['tokens'])
-    arguments.update(dict.fromkeys(missing))
-    grad_output = torch.randn_like(arguments['value'])
-    expected = with_gradients(contmix_reference, arguments, grad_output)
-    for name, layout in zip(('value', 'query', 'key'), layouts):
-        arguments[name] = LAYOUTS[layout](arguments[name])
-    got = with_gradients(contmix, to(arguments, dtype), LAYOUTS[layouts[0]](grad_output))
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    for x, y in zip(got, expected):
-        assert x.shape == y.shape
-        assert (x.double() - y).norm() <= tolerance * max(y.norm(), 1e-6)  # a gradient may be 0
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)], ids=str)
@@ -240,10 +187,10 @@ def test_meta_has_the_layout_of_the_real_one():
 def test_torch_compile_with_dynamic_shapes():
     compiled = torch.compile(contmix, fullgraph=True, dynamic=True, backend='aot_eager')
     for height, width, batch in ((6, 9, 2), (11, 7, 3)):
-        arguments = make_arguments(batch=batch, height=height, width=width, dtype=torch.float32)
+        arguments = make_arguments(batch=batch, height=height, width=width)
         grad_output = torch.randn_like(arguments['value'])
         for x, y in zip(with_gradients(compiled, arguments, grad_output), with_gradients(contmix, arguments, grad_output)):
-            assert relative_error(x, y) < 1e-6
+            assert relative_error(x, y) < 1e-13
 
 
 def test_torch_compile_with_inductor():

@@ -163,7 +163,11 @@ def operator_extension() -> dict:
     from torch.utils import cpp_extension
 
     sources = [path for part in ('.', 'autograd', 'autocast', 'cpu') for path in (SOURCES / part).glob('*.cpp')]
-    flags = {'cxx': ['-O3', '-g0', '-ffp-contract=fast'], 'nvcc': ['-O3', '-lineinfo']}
+    flags = {'cxx': ['-O3', '-g0', '-ffp-contract=fast'], 'nvcc': ['-O3']}
+    if sys.platform == 'linux':
+        # For at::parallel_for. Only to compile: to link it would bring the system's OpenMP, and a second pool of threads,
+        # beside the one that torch loads.
+        flags['cxx'].append('-fopenmp')
     macros = []
     if toolkit:
         sources += [*(SOURCES / 'cuda').glob('*.cpp'), *(SOURCES / 'cuda').glob('*.cu')]

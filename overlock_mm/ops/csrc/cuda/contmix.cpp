@@ -1,0 +1,69 @@
+// ContMix for tensors on a GPU.
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "../contmix_tensors.h"
+#include "contmix_cuda.h"
+
+namespace overlock_mm {
+namespace {
+
+Dtype dtype_of(const Tensor& map) {
+  switch (map.scalar_type()) {
+    case at::kFloat:
+      return Dtype::float32;
+    case at::kDouble:
+      return Dtype::float64;
+    case at::kHalf:
+      return Dtype::float16;
+    default:  // the arguments are checked
+      return Dtype::bfloat16;
+  }
+}
+
+std::tuple<Tensor, Tensor> contmix_cuda(
+    const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias, const OptionalTensor& rpb_small,
+    const OptionalTensor& rpb_large, int64_t small_kernel_size, int64_t large_kernel_size) {
+  check_internal_arguments(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
+  const c10::cuda::CUDAGuard guard(value.device());
+  const Inputs inputs(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
+  const Outputs outputs(inputs);
+  ContMixParams params = inputs.params();
+  outputs.add_to(params);
+  if (params.batch > 0) {
+    C10_CUDA_CHECK(contmix_forward_cuda(params, dtype_of(value), c10::cuda::getCurrentCUDAStream()));
+  }
+  return {outputs.output, outputs.logsumexp};
+}
+
+Gradients contmix_gradients_cuda(
+    const Tensor& grad_output, const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias,
+    const OptionalTensor& rpb_small, const OptionalTensor& rpb_large, const Tensor& output, const Tensor& logsumexp,
+    int64_t small_kernel_size, int64_t large_kernel_size, std::array<bool, 6> output_mask) {
+  check_internal_arguments(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
+  check_backward_arguments(grad_output, value, keys, output, logsumexp);
+  const c10::cuda::CUDAGuard guard(value.device());
+  const Inputs inputs(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
+  ContMixParams params = inputs.params();
+  const GradientBuffers gradients(inputs, contmix_backward_partials_cuda(params), output_mask);
+  const Tensor contiguous_sums = logsumexp.contiguous();
+  params.grad_output = as_map(grad_output);
+  params.output = as_map(output);
+  params.logsumexp = contiguous_sums.data_ptr();
+  gradients.add_to(params);
+  if (params.batch > 0) {
+    C10_CUDA_CHECK(contmix_backward_cuda(params, dtype_of(value), c10::cuda::getCurrentCUDAStream()));
+  }
+  return gradients.sums();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(overlock_mm, CUDA, m) {
+  m.impl("_contmix", &contmix_cuda);
+  m.impl("_contmix_backward", &contmix_gradients_cuda);
+}
+
+}  // namespace overlock_mm

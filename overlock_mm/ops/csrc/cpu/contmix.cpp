@@ -41,19 +41,18 @@ void in_parallel(int64_t items, Function function) {
 template <typename T>
 void run(const ContMixParams& params, bool backward) {
   const cpu::Kernels<T>& kernel = kernels<T>();
-  int64_t sizes[3];
-  kernel.workspace_sizes(params, backward, &sizes[0], &sizes[1], &sizes[2]);
-  Tensor memory[3];
-  for (int i = 0; i < 3; ++i) memory[i] = at::empty({sizes[i]}, at::CPU(c10::CppTypeToScalarType<T>::value));
-  const cpu::Workspace<T> workspace{
-      memory[0].template data_ptr<T>(), memory[1].template data_ptr<T>(), memory[2].template data_ptr<T>()};
+  int64_t keys_size, grad_value_size;
+  kernel.workspace_sizes(params, backward, &keys_size, &grad_value_size);
+  const auto options = at::CPU(c10::CppTypeToScalarType<T>::value);
+  Tensor keys = at::empty({keys_size}, options), grad_value = at::empty({grad_value_size}, options);
+  const cpu::Workspace<T> workspace{keys.template data_ptr<T>(), grad_value.template data_ptr<T>()};
 
   const int64_t groups = params.batch * params.groups;
   in_parallel(groups, [&](int64_t begin, int64_t end) { kernel.pack_keys(params, workspace, backward, begin, end); });
-  in_parallel(2 * groups, [&](int64_t begin, int64_t end) { kernel.pack_value(params, workspace, backward, begin, end); });
   if (!backward) {
+    const int64_t strips = cpu::forward_strips(params, at::get_num_threads());
     in_parallel(
-        groups * params.height, [&](int64_t begin, int64_t end) { kernel.forward(params, workspace, begin, end); });
+        groups * strips, [&](int64_t begin, int64_t end) { kernel.forward(params, workspace, strips, begin, end); });
     return;
   }
   in_parallel(

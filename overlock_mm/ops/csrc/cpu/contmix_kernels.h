@@ -184,29 +184,35 @@ struct Layout {
   }
 };
 
-template <typename T>
-inline int64_t strip_begin(const ContMixParams& p, int64_t strip) {
-  return strip * p.height / p.partials;
-}
+/// One of `strips` parts of the map, of whole lines.
+struct Strip {
+  int64_t begin, end;  ///< lines
 
-/// Lines of grad_value that the strips can reach, at most.
-inline int64_t strip_reach(const ContMixParams& p, int branch) {
-  const int64_t rows = (p.height + p.partials - 1) / p.partials;
-  return min(rows + p.kernel_size[branch] - 1, p.height);
-}
+  Strip(const ContMixParams& p, int64_t strips, int64_t strip)
+      : begin(strip * p.height / strips), end((strip + 1) * p.height / strips) {}
+
+  /// First line that the windows of its positions hold, and the one after the last.
+  int64_t first_held(const ContMixParams& p, int branch) const {
+    return window_start(begin, p.height, p.kernel_size[branch]);
+  }
+  int64_t end_held(const ContMixParams& p, int branch) const {
+    return window_start(end - 1, p.height, p.kernel_size[branch]) + p.kernel_size[branch];
+  }
+  /// Lines that the windows of a strip's positions hold, at most.
+  static int64_t most_held(const ContMixParams& p, int64_t strips, int branch) {
+    return min((p.height + strips - 1) / strips + p.kernel_size[branch] - 1, p.height);
+  }
+};
 
 template <typename T>
 inline int64_t strip_size(const ContMixParams& p, const Layout<T>& layout) {
-  return (strip_reach(p, 0) + strip_reach(p, 1)) * p.width * layout.channels;
+  return (Strip::most_held(p, p.partials, 0) + Strip::most_held(p, p.partials, 1)) * p.width * layout.channels;
 }
 
 template <typename T>
-void workspace_sizes(const ContMixParams& p, bool backward, int64_t* keys, int64_t* value, int64_t* grad_value) {
+void workspace_sizes(const ContMixParams& p, bool backward, int64_t* keys, int64_t* grad_value) {
   const Layout<T> layout(p, backward);
   *keys = p.batch * p.groups * layout.keys_size;
-  // The backward reads lines of the map in whole vectors, beyond the last one too.
-  const int64_t channels = backward ? p.channels : layout.channels;
-  *value = p.batch * 2 * p.groups * channels * p.height * p.width + 2 * Simd<T>::lanes;
   *grad_value = backward && p.grad_value.data ? p.batch * p.groups * p.partials * strip_size<T>(p, layout) : 0;
 }
 
@@ -345,30 +351,24 @@ OVERLOCK_MM_NOINLINE void channel_products(
   }
 }
 
-/// Forward: (H, W, padded channels) a group, a position's channels side by side. Backward: (channels, H, W) a group.
+/// Lines of a group of the value: (lines, W, padded channels), a position's channels side by side.
 template <typename T>
-void pack_value(const ContMixParams& p, const Workspace<T>& workspace, bool backward, int64_t begin, int64_t end) {
-  const Layout<T> layout(p, backward);
-  const int64_t channels = backward ? p.channels : layout.channels;
-  const int64_t size = channels * p.height * p.width;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t image = item / (2 * p.groups), channel = item % (2 * p.groups) * p.channels;
-    T* const packed = workspace.value + item * size;
-    for (int64_t y = 0; y < p.height; ++y) {
-      const T* from = line<T>(p.value, image, channel, y);
-      if (!backward) {
-        read_positions(p.value, from, p.width, p.channels, layout.channels, packed + y * p.width * layout.channels);
-        continue;
-      }
-      for (int64_t c = 0; c < p.channels; ++c) {
-        T* to = packed + (c * p.height + y) * p.width;
-        for (int64_t x = 0; x < p.width; ++x) to[x] = from[c * p.value.channel_stride + x * p.value.column_stride];
-      }
+void pack_value(const ContMixParams& p, int64_t image, int64_t channel, int64_t begin, int64_t end, int64_t padded, T* to) {
+  for (int64_t y = begin; y < end; ++y, to += p.width * padded) {
+    read_positions(p.value, line<T>(p.value, image, channel, y), p.width, p.channels, padded, to);
+  }
+}
+
+/// The same as (channels, lines, W). What is read beyond the last, in whole vectors, is 0.
+template <typename T>
+void pack_value_by_channel(const ContMixParams& p, int64_t image, int64_t channel, int64_t begin, int64_t end, T* to) {
+  for (int64_t c = 0; c < p.channels; ++c) {
+    for (int64_t y = begin; y < end; ++y) {
+      const T* from = line<T>(p.value, image, channel + c, y);
+      for (int64_t x = 0; x < p.width; ++x) *to++ = from[x * p.value.column_stride];
     }
   }
-  if (end == p.batch * 2 * p.groups) {
-    for (int64_t i = 0; i < 2 * Simd<T>::lanes; ++i) workspace.value[end * size + i] = T(0);
-  }
+  for (int64_t i = 0; i < 2 * Simd<T>::lanes; ++i) *to++ = T(0);
 }
 
 /// Memory for one thread.
@@ -778,81 +778,110 @@ OVERLOCK_MM_NOINLINE void add_product(
   for (int j = 0; j < n; ++j) store(out + j * out_stride, sums[j]);
 }
 
-/// z to 2^(z - its maximum) in place; returns what makes a softmax of it, one over the sum. `logsumexp` is of base 2.
-template <typename T>
-OVERLOCK_MM_NOINLINE T exponentials(T* z, int64_t slots, T* logsumexp) {
+/// z of n positions to 2^(z - its maximum) in place, with the maxima and the sums. Positions take turns at every step: one
+/// alone would wait for its own results.
+template <typename T, int n>
+OVERLOCK_MM_NOINLINE void exponentials(T* z, int64_t z_stride, int64_t slots, T* maxima, T* sums) {
   constexpr int lanes = Simd<T>::lanes;
-  Vector<T> largest = load(z);
-  for (int64_t slot = lanes; slot < slots; slot += lanes) largest = Largest{}(load(z + slot), largest);
-  const T maximum = combine_lanes<Largest, T>(largest);
-  Vector<T> sums = {};
-  for (int64_t slot = 0; slot < slots; slot += lanes) {
-    const Vector<T> weight = exp2<T>(load(z + slot) - maximum);
-    sums += weight;
-    store(z + slot, weight);
+  Vector<T> largest[n];
+#pragma GCC unroll 8
+  for (int t = 0; t < n; ++t) largest[t] = load(z + t * z_stride);
+  for (int64_t slot = lanes; slot < slots; slot += lanes) {
+#pragma GCC unroll 8
+    for (int t = 0; t < n; ++t) largest[t] = Largest{}(load(z + t * z_stride + slot), largest[t]);
   }
-  const T sum = combine_lanes<Add, T>(sums);
-  *logsumexp = maximum + std::log2(sum);
-  return T(1) / sum;
+  Vector<T> sum[n];
+#pragma GCC unroll 8
+  for (int t = 0; t < n; ++t) {
+    maxima[t] = combine_lanes<Largest, T>(largest[t]);
+    largest[t] = Vector<T>{} + maxima[t];
+    sum[t] = Vector<T>{};
+  }
+  for (int64_t slot = 0; slot < slots; slot += lanes) {
+#pragma GCC unroll 8
+    for (int t = 0; t < n; ++t) {
+      const Vector<T> weight = exp2<T>(load(z + t * z_stride + slot) - largest[t]);
+      sum[t] += weight;
+      store(z + t * z_stride + slot, weight);
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < n; ++t) sums[t] = combine_lanes<Add, T>(sum[t]);
 }
 
 template <typename T>
-void forward(const ContMixParams& p, const Workspace<T>& workspace, int64_t begin, int64_t end) {
+void forward(const ContMixParams& p, const Workspace<T>& workspace, int64_t strips, int64_t begin, int64_t end) {
   constexpr int lanes = Simd<T>::lanes;
   const Layout<T> layout(p, false);
-  const int64_t d = p.query_channels, tables_size = round_up<T>(BiasTables<T>::size(p, layout));
+  const int64_t d = p.query_channels, cp = layout.channels, row_stride = p.width * cp;
+  const int64_t tables_size = round_up<T>(BiasTables<T>::size(p, layout));
+  const int64_t value_sizes[2] = {
+      Strip::most_held(p, strips, 0) * row_stride, Strip::most_held(p, strips, 1) * row_stride};
   Scratch<T> scratch(
-      tables_size + kChunk * (layout.all_slots + layout.channels) + round_up<T>(kChunk * d));
+      tables_size + kChunk * (layout.all_slots + cp) + round_up<T>(kChunk * d) + value_sizes[0] + value_sizes[1]);
   const BiasTables<T> tables(p, layout, scratch.take(tables_size));
   T* const weights = scratch.take(kChunk * layout.all_slots);
-  T* const mixed = scratch.take(kChunk * layout.channels);
+  T* const mixed = scratch.take(kChunk * cp);
   T* const query = scratch.take(round_up<T>(kChunk * d));
-  const int64_t plane = p.height * p.width, row_stride = p.width * layout.channels;
+  T* const values[2] = {scratch.take(value_sizes[0]), scratch.take(value_sizes[1])};
 
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t y = item % p.height, image_and_group = item / p.height;
+    const int64_t image_and_group = item / strips;
     const int64_t image = image_and_group / p.groups, group = image_and_group % p.groups;
+    const Strip strip(p, strips, item % strips);
     const T* keys = workspace.keys + image_and_group * layout.keys_size;
-    if (item == begin || y == 0 || tables.differs_from_line_before(y)) tables.fill(keys, y);
+    for (int branch = 0; branch < 2; ++branch) {
+      const int64_t channel = (branch * p.groups + group) * p.channels;
+      pack_value(p, image, channel, strip.first_held(p, branch), strip.end_held(p, branch), cp, values[branch]);
+    }
 
-    for (int64_t x = 0; x < p.width; x += kChunk) {
-      const int64_t n = min(kChunk, p.width - x);
-      const T* from = line<T>(p.query, image, group * d, y) + x * p.query.column_stride;
-      read_positions(p.query, from, n, d, d, query);
-      for (int branch = 0; branch < 2; ++branch) {
-        const int64_t k = p.kernel_size[branch], slots = layout.padded_slots[branch];
-        const int64_t branch_and_group = (image * 2 + branch) * p.groups + group;
-        T* const z = weights + layout.offset[branch];
-        logits(p, layout, tables, branch, x, n, keys, query, d, z, layout.all_slots);
+    for (int64_t y = strip.begin; y < strip.end; ++y) {
+      if (y == strip.begin || tables.differs_from_line_before(y)) tables.fill(keys, y);
+      for (int64_t x = 0; x < p.width; x += kChunk) {
+        const int64_t n = min(kChunk, p.width - x);
+        const T* from = line<T>(p.query, image, group * d, y) + x * p.query.column_stride;
+        read_positions(p.query, from, n, d, d, query);
+        for (int branch = 0; branch < 2; ++branch) {
+          const int64_t k = p.kernel_size[branch], slots = layout.padded_slots[branch];
+          const int64_t branch_and_group = (image * 2 + branch) * p.groups + group;
+          T* const z = weights + layout.offset[branch];
+          logits(p, layout, tables, branch, x, n, keys, query, d, z, layout.all_slots);
 
-        T scale[kChunk];
-        T* logsumexp = static_cast<T*>(p.logsumexp) + (branch_and_group * p.height + y) * p.width + x;
-        for (int64_t t = 0; t < n; ++t) scale[t] = exponentials<T>(z + t * layout.all_slots, slots, logsumexp + t);
-
-        const T* value = workspace.value + branch_and_group * plane * layout.channels +
-                         window_start(y, p.height, k) * row_stride;
-        const auto sum_channels = [&](int64_t c, auto n_vectors) {
-          for (int64_t t = 0; t < n;) {
-            const Run run = run_from(x + t, n - t, p.width, k, 8 / n_vectors.value);
-            const T* window = value + window_start(x + t, p.width, k) * layout.channels + c;
-            with_constants(run, [&](auto length, auto sliding) {
-              sum_windows<T, length.value, n_vectors.value, sliding.value>(
-                  k, z + t * layout.all_slots, layout.all_slots, window, row_stride, layout.channels,
-                  mixed + t * layout.channels + c, layout.channels);
-            });
-            t += run.length;
+          T maxima[kChunk], sums[kChunk];
+          constexpr int together = kVectorBytes == 64 ? 4 : 2;
+          int64_t done = 0;
+          for (; done + together <= n; done += together) {
+            exponentials<T, together>(z + done * layout.all_slots, layout.all_slots, slots, maxima + done, sums + done);
           }
-        };
-        int64_t c = 0;
-        for (; c + 2 * lanes <= layout.channels; c += 2 * lanes) sum_channels(c, Constant<2>{});
-        if (c < layout.channels) sum_channels(c, Constant<1>{});
+          for (; done < n; ++done) {
+            exponentials<T, 1>(z + done * layout.all_slots, layout.all_slots, slots, maxima + done, sums + done);
+          }
+          T* logsumexp = static_cast<T*>(p.logsumexp) + (branch_and_group * p.height + y) * p.width + x;
+          for (int64_t t = 0; t < n; ++t) logsumexp[t] = maxima[t] + std::log2(sums[t]);
 
-        for (int64_t t = 0; t < n; ++t) {
-          for (int64_t i = 0; i < layout.channels; ++i) mixed[t * layout.channels + i] *= scale[t];
+          const T* window_line = values[branch] + (window_start(y, p.height, k) - strip.first_held(p, branch)) * row_stride;
+          const auto sum_channels = [&](int64_t c, auto n_vectors) {
+            for (int64_t t = 0; t < n;) {
+              const Run run = run_from(x + t, n - t, p.width, k, 8 / n_vectors.value);
+              const T* window = window_line + window_start(x + t, p.width, k) * cp + c;
+              with_constants(run, [&](auto length, auto sliding) {
+                sum_windows<T, length.value, n_vectors.value, sliding.value>(
+                    k, z + t * layout.all_slots, layout.all_slots, window, row_stride, cp, mixed + t * cp + c, cp);
+              });
+              t += run.length;
+            }
+          };
+          int64_t c = 0;
+          for (; c + 2 * lanes <= cp; c += 2 * lanes) sum_channels(c, Constant<2>{});
+          if (c < cp) sum_channels(c, Constant<1>{});
+
+          for (int64_t t = 0; t < n; ++t) {
+            const T scale = T(1) / sums[t];
+            for (int64_t i = 0; i < cp; ++i) mixed[t * cp + i] *= scale;
+          }
+          T* to = line<T>(p.output, image, (branch * p.groups + group) * p.channels, y) + x * p.output.column_stride;
+          write_positions(p.output, to, n, p.channels, cp, mixed);
         }
-        const int64_t channel = (branch * p.groups + group) * p.channels;
-        T* to = line<T>(p.output, image, channel, y) + x * p.output.column_stride;
-        write_positions(p.output, to, n, p.channels, layout.channels, mixed);
       }
     }
   }
@@ -862,7 +891,7 @@ template <typename T>
 void backward(const ContMixParams& p, const Workspace<T>& workspace, int64_t begin, int64_t end) {
   constexpr int lanes = Simd<T>::lanes;
   const Layout<T> layout(p, true);
-  const int64_t d = p.query_channels, dp = layout.query_channels, cp = layout.channels, plane = p.height * p.width;
+  const int64_t d = p.query_channels, dp = layout.query_channels, cp = layout.channels;
   const int64_t tables_size = round_up<T>(BiasTables<T>::size(p, layout));
   const int64_t row_size = layout.all_slots + 3 * lanes;  // whole vectors are stored from any slot on
   const bool wants_keys = p.grad_keys, wants_value = p.grad_value.data;
@@ -870,9 +899,13 @@ void backward(const ContMixParams& p, const Workspace<T>& workspace, int64_t beg
   int64_t sides[2];
   for (int branch = 0; branch < 2; ++branch) sides[branch] = 2 * p.kernel_size[branch] - 1;
   const int64_t rpb_size = sides[0] * sides[0] + sides[1] * sides[1];
+  int64_t value_sizes[2];
+  for (int branch = 0; branch < 2; ++branch) {
+    value_sizes[branch] = round_up<T>(p.channels * Strip::most_held(p, p.partials, branch) * p.width) + 2 * lanes;
+  }
   Scratch<T> scratch(
       2 * tables_size + kChunk * (layout.all_slots + row_size + cp + 2 * dp) + layout.all_slots * dp +
-      round_up<T>(p.slots() + rpb_size));
+      round_up<T>(p.slots() + rpb_size) + value_sizes[0] + value_sizes[1]);
   const BiasTables<T> tables(p, layout, scratch.take(tables_size));
   const BiasTables<T> table_gradients(p, layout, scratch.take(tables_size));
   T* const weights = scratch.take(kChunk * layout.all_slots);
@@ -883,12 +916,17 @@ void backward(const ContMixParams& p, const Workspace<T>& workspace, int64_t beg
   T* const grad_keys = scratch.take(layout.all_slots * dp);
   T* const grad_bias = scratch.take(round_up<T>(p.slots() + rpb_size));
   T* const grad_rpb[2] = {grad_bias + p.slots(), grad_bias + p.slots() + sides[0] * sides[0]};
+  T* const values[2] = {scratch.take(value_sizes[0]), scratch.take(value_sizes[1])};
 
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t strip = item % p.partials, image_and_group = item / p.partials;
+    const int64_t image_and_group = item / p.partials;
     const int64_t image = image_and_group / p.groups, group = image_and_group % p.groups;
+    const Strip strip(p, p.partials, item % p.partials);
     const T* keys = workspace.keys + image_and_group * layout.keys_size;
-    const int64_t first_line = strip_begin<T>(p, strip), end_line = strip_begin<T>(p, strip + 1);
+    for (int branch = 0; branch < 2; ++branch) {
+      const int64_t channel = (branch * p.groups + group) * p.channels;
+      pack_value_by_channel(p, image, channel, strip.first_held(p, branch), strip.end_held(p, branch), values[branch]);
+    }
     T* const grad_values = workspace.grad_value + item * strip_size<T>(p, layout);
     if (wants_value) {
       for (int64_t i = 0; i < strip_size<T>(p, layout); ++i) grad_values[i] = T(0);
@@ -897,9 +935,9 @@ void backward(const ContMixParams& p, const Workspace<T>& workspace, int64_t beg
     for (int64_t i = 0; i < p.slots() + rpb_size; ++i) grad_bias[i] = T(0);
     table_gradients.clear();
 
-    for (int64_t y = first_line; y < end_line; ++y) {
-      if (y == first_line || tables.differs_from_line_before(y)) {
-        if (y > first_line && wants_biases) table_gradients.take_gradients(y - 1, grad_bias, grad_rpb);
+    for (int64_t y = strip.begin; y < strip.end; ++y) {
+      if (y == strip.begin || tables.differs_from_line_before(y)) {
+        if (y > strip.begin && wants_biases) table_gradients.take_gradients(y - 1, grad_bias, grad_rpb);
         tables.fill(keys, y);
       }
       for (int64_t x = 0; x < p.width; x += kChunk) {
@@ -929,9 +967,9 @@ void backward(const ContMixParams& p, const Workspace<T>& workspace, int64_t beg
           }
 
           if (wants_value) {
-            T* const reached = grad_values + (branch ? strip_reach(p, 0) * p.width * cp : 0);
-            const int64_t first_reached = window_start(first_line, p.height, k);
-            T* const window_line = reached + (window_start(y, p.height, k) - first_reached) * p.width * cp;
+            T* const held = grad_values + (branch ? Strip::most_held(p, p.partials, 0) * p.width * cp : 0);
+            const int64_t held_line = window_start(y, p.height, k) - strip.first_held(p, branch);
+            T* const window_line = held + held_line * p.width * cp;
             const auto spread_channels = [&](int64_t c, auto n_vectors) {
               for (int64_t t = 0; t < n;) {
                 const Run run = run_from(x + t, n - t, p.width, k, 8 / n_vectors.value);
@@ -951,7 +989,8 @@ void backward(const ContMixParams& p, const Workspace<T>& workspace, int64_t beg
 
           // dP, then dZ = P (dP - D) in its place.
           T* const dz = logit_gradients + first_slot;
-          const T* value = workspace.value + branch_and_group * p.channels * plane + window_start(y, p.height, k) * p.width;
+          const int64_t plane = (strip.end_held(p, branch) - strip.first_held(p, branch)) * p.width;
+          const T* value = values[branch] + (window_start(y, p.height, k) - strip.first_held(p, branch)) * p.width;
           for (int64_t t = 0; t < n;) {
             const Run run = run_from(x + t, n - t, p.width, k, kTile);
             const int64_t columns = run.sliding ? k + run.length - 1 : k;
@@ -1032,9 +1071,9 @@ void backward(const ContMixParams& p, const Workspace<T>& workspace, int64_t beg
         }
       }
     }
-    if (wants_biases) table_gradients.take_gradients(end_line - 1, grad_bias, grad_rpb);
+    if (wants_biases) table_gradients.take_gradients(strip.end - 1, grad_bias, grad_rpb);
 
-    const int64_t partial = strip * p.batch * p.groups + image_and_group;
+    const int64_t partial = item % p.partials * p.batch * p.groups + image_and_group;
     if (wants_keys) {
       T* to = static_cast<T*>(p.grad_keys) + partial * p.slots() * d;
       for (int branch = 0; branch < 2; ++branch) {
@@ -1065,16 +1104,16 @@ void gather_grad_value(const ContMixParams& p, const Workspace<T>& workspace, in
   T* const sums = scratch.take(row_size);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t y = item % p.height, branch_and_group = item / p.height;
-    const int64_t group = branch_and_group % p.groups, branch = branch_and_group / p.groups % 2;
-    const int64_t image = branch_and_group / p.groups / 2, k = p.kernel_size[branch];
+    const int64_t image = branch_and_group / p.groups / 2, group = branch_and_group % p.groups;
+    const int branch = branch_and_group / p.groups % 2;
     for (int64_t i = 0; i < row_size; ++i) sums[i] = T(0);
-    for (int64_t strip = 0; strip < p.partials; ++strip) {
-      const int64_t first = window_start(strip_begin<T>(p, strip), p.height, k);
-      const int64_t last = window_start(strip_begin<T>(p, strip + 1) - 1, p.height, k) + k - 1;
-      if (y < first || y > last) continue;
-      const T* reached = workspace.grad_value + ((image * p.groups + group) * p.partials + strip) * strip_size<T>(p, layout);
-      const T* row = reached + (branch ? strip_reach(p, 0) * row_size : 0) + (y - first) * row_size;
-      for (int64_t i = 0; i < row_size; ++i) sums[i] += row[i];
+    for (int64_t i = 0; i < p.partials; ++i) {
+      const Strip strip(p, p.partials, i);
+      if (y < strip.first_held(p, branch) || y >= strip.end_held(p, branch)) continue;
+      const T* held = workspace.grad_value + ((image * p.groups + group) * p.partials + i) * strip_size<T>(p, layout);
+      if (branch) held += Strip::most_held(p, p.partials, 0) * row_size;
+      const T* row = held + (y - strip.first_held(p, branch)) * row_size;
+      for (int64_t j = 0; j < row_size; ++j) sums[j] += row[j];
     }
     T* to = line<T>(p.grad_value, image, (branch * p.groups + group) * p.channels, y);
     write_positions(p.grad_value, to, p.width, p.channels, layout.channels, sums);
@@ -1083,8 +1122,8 @@ void gather_grad_value(const ContMixParams& p, const Workspace<T>& workspace, in
 
 template <typename T>
 constexpr Kernels<T> make_kernels(const char* instruction_set) {
-  return {instruction_set, &workspace_sizes<T>, &pack_keys<T>,          &pack_value<T>,
-          &forward<T>,     &backward<T>,        &gather_grad_value<T>};
+  return {
+      instruction_set, &workspace_sizes<T>, &pack_keys<T>, &forward<T>, &backward<T>, &gather_grad_value<T>};
 }
 
 }  // namespace

@@ -42,8 +42,10 @@ $(DONE)/dev: requirements/dev.txt $(DONE)/mm
 	$(PIP) install -r requirements/dev.txt
 	@touch $@
 
-# Editable, without its dependencies: they are pinned above. setup.py and the metadata decide what there is to build.
-$(DONE)/package: setup.py pyproject.toml $(DONE)/mm
+# Editable, without its dependencies: they are pinned above. It compiles the operator, with CUDA where setup.py finds a
+# toolkit that fits torch.
+SOURCES := $(shell find overlock_mm/ops/csrc -type f)
+$(DONE)/package: setup.py pyproject.toml $(SOURCES) $(DONE)/mm
 	$(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@
 
@@ -59,3 +61,4 @@ test: env
 lint: $(DONE)/lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/test_ops/emulation/*))

@@ -1,11 +1,11 @@
 // What was built, and what of it is used here: for `python -m overlock_mm.ops` and bug reports.
+#include "build_info.h"
+
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include <sstream>
 #include <string>
-
-#include "build_info.h"
 
 #ifdef OVERLOCK_MM_WITH_CUDA
 #include <cuda_runtime_api.h>

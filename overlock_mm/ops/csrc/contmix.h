@@ -1,8 +1,8 @@
 // What a ContMix kernel is given: plain numbers and pointers, nothing of torch. docs/contmix.md has the mathematics.
 //
-// B images, G groups, an H x W map. Branch 0 has the small kernel and the first half of the channels, branch 1 the large
-// kernel and the other half. A branch of kernel size k has k * k slots a position, row-major in the position's window;
-// L = ks * ks + kl * kl counts both, the small kernel's first.
+// B images, G groups, an H x W map. Branch 0 has the small kernel and the first half of the channels, branch 1 the
+// large kernel and the other half. A branch of kernel size k has k * k slots a position, row-major in the position's
+// window; L = ks * ks + kl * kl counts both, the small kernel's first.
 #pragma once
 
 #include <cstdint>
@@ -36,10 +36,10 @@ struct ContMixParams {
   Map output;  ///< as value
 
   // Contiguous, of the accumulation type.
-  const void* keys;   ///< (B, G, L, query_channels): M = W_d kᵀ, a synthesised key for every slot
-  const void* bias;   ///< (L), or null
-  const void* rpb[2]; ///< (G, 2k - 1, 2k - 1) by offset, or null
-  void* logsumexp;    ///< (B, 2, G, H, W): of each kernel's logits, in base 2: log2(sum(exp(logits)))
+  const void* keys;    ///< (B, G, L, query_channels): M = W_d kᵀ, a synthesised key for every slot
+  const void* bias;    ///< (L), or null
+  const void* rpb[2];  ///< (G, 2k - 1, 2k - 1) by offset, or null
+  void* logsumexp;     ///< (B, 2, G, H, W): of each kernel's logits, in base 2: log2(sum(exp(logits)))
 
   // Backward only. Null where a gradient is not asked for.
   Map grad_output;  ///< as output

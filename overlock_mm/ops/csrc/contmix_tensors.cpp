@@ -36,67 +36,60 @@ std::string name_of(at::ScalarType dtype) {
 void check_dtype(const char* name, const Tensor& tensor, const Tensor& value) {
   const at::ScalarType dtype = tensor.scalar_type(), of_value = value.scalar_type();
   const bool half = of_value == at::kHalf || of_value == at::kBFloat16;
-  TORCH_CHECK_TYPE(
-      dtype == of_value || (half && dtype == at::kFloat), name, " must have dtype ", name_of(of_value),
-      half ? " or torch.float32" : "", " with a value of ", name_of(of_value), ", got ", name_of(dtype));
+  TORCH_CHECK_TYPE(dtype == of_value || (half && dtype == at::kFloat), name, " must have dtype ", name_of(of_value),
+                   half ? " or torch.float32" : "", " with a value of ", name_of(of_value), ", got ", name_of(dtype));
 }
 
 void check_same_dtype(const char* name, const Tensor& tensor, const Tensor& value) {
-  TORCH_CHECK_TYPE(
-      tensor.scalar_type() == value.scalar_type(), name, " must have dtype ", name_of(value.scalar_type()),
-      " with a value of ", name_of(value.scalar_type()), ", got ", name_of(tensor.scalar_type()));
+  TORCH_CHECK_TYPE(tensor.scalar_type() == value.scalar_type(), name, " must have dtype ", name_of(value.scalar_type()),
+                   " with a value of ", name_of(value.scalar_type()), ", got ", name_of(tensor.scalar_type()));
 }
 
 void check_device(const char* name, const Tensor& tensor, const Tensor& value) {
-  TORCH_CHECK_VALUE(
-      tensor.device() == value.device(), name, " must be on the device of value, ", value.device(), ", got ",
-      tensor.device());
+  TORCH_CHECK_VALUE(tensor.device() == value.device(), name, " must be on the device of value, ", value.device(),
+                    ", got ", tensor.device());
 }
 
-void check_arguments(
-    const Tensor& value, const Tensor& query, const OptionalTensor& proj_bias, const OptionalTensor& rpb_small,
-    const OptionalTensor& rpb_large, const c10::SymInt& num_groups, int64_t small_kernel_size, int64_t large_kernel_size) {
+void check_arguments(const Tensor& value, const Tensor& query, const OptionalTensor& proj_bias,
+                     const OptionalTensor& rpb_small, const OptionalTensor& rpb_large, const c10::SymInt& num_groups,
+                     int64_t small_kernel_size, int64_t large_kernel_size) {
   TORCH_CHECK_VALUE(num_groups >= 1, "num_groups must be at least 1, got ", num_groups);
-  const std::pair<const char*, int64_t> kernel_sizes[] = {
-      {"small_kernel_size", small_kernel_size}, {"large_kernel_size", large_kernel_size}};
+  const std::pair<const char*, int64_t> kernel_sizes[] = {{"small_kernel_size", small_kernel_size},
+                                                          {"large_kernel_size", large_kernel_size}};
   for (const auto& [name, size] : kernel_sizes) {
     TORCH_CHECK_VALUE(size >= 1, name, " must be at least 1, got ", size);
     TORCH_CHECK_VALUE(size % 2 == 1, name, " must be odd, got ", size);
   }
 
   const at::ScalarType dtype = value.scalar_type();
-  TORCH_CHECK_TYPE(
-      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
-      "value must be float16, bfloat16, float32 or float64, got ", name_of(dtype));
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
+                   "value must be float16, bfloat16, float32 or float64, got ", name_of(dtype));
   check_device("query", query, value);
   check_same_dtype("query", query, value);
 
   TORCH_CHECK_VALUE(value.dim() == 4, "value must have 4 dimensions, got shape ", shape_of(value));
   TORCH_CHECK_VALUE(query.dim() == 4, "query must have 4 dimensions, got shape ", shape_of(query));
-  TORCH_CHECK_VALUE(
-      value.sym_size(1) % (num_groups * 2) == 0, "value must have channels divisible by 2 * num_groups = ",
-      num_groups * 2, ", got ", value.sym_size(1));
-  TORCH_CHECK_VALUE(
-      query.sym_size(1) % num_groups == 0, "query must have channels divisible by num_groups = ", num_groups, ", got ",
-      query.sym_size(1));
-  TORCH_CHECK_VALUE(
-      query.sym_size(0) == value.sym_size(0) && query.sym_size(2) == value.sym_size(2) &&
-          query.sym_size(3) == value.sym_size(3),
-      "query must have the batch and map of value, (", value.sym_size(0), ", *, ", value.sym_size(2), ", ",
-      value.sym_size(3), "), got shape ", shape_of(query));
+  TORCH_CHECK_VALUE(value.sym_size(1) % (num_groups * 2) == 0,
+                    "value must have channels divisible by 2 * num_groups = ", num_groups * 2, ", got ",
+                    value.sym_size(1));
+  TORCH_CHECK_VALUE(query.sym_size(1) % num_groups == 0,
+                    "query must have channels divisible by num_groups = ", num_groups, ", got ", query.sym_size(1));
+  TORCH_CHECK_VALUE(query.sym_size(0) == value.sym_size(0) && query.sym_size(2) == value.sym_size(2) &&
+                        query.sym_size(3) == value.sym_size(3),
+                    "query must have the batch and map of value, (", value.sym_size(0), ", *, ", value.sym_size(2),
+                    ", ", value.sym_size(3), "), got shape ", shape_of(query));
   for (const auto& [name, size] : kernel_sizes) {
-    TORCH_CHECK_VALUE(
-        value.sym_size(2) >= size && value.sym_size(3) >= size, name, " must be at most the map's smaller side, ",
-        value.sym_size(2).min(value.sym_size(3)), ", got ", size);
+    TORCH_CHECK_VALUE(value.sym_size(2) >= size && value.sym_size(3) >= size, name,
+                      " must be at most the map's smaller side, ", value.sym_size(2).min(value.sym_size(3)), ", got ",
+                      size);
   }
 
   const int64_t slots = small_kernel_size * small_kernel_size + large_kernel_size * large_kernel_size;
   if (proj_bias) {
     check_device("proj_bias", *proj_bias, value);
     check_dtype("proj_bias", *proj_bias, value);
-    TORCH_CHECK_VALUE(
-        proj_bias->dim() == 1 && proj_bias->sym_size(0) == slots, "proj_bias must have shape (", slots, ",), got ",
-        shape_of(*proj_bias));
+    TORCH_CHECK_VALUE(proj_bias->dim() == 1 && proj_bias->sym_size(0) == slots, "proj_bias must have shape (", slots,
+                      ",), got ", shape_of(*proj_bias));
   }
   const std::tuple<const char*, const OptionalTensor&, int64_t> position_biases[] = {
       {"rpb_small", rpb_small, 2 * small_kernel_size - 1}, {"rpb_large", rpb_large, 2 * large_kernel_size - 1}};
@@ -110,42 +103,39 @@ void check_arguments(
   }
 }
 
-void check_internal_arguments(
-    const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias,
-    const OptionalTensor& rpb_small, const OptionalTensor& rpb_large, int64_t small_kernel_size, int64_t large_kernel_size) {
+void check_internal_arguments(const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias,
+                              const OptionalTensor& rpb_small, const OptionalTensor& rpb_large,
+                              int64_t small_kernel_size, int64_t large_kernel_size) {
   TORCH_CHECK_VALUE(keys.dim() == 4, "keys must have 4 dimensions, got shape ", shape_of(keys));
   check_arguments(value, query, bias, rpb_small, rpb_large, keys.sym_size(1), small_kernel_size, large_kernel_size);
   const int64_t slots = small_kernel_size * small_kernel_size + large_kernel_size * large_kernel_size;
-  TORCH_CHECK_VALUE(
-      keys.sym_size(0) == value.sym_size(0) && keys.sym_size(2) == slots &&
-          keys.sym_size(1) * keys.sym_size(3) == query.sym_size(1),
-      "keys must have shape (", value.sym_size(0), ", G, ", slots, ", ", query.sym_size(1), " / G), got ", shape_of(keys));
+  TORCH_CHECK_VALUE(keys.sym_size(0) == value.sym_size(0) && keys.sym_size(2) == slots &&
+                        keys.sym_size(1) * keys.sym_size(3) == query.sym_size(1),
+                    "keys must have shape (", value.sym_size(0), ", G, ", slots, ", ", query.sym_size(1), " / G), got ",
+                    shape_of(keys));
   check_device("keys", keys, value);
   const std::pair<const char*, OptionalTensor> parameters[] = {
       {"keys", keys}, {"bias", bias}, {"rpb_small", rpb_small}, {"rpb_large", rpb_large}};
   for (const auto& [name, tensor] : parameters) {
-    TORCH_CHECK_TYPE(
-        !tensor || tensor->scalar_type() == accumulation_type(value), name, " must have dtype ",
-        name_of(accumulation_type(value)), ", got ", name_of(tensor->scalar_type()));
+    TORCH_CHECK_TYPE(!tensor || tensor->scalar_type() == accumulation_type(value), name, " must have dtype ",
+                     name_of(accumulation_type(value)), ", got ", name_of(tensor->scalar_type()));
   }
 }
 
-void check_backward_arguments(
-    const Tensor& grad_output, const Tensor& value, const Tensor& keys, const Tensor& output, const Tensor& logsumexp) {
+void check_backward_arguments(const Tensor& grad_output, const Tensor& value, const Tensor& keys, const Tensor& output,
+                              const Tensor& logsumexp) {
   for (const auto& [name, map] : {std::pair{"grad_output", grad_output}, std::pair{"output", output}}) {
     check_device(name, map, value);
     check_same_dtype(name, map, value);
-    TORCH_CHECK_VALUE(
-        map.sym_sizes() == value.sym_sizes(), name, " must have the shape of value, ", shape_of(value), ", got ", shape_of(map));
+    TORCH_CHECK_VALUE(map.sym_sizes() == value.sym_sizes(), name, " must have the shape of value, ", shape_of(value),
+                      ", got ", shape_of(map));
   }
   check_device("logsumexp", logsumexp, value);
-  TORCH_CHECK_TYPE(
-      logsumexp.scalar_type() == keys.scalar_type(), "logsumexp must have dtype ", name_of(keys.scalar_type()), ", got ",
-      name_of(logsumexp.scalar_type()));
+  TORCH_CHECK_TYPE(logsumexp.scalar_type() == keys.scalar_type(), "logsumexp must have dtype ",
+                   name_of(keys.scalar_type()), ", got ", name_of(logsumexp.scalar_type()));
   const std::array<c10::SymInt, 5> sizes{value.sym_size(0), 2, keys.sym_size(1), value.sym_size(2), value.sym_size(3)};
-  TORCH_CHECK_VALUE(
-      logsumexp.sym_sizes() == c10::SymIntArrayRef(sizes), "logsumexp must have shape (", sizes[0], ", 2, ", sizes[2], ", ",
-      sizes[3], ", ", sizes[4], "), got ", shape_of(logsumexp));
+  TORCH_CHECK_VALUE(logsumexp.sym_sizes() == c10::SymIntArrayRef(sizes), "logsumexp must have shape (", sizes[0],
+                    ", 2, ", sizes[2], ", ", sizes[3], ", ", sizes[4], "), got ", shape_of(logsumexp));
 }
 
 Map as_map(const Tensor& tensor) {
@@ -162,9 +152,9 @@ Tensor empty_like_map(const Tensor& map) { return at::empty(map.sizes(), map.opt
 
 }  // namespace
 
-Inputs::Inputs(
-    const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias,
-    const OptionalTensor& rpb_small, const OptionalTensor& rpb_large, int64_t small_kernel_size, int64_t large_kernel_size)
+Inputs::Inputs(const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias,
+               const OptionalTensor& rpb_small, const OptionalTensor& rpb_large, int64_t small_kernel_size,
+               int64_t large_kernel_size)
     : value(value), query(query), kernel_size{small_kernel_size, large_kernel_size} {
   this->keys = keys.contiguous();
   this->bias = contiguous(bias);
@@ -193,8 +183,8 @@ ContMixParams Inputs::params() const {
 
 Outputs::Outputs(const Inputs& inputs)
     : output(empty_like_map(inputs.value)),
-      logsumexp(at::empty(
-          {inputs.value.size(0), 2, inputs.keys.size(1), inputs.value.size(2), inputs.value.size(3)}, inputs.keys.options())) {}
+      logsumexp(at::empty({inputs.value.size(0), 2, inputs.keys.size(1), inputs.value.size(2), inputs.value.size(3)},
+                          inputs.keys.options())) {}
 
 void Outputs::add_to(ContMixParams& params) const {
   params.output = as_map(output);
@@ -226,13 +216,12 @@ void GradientBuffers::add_to(ContMixParams& params) const {
 Gradients GradientBuffers::sums() const {
   // Each its own: outputs of an operator may not be one another.
   const auto none = [&] { return at::empty({0}, options); };
-  return {
-      wanted[0] ? grad_value : none(),
-      wanted[1] ? grad_query : none(),
-      wanted[2] ? partial_keys.sum(at::IntArrayRef{0}) : none(),
-      wanted[3] ? partial_bias.sum(at::IntArrayRef{0, 1, 2}) : none(),
-      wanted[4] ? partial_rpb[0].sum(at::IntArrayRef{0, 1}) : none(),
-      wanted[5] ? partial_rpb[1].sum(at::IntArrayRef{0, 1}) : none()};
+  return {wanted[0] ? grad_value : none(),
+          wanted[1] ? grad_query : none(),
+          wanted[2] ? partial_keys.sum(at::IntArrayRef{0}) : none(),
+          wanted[3] ? partial_bias.sum(at::IntArrayRef{0, 1, 2}) : none(),
+          wanted[4] ? partial_rpb[0].sum(at::IntArrayRef{0, 1}) : none(),
+          wanted[5] ? partial_rpb[1].sum(at::IntArrayRef{0, 1}) : none()};
 }
 
 }  // namespace overlock_mm

@@ -20,19 +20,19 @@ using OptionalTensor = c10::optional<Tensor>;  // not std's before torch 2.3
 using OptionalTensor = std::optional<Tensor>;
 #endif
 
-/// Raise ValueError, or TypeError for a dtype, unless the arguments of `contmix` other than key and proj_weight go together.
-/// Works on tensors with symbolic sizes.
-void check_arguments(
-    const Tensor& value, const Tensor& query, const OptionalTensor& proj_bias, const OptionalTensor& rpb_small,
-    const OptionalTensor& rpb_large, const c10::SymInt& num_groups, int64_t small_kernel_size, int64_t large_kernel_size);
+/// Raise ValueError, or TypeError for a dtype, unless the arguments of `contmix` other than key and proj_weight go
+/// together. Works on tensors with symbolic sizes.
+void check_arguments(const Tensor& value, const Tensor& query, const OptionalTensor& proj_bias,
+                     const OptionalTensor& rpb_small, const OptionalTensor& rpb_large, const c10::SymInt& num_groups,
+                     int64_t small_kernel_size, int64_t large_kernel_size);
 
 /// The same for `_contmix`: there keys and biases are of the accumulation type.
-void check_internal_arguments(
-    const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias,
-    const OptionalTensor& rpb_small, const OptionalTensor& rpb_large, int64_t small_kernel_size, int64_t large_kernel_size);
+void check_internal_arguments(const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias,
+                              const OptionalTensor& rpb_small, const OptionalTensor& rpb_large,
+                              int64_t small_kernel_size, int64_t large_kernel_size);
 
-void check_backward_arguments(
-    const Tensor& grad_output, const Tensor& value, const Tensor& keys, const Tensor& output, const Tensor& logsumexp);
+void check_backward_arguments(const Tensor& grad_output, const Tensor& value, const Tensor& keys, const Tensor& output,
+                              const Tensor& logsumexp);
 
 /// As Python writes them.
 std::string shape_of(const Tensor& tensor);
@@ -61,9 +61,9 @@ struct Inputs {
   Tensor value, query, keys, bias, rpb[2];
   int64_t kernel_size[2];
 
-  Inputs(
-      const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias,
-      const OptionalTensor& rpb_small, const OptionalTensor& rpb_large, int64_t small_kernel_size, int64_t large_kernel_size);
+  Inputs(const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias,
+         const OptionalTensor& rpb_small, const OptionalTensor& rpb_large, int64_t small_kernel_size,
+         int64_t large_kernel_size);
 
   ContMixParams params() const;
 };

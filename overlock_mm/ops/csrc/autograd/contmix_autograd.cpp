@@ -13,24 +13,24 @@ using torch::autograd::variable_list;
 
 bool requires_grad(const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); }
 
-OptionalTensor if_defined(const Variable& tensor) { return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor(); }
+OptionalTensor if_defined(const Variable& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor();
+}
 
 class ContMix : public torch::autograd::Function<ContMix> {
  public:
-  static variable_list forward(
-      AutogradContext* context, const Variable& value, const Variable& query, const Variable& keys,
-      const OptionalTensor& bias, const OptionalTensor& rpb_small, const OptionalTensor& rpb_large,
-      int64_t small_kernel_size, int64_t large_kernel_size) {
+  static variable_list forward(AutogradContext* context, const Variable& value, const Variable& query,
+                               const Variable& keys, const OptionalTensor& bias, const OptionalTensor& rpb_small,
+                               const OptionalTensor& rpb_large, int64_t small_kernel_size, int64_t large_kernel_size) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     const auto [output, logsumexp] =
         call_contmix(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
-    context->save_for_backward(
-        {value, query, keys, bias.value_or(Tensor()), rpb_small.value_or(Tensor()), rpb_large.value_or(Tensor()), output,
-         logsumexp});
+    context->save_for_backward({value, query, keys, bias.value_or(Tensor()), rpb_small.value_or(Tensor()),
+                                rpb_large.value_or(Tensor()), output, logsumexp});
     context->saved_data["kernel_sizes"] = std::vector<int64_t>{small_kernel_size, large_kernel_size};
-    context->saved_data["wanted"] = c10::List<bool>(
-        {value.requires_grad(), query.requires_grad(), keys.requires_grad(), requires_grad(bias), requires_grad(rpb_small),
-         requires_grad(rpb_large)});
+    context->saved_data["wanted"] =
+        c10::List<bool>({value.requires_grad(), query.requires_grad(), keys.requires_grad(), requires_grad(bias),
+                         requires_grad(rpb_small), requires_grad(rpb_large)});
     context->mark_non_differentiable({logsumexp});
     return {output, logsumexp};
   }
@@ -41,9 +41,9 @@ class ContMix : public torch::autograd::Function<ContMix> {
     const auto wanted_list = context->saved_data["wanted"].toBoolList();
     std::array<bool, 6> wanted;
     for (size_t i = 0; i < wanted.size(); ++i) wanted[i] = wanted_list.get(i);
-    const auto [value, query, keys, bias, rpb_small, rpb_large] = call_contmix_backward(
-        grads[0], saved[0], saved[1], saved[2], if_defined(saved[3]), if_defined(saved[4]), if_defined(saved[5]), saved[6],
-        saved[7], kernel_sizes[0], kernel_sizes[1], wanted);
+    const auto [value, query, keys, bias, rpb_small, rpb_large] =
+        call_contmix_backward(grads[0], saved[0], saved[1], saved[2], if_defined(saved[3]), if_defined(saved[4]),
+                              if_defined(saved[5]), saved[6], saved[7], kernel_sizes[0], kernel_sizes[1], wanted);
     variable_list out{value, query, keys, bias, rpb_small, rpb_large};
     for (size_t i = 0; i < wanted.size(); ++i) {
       if (!wanted[i]) out[i] = Variable();
@@ -56,40 +56,42 @@ class ContMix : public torch::autograd::Function<ContMix> {
 
 class ContMixBackward : public torch::autograd::Function<ContMixBackward> {
  public:
-  static variable_list forward(
-      AutogradContext*, const Variable& grad_output, const Variable& value, const Variable& query, const Variable& keys,
-      const OptionalTensor& bias, const OptionalTensor& rpb_small, const OptionalTensor& rpb_large, const Variable& output,
-      const Variable& logsumexp, int64_t small_kernel_size, int64_t large_kernel_size, std::array<bool, 6> output_mask) {
+  static variable_list forward(AutogradContext*, const Variable& grad_output, const Variable& value,
+                               const Variable& query, const Variable& keys, const OptionalTensor& bias,
+                               const OptionalTensor& rpb_small, const OptionalTensor& rpb_large, const Variable& output,
+                               const Variable& logsumexp, int64_t small_kernel_size, int64_t large_kernel_size,
+                               std::array<bool, 6> output_mask) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const auto [grad_value, grad_query, grad_keys, grad_bias, grad_rpb_small, grad_rpb_large] = call_contmix_backward(
-        grad_output, value, query, keys, bias, rpb_small, rpb_large, output, logsumexp, small_kernel_size, large_kernel_size,
-        output_mask);
+    const auto [grad_value, grad_query, grad_keys, grad_bias, grad_rpb_small, grad_rpb_large] =
+        call_contmix_backward(grad_output, value, query, keys, bias, rpb_small, rpb_large, output, logsumexp,
+                              small_kernel_size, large_kernel_size, output_mask);
     return {grad_value, grad_query, grad_keys, grad_bias, grad_rpb_small, grad_rpb_large};
   }
 
   static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(
-        false,
-        "contmix: the compiled operator has no second derivative; overlock_mm.ops.contmix_reference, which takes the same "
-        "arguments, has one");
+    TORCH_CHECK(false,
+                "contmix: the compiled operator has no second derivative; overlock_mm.ops.contmix_reference, which "
+                "takes the same "
+                "arguments, has one");
   }
 };
 
-std::tuple<Tensor, Tensor> contmix_autograd(
-    const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias, const OptionalTensor& rpb_small,
-    const OptionalTensor& rpb_large, int64_t small_kernel_size, int64_t large_kernel_size) {
+std::tuple<Tensor, Tensor> contmix_autograd(const Tensor& value, const Tensor& query, const Tensor& keys,
+                                            const OptionalTensor& bias, const OptionalTensor& rpb_small,
+                                            const OptionalTensor& rpb_large, int64_t small_kernel_size,
+                                            int64_t large_kernel_size) {
   const variable_list out =
       ContMix::apply(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
   return {out[0], out[1]};
 }
 
-Gradients contmix_backward_autograd(
-    const Tensor& grad_output, const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias,
-    const OptionalTensor& rpb_small, const OptionalTensor& rpb_large, const Tensor& output, const Tensor& logsumexp,
-    int64_t small_kernel_size, int64_t large_kernel_size, std::array<bool, 6> output_mask) {
-  const variable_list out = ContMixBackward::apply(
-      grad_output, value, query, keys, bias, rpb_small, rpb_large, output, logsumexp, small_kernel_size, large_kernel_size,
-      output_mask);
+Gradients contmix_backward_autograd(const Tensor& grad_output, const Tensor& value, const Tensor& query,
+                                    const Tensor& keys, const OptionalTensor& bias, const OptionalTensor& rpb_small,
+                                    const OptionalTensor& rpb_large, const Tensor& output, const Tensor& logsumexp,
+                                    int64_t small_kernel_size, int64_t large_kernel_size,
+                                    std::array<bool, 6> output_mask) {
+  const variable_list out = ContMixBackward::apply(grad_output, value, query, keys, bias, rpb_small, rpb_large, output,
+                                                   logsumexp, small_kernel_size, large_kernel_size, output_mask);
   return {out[0], out[1], out[2], out[3], out[4], out[5]};
 }
 

@@ -51,16 +51,15 @@ void run(const ContMixParams& params, bool backward) {
   in_parallel(groups, [&](int64_t begin, int64_t end) { kernel.pack_keys(params, workspace, backward, begin, end); });
   if (!backward) {
     const int64_t strips = cpu::forward_strips(params, at::get_num_threads());
-    in_parallel(
-        groups * strips, [&](int64_t begin, int64_t end) { kernel.forward(params, workspace, strips, begin, end); });
+    in_parallel(groups * strips,
+                [&](int64_t begin, int64_t end) { kernel.forward(params, workspace, strips, begin, end); });
     return;
   }
-  in_parallel(
-      groups * params.partials, [&](int64_t begin, int64_t end) { kernel.backward(params, workspace, begin, end); });
+  in_parallel(groups * params.partials,
+              [&](int64_t begin, int64_t end) { kernel.backward(params, workspace, begin, end); });
   if (params.grad_value.data) {
-    in_parallel(2 * groups * params.height, [&](int64_t begin, int64_t end) {
-      kernel.gather_grad_value(params, workspace, begin, end);
-    });
+    in_parallel(2 * groups * params.height,
+                [&](int64_t begin, int64_t end) { kernel.gather_grad_value(params, workspace, begin, end); });
   }
 }
 
@@ -76,12 +75,13 @@ void run(const ContMixParams& params, at::ScalarType dtype, bool backward) {
 /// Half types are computed through float32.
 Tensor widened(const Tensor& map) { return map.to(accumulation_type(map)); }
 
-std::tuple<Tensor, Tensor> contmix_cpu(
-    const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias, const OptionalTensor& rpb_small,
-    const OptionalTensor& rpb_large, int64_t small_kernel_size, int64_t large_kernel_size) {
+std::tuple<Tensor, Tensor> contmix_cpu(const Tensor& value, const Tensor& query, const Tensor& keys,
+                                       const OptionalTensor& bias, const OptionalTensor& rpb_small,
+                                       const OptionalTensor& rpb_large, int64_t small_kernel_size,
+                                       int64_t large_kernel_size) {
   check_internal_arguments(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
-  const Inputs inputs(
-      widened(value), widened(query), keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
+  const Inputs inputs(widened(value), widened(query), keys, bias, rpb_small, rpb_large, small_kernel_size,
+                      large_kernel_size);
   const Outputs outputs(inputs);
   ContMixParams params = inputs.params();
   outputs.add_to(params);
@@ -89,17 +89,18 @@ std::tuple<Tensor, Tensor> contmix_cpu(
   return {outputs.output.to(value.scalar_type()), outputs.logsumexp};
 }
 
-Gradients contmix_backward_cpu(
-    const Tensor& grad_output, const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias,
-    const OptionalTensor& rpb_small, const OptionalTensor& rpb_large, const Tensor& output, const Tensor& logsumexp,
-    int64_t small_kernel_size, int64_t large_kernel_size, std::array<bool, 6> output_mask) {
+Gradients contmix_backward_cpu(const Tensor& grad_output, const Tensor& value, const Tensor& query, const Tensor& keys,
+                               const OptionalTensor& bias, const OptionalTensor& rpb_small,
+                               const OptionalTensor& rpb_large, const Tensor& output, const Tensor& logsumexp,
+                               int64_t small_kernel_size, int64_t large_kernel_size, std::array<bool, 6> output_mask) {
   check_internal_arguments(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
   check_backward_arguments(grad_output, value, keys, output, logsumexp);
-  const Inputs inputs(
-      widened(value), widened(query), keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
+  const Inputs inputs(widened(value), widened(query), keys, bias, rpb_small, rpb_large, small_kernel_size,
+                      large_kernel_size);
   ContMixParams params = inputs.params();
   const GradientBuffers gradients(inputs, cpu::backward_partials(params), output_mask);
-  const Tensor wide_grad = widened(grad_output), wide_output = widened(output), contiguous_sums = logsumexp.contiguous();
+  const Tensor wide_grad = widened(grad_output), wide_output = widened(output),
+               contiguous_sums = logsumexp.contiguous();
   params.grad_output = as_map(wide_grad);
   params.output = as_map(wide_output);
   params.logsumexp = contiguous_sums.data_ptr();

@@ -43,8 +43,8 @@ inline int64_t forward_strips(const ContMixParams& params, int64_t threads) {
   return wanted < most ? wanted : most;
 }
 
-/// How many strips of the map the backward works on apart. It depends on the shape alone, so that every number of threads
-/// sums in the same order.
+/// How many strips of the map the backward works on apart. It depends on the shape alone, so that every number of
+/// threads sums in the same order.
 inline int64_t backward_partials(const ContMixParams& params) {
   const int64_t groups = params.batch * params.groups;
   const int64_t wanted = groups == 0 ? 1 : (32 + groups - 1) / groups;

@@ -10,7 +10,8 @@
 // - Sums over a window, and back into it: the lanes are channels, rounded up to whole vectors. Neighbouring positions
 //   whose windows move on by one column ("sliding") or stay where they are (at a border) share the loads of a window.
 // - Gradient of the weights: the lanes are columns of the map.
-// Border positions take the same path as all others: a window is always inside the map, and a bias is looked up by offset.
+// Border positions take the same path as all others: a window is always inside the map, and a bias is looked up by
+// offset.
 
 #define OVERLOCK_MM_INLINE inline __attribute__((always_inline))
 #define OVERLOCK_MM_NOINLINE __attribute__((noinline))
@@ -39,7 +40,7 @@ struct Simd<float> {
   static constexpr float smallest_exponent = -126.0f;
   // 2^r - 1 over r on [-0.5, 0.5], minimax: relative error 2e-9.
   static constexpr int terms = 6;
-  static constexpr float polynomial[terms] = {0.6931471824645996f,  0.24022647738456726f,  0.055503323674201965f,
+  static constexpr float polynomial[terms] = {0.6931471824645996f,  0.24022647738456726f,   0.055503323674201965f,
                                               0.00961843691766262f, 0.0013398875016719103f, 0.00015353360504377633f};
 };
 
@@ -55,10 +56,11 @@ struct Simd<double> {
   static constexpr double smallest_exponent = -1022.0;
   // Taylor: relative error 4e-18.
   static constexpr int terms = 13;
-  static constexpr double polynomial[terms] = {
-      0.6931471805599453,     0.2402265069591007,     0.055504108664821576,   0.009618129107628477,  0.0013333558146428441,
-      0.00015403530393381606, 1.5252733804059838e-05, 1.3215486790144305e-06, 1.0178086009239696e-07, 7.054911620801121e-09,
-      4.44553827187081e-10,   2.5678435993488196e-11, 1.3691488853904124e-12};
+  static constexpr double polynomial[terms] = {0.6931471805599453,     0.2402265069591007,     0.055504108664821576,
+                                               0.009618129107628477,   0.0013333558146428441,  0.00015403530393381606,
+                                               1.5252733804059838e-05, 1.3215486790144305e-06, 1.0178086009239696e-07,
+                                               7.054911620801121e-09,  4.44553827187081e-10,   2.5678435993488196e-11,
+                                               1.3691488853904124e-12};
 };
 
 template <typename T>
@@ -96,7 +98,8 @@ template <typename T>
 OVERLOCK_MM_INLINE Vector<T> shuffle(Vector<T> a, Vector<T> b, typename Simd<T>::Integers indices) {
 #if defined(__clang__)
   Vector<T> out;
-  for (int i = 0; i < Simd<T>::lanes; ++i) out[i] = indices[i] < Simd<T>::lanes ? a[indices[i]] : b[indices[i] - Simd<T>::lanes];
+  for (int i = 0; i < Simd<T>::lanes; ++i)
+    out[i] = indices[i] < Simd<T>::lanes ? a[indices[i]] : b[indices[i] - Simd<T>::lanes];
   return out;
 #else
   return __builtin_shuffle(a, b, indices);
@@ -278,8 +281,8 @@ OVERLOCK_MM_INLINE void transpose(Vector<T> (&rows)[Simd<T>::lanes]) {
 
 /// Positions (n, padded channels) of a line from a map, with zeros in the padding.
 template <typename T>
-OVERLOCK_MM_NOINLINE void read_positions(
-    const Map& map, const T* from, int64_t n, int64_t channels, int64_t padded, T* to) {
+OVERLOCK_MM_NOINLINE void read_positions(const Map& map, const T* from, int64_t n, int64_t channels, int64_t padded,
+                                         T* to) {
   constexpr int lanes = Simd<T>::lanes;
   int64_t x = 0;
   if (map.column_stride == 1 && padded % lanes == 0) {
@@ -303,8 +306,8 @@ OVERLOCK_MM_NOINLINE void read_positions(
 }
 
 template <typename T>
-OVERLOCK_MM_NOINLINE void write_positions(
-    const Map& map, T* to, int64_t n, int64_t channels, int64_t padded, const T* from) {
+OVERLOCK_MM_NOINLINE void write_positions(const Map& map, T* to, int64_t n, int64_t channels, int64_t padded,
+                                          const T* from) {
   constexpr int lanes = Simd<T>::lanes;
   int64_t x = 0;
   if (map.column_stride == 1) {
@@ -328,8 +331,8 @@ OVERLOCK_MM_NOINLINE void write_positions(
 
 /// Sums over the channels of the products of two maps, for n positions of a line.
 template <typename T>
-OVERLOCK_MM_NOINLINE void channel_products(
-    const Map& first_map, const T* first, const Map& second_map, const T* second, int64_t n, int64_t channels, T* sums) {
+OVERLOCK_MM_NOINLINE void channel_products(const Map& first_map, const T* first, const Map& second_map, const T* second,
+                                           int64_t n, int64_t channels, T* sums) {
   constexpr int lanes = Simd<T>::lanes;
   int64_t t = 0;
   if (first_map.column_stride == 1 && second_map.column_stride == 1) {
@@ -353,7 +356,8 @@ OVERLOCK_MM_NOINLINE void channel_products(
 
 /// Lines of a group of the value: (lines, W, padded channels), a position's channels side by side.
 template <typename T>
-void pack_value(const ContMixParams& p, int64_t image, int64_t channel, int64_t begin, int64_t end, int64_t padded, T* to) {
+void pack_value(const ContMixParams& p, int64_t image, int64_t channel, int64_t begin, int64_t end, int64_t padded,
+                T* to) {
   for (int64_t y = begin; y < end; ++y, to += p.width * padded) {
     read_positions(p.value, line<T>(p.value, image, channel, y), p.width, p.channels, padded, to);
   }
@@ -375,7 +379,8 @@ void pack_value_by_channel(const ContMixParams& p, int64_t image, int64_t channe
 template <typename T>
 class Scratch {
  public:
-  explicit Scratch(int64_t elements) : data_(static_cast<T*>(::operator new(elements * sizeof(T), kAlignment))), next_(data_) {}
+  explicit Scratch(int64_t elements)
+      : data_(static_cast<T*>(::operator new(elements * sizeof(T), kAlignment))), next_(data_) {}
   ~Scratch() { ::operator delete(data_, kAlignment); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -394,9 +399,9 @@ class Scratch {
 
 /// Slots' biases by their offset from the position, for a line of the map.
 ///
-/// The window of position x starts `start - x + k - 1` entries into a row of relative position biases: k values at most,
-/// one inside the map. For each there is a table of all the branch's slots, which the logits start from. In the backward
-/// tables of the same form take up the gradients of the logits.
+/// The window of position x starts `start - x + k - 1` entries into a row of relative position biases: k values at
+/// most, one inside the map. For each there is a table of all the branch's slots, which the logits start from. In the
+/// backward tables of the same form take up the gradients of the logits.
 template <typename T>
 class BiasTables {
  public:
@@ -479,9 +484,9 @@ class BiasTables {
 
 /// Logits of n_positions x n_vectors * lanes slots, in base 2: z = M q + bias.
 template <typename T, int n_positions, int n_vectors>
-OVERLOCK_MM_NOINLINE void logits_tile(
-    const T* const* bias, int64_t first, const T* keys, int64_t keys_stride, const T* query, int64_t query_stride,
-    int64_t query_channels, T* z, int64_t z_stride) {
+OVERLOCK_MM_NOINLINE void logits_tile(const T* const* bias, int64_t first, const T* keys, int64_t keys_stride,
+                                      const T* query, int64_t query_stride, int64_t query_channels, T* z,
+                                      int64_t z_stride) {
   constexpr int lanes = Simd<T>::lanes;
   Vector<T> sums[n_positions][n_vectors];
 #pragma GCC unroll 8
@@ -508,13 +513,13 @@ OVERLOCK_MM_NOINLINE void logits_tile(
 }
 
 template <typename T, int n_positions>
-inline void logits_of_positions(
-    const T* const* bias, int64_t slots, const T* keys, int64_t keys_stride, const T* query, int64_t query_stride,
-    int64_t query_channels, T* z, int64_t z_stride) {
+inline void logits_of_positions(const T* const* bias, int64_t slots, const T* keys, int64_t keys_stride, const T* query,
+                                int64_t query_stride, int64_t query_channels, T* z, int64_t z_stride) {
   constexpr int lanes = Simd<T>::lanes;
   int64_t slot = 0;
   for (; slot + kVectors * lanes <= slots; slot += kVectors * lanes) {
-    logits_tile<T, n_positions, kVectors>(bias, slot, keys, keys_stride, query, query_stride, query_channels, z, z_stride);
+    logits_tile<T, n_positions, kVectors>(bias, slot, keys, keys_stride, query, query_stride, query_channels, z,
+                                          z_stride);
   }
   switch ((slots - slot) / lanes) {
     case 3:
@@ -533,9 +538,8 @@ inline void logits_of_positions(
 
 /// Logits of a branch for n positions from x on: (n, padded slots) in z.
 template <typename T>
-void logits(
-    const ContMixParams& p, const Layout<T>& layout, const BiasTables<T>& tables, int branch, int64_t x, int64_t n,
-    const T* packed_keys, const T* query, int64_t query_stride, T* z, int64_t z_stride) {
+void logits(const ContMixParams& p, const Layout<T>& layout, const BiasTables<T>& tables, int branch, int64_t x,
+            int64_t n, const T* packed_keys, const T* query, int64_t query_stride, T* z, int64_t z_stride) {
   const T* keys = packed_keys + layout.columns + layout.offset[branch];
   int64_t t = 0;
   while (t < n) {
@@ -543,13 +547,11 @@ void logits(
     const int64_t tile = n - t >= kTile ? kTile : 1;
     for (int64_t i = 0; i < tile; ++i) bias[i] = tables.table(branch, x + t + i);
     if (tile == kTile) {
-      logits_of_positions<T, kTile>(
-          bias, layout.padded_slots[branch], keys, layout.all_slots, query + t * query_stride, query_stride,
-          p.query_channels, z + t * z_stride, z_stride);
+      logits_of_positions<T, kTile>(bias, layout.padded_slots[branch], keys, layout.all_slots, query + t * query_stride,
+                                    query_stride, p.query_channels, z + t * z_stride, z_stride);
     } else {
-      logits_of_positions<T, 1>(
-          bias, layout.padded_slots[branch], keys, layout.all_slots, query + t * query_stride, query_stride,
-          p.query_channels, z + t * z_stride, z_stride);
+      logits_of_positions<T, 1>(bias, layout.padded_slots[branch], keys, layout.all_slots, query + t * query_stride,
+                                query_stride, p.query_channels, z + t * z_stride, z_stride);
     }
     t += tile;
   }
@@ -627,9 +629,8 @@ OVERLOCK_MM_INLINE void for_columns(int64_t k, AtColumn at_column, AtPosition at
 
 /// Sums of n positions' windows under their kernels: out (n, padded channels). `value` is the first of the window's.
 template <typename T, int n, int n_vectors, bool sliding>
-OVERLOCK_MM_NOINLINE void sum_windows(
-    int64_t k, const T* weights, int64_t weights_stride, const T* value, int64_t row_stride, int64_t column_stride,
-    T* out, int64_t out_stride) {
+OVERLOCK_MM_NOINLINE void sum_windows(int64_t k, const T* weights, int64_t weights_stride, const T* value,
+                                      int64_t row_stride, int64_t column_stride, T* out, int64_t out_stride) {
   constexpr int lanes = Simd<T>::lanes;
   Vector<T> sums[n][n_vectors] = {};
   for (int64_t i = 0; i < k; ++i) {
@@ -657,9 +658,9 @@ OVERLOCK_MM_NOINLINE void sum_windows(
 
 /// The way back: add n positions' gradients (n, padded channels), each under its kernel, to the windows they came from.
 template <typename T, int n, int n_vectors, bool sliding>
-OVERLOCK_MM_NOINLINE void spread_to_windows(
-    int64_t k, const T* weights, int64_t weights_stride, const T* grad, int64_t grad_stride, T* grad_value,
-    int64_t row_stride, int64_t column_stride) {
+OVERLOCK_MM_NOINLINE void spread_to_windows(int64_t k, const T* weights, int64_t weights_stride, const T* grad,
+                                            int64_t grad_stride, T* grad_value, int64_t row_stride,
+                                            int64_t column_stride) {
   constexpr int lanes = Simd<T>::lanes;
   Vector<T> g[n][n_vectors];
 #pragma GCC unroll 8
@@ -694,11 +695,11 @@ OVERLOCK_MM_NOINLINE void spread_to_windows(
   }
 }
 
-/// Store what was summed for the columns that n windows hold together as the slots of position t, and of those after it.
-/// Whole vectors are stored: what goes too far belongs to the next row, or is beyond the slots.
+/// Store what was summed for the columns that n windows hold together as the slots of position t, and of those after
+/// it. Whole vectors are stored: what goes too far belongs to the next row, or is beyond the slots.
 template <typename T, int t, int n, int n_rows, int n_vectors, bool sliding>
-OVERLOCK_MM_INLINE void store_from_windows(
-    int64_t k, const Vector<T> (&sums)[n][n_rows][n_vectors], T* out, int64_t out_stride) {
+OVERLOCK_MM_INLINE void store_from_windows(int64_t k, const Vector<T> (&sums)[n][n_rows][n_vectors], T* out,
+                                           int64_t out_stride) {
   constexpr int lanes = Simd<T>::lanes;
   constexpr int skipped = sliding ? t / lanes : 0, first_lane = sliding ? t % lanes : 0;
 #pragma GCC unroll 4
@@ -713,12 +714,12 @@ OVERLOCK_MM_INLINE void store_from_windows(
   if constexpr (t + 1 < n) store_from_windows<T, t + 1, n, n_rows, n_vectors, sliding>(k, sums, out, out_stride);
 }
 
-/// Gradients of the weights of n positions, (n, padded slots): the product of each position's gradient with the values in
-/// its window. `value` is (channels, H, W), at the window's first row and column.
+/// Gradients of the weights of n positions, (n, padded slots): the product of each position's gradient with the values
+/// in its window. `value` is (channels, H, W), at the window's first row and column.
 template <typename T, int n, int n_rows, int n_vectors, bool sliding>
-OVERLOCK_MM_INLINE void weight_gradients_of_rows(
-    int64_t k, int64_t first_column, const T* grad, int64_t grad_stride, int64_t channels, const T* value,
-    int64_t channel_stride, int64_t row_stride, T* out, int64_t out_stride) {
+OVERLOCK_MM_INLINE void weight_gradients_of_rows(int64_t k, int64_t first_column, const T* grad, int64_t grad_stride,
+                                                 int64_t channels, const T* value, int64_t channel_stride,
+                                                 int64_t row_stride, T* out, int64_t out_stride) {
   constexpr int lanes = Simd<T>::lanes;
   Vector<T> sums[n][n_rows][n_vectors] = {};
   for (int64_t c = 0; c < channels; ++c) {
@@ -745,27 +746,26 @@ OVERLOCK_MM_INLINE void weight_gradients_of_rows(
 
 /// n positions of a run; all rows of their windows.
 template <typename T, int n, int n_rows, int n_vectors, bool sliding>
-OVERLOCK_MM_NOINLINE void weight_gradients(
-    int64_t k, int64_t first_column, const T* grad, int64_t grad_stride, int64_t channels, const T* value,
-    int64_t channel_stride, int64_t row_stride, T* out, int64_t out_stride) {
+OVERLOCK_MM_NOINLINE void weight_gradients(int64_t k, int64_t first_column, const T* grad, int64_t grad_stride,
+                                           int64_t channels, const T* value, int64_t channel_stride, int64_t row_stride,
+                                           T* out, int64_t out_stride) {
   int64_t i = 0;
   for (; i + n_rows <= k; i += n_rows) {
-    weight_gradients_of_rows<T, n, n_rows, n_vectors, sliding>(
-        k, first_column, grad, grad_stride, channels, value + i * row_stride, channel_stride, row_stride, out + i * k,
-        out_stride);
+    weight_gradients_of_rows<T, n, n_rows, n_vectors, sliding>(k, first_column, grad, grad_stride, channels,
+                                                               value + i * row_stride, channel_stride, row_stride,
+                                                               out + i * k, out_stride);
   }
   for (; i < k; ++i) {
-    weight_gradients_of_rows<T, n, 1, n_vectors, sliding>(
-        k, first_column, grad, grad_stride, channels, value + i * row_stride, channel_stride, row_stride, out + i * k,
-        out_stride);
+    weight_gradients_of_rows<T, n, 1, n_vectors, sliding>(k, first_column, grad, grad_stride, channels,
+                                                          value + i * row_stride, channel_stride, row_stride,
+                                                          out + i * k, out_stride);
   }
 }
 
 /// out[j] += sum over i of factors[j, i] * rows[i], for n rows of a vector.
 template <typename T, int n>
-OVERLOCK_MM_NOINLINE void add_product(
-    int64_t terms, const T* factors, int64_t factors_stride, int64_t terms_stride, const T* rows, int64_t rows_stride,
-    T* out, int64_t out_stride) {
+OVERLOCK_MM_NOINLINE void add_product(int64_t terms, const T* factors, int64_t factors_stride, int64_t terms_stride,
+                                      const T* rows, int64_t rows_stride, T* out, int64_t out_stride) {
   Vector<T> sums[n];
 #pragma GCC unroll 8
   for (int j = 0; j < n; ++j) sums[j] = load(out + j * out_stride);
@@ -778,8 +778,8 @@ OVERLOCK_MM_NOINLINE void add_product(
   for (int j = 0; j < n; ++j) store(out + j * out_stride, sums[j]);
 }
 
-/// z of n positions to 2^(z - its maximum) in place, with the maxima and the sums. Positions take turns at every step: one
-/// alone would wait for its own results.
+/// z of n positions to 2^(z - its maximum) in place, with the maxima and the sums. Positions take turns at every step:
+/// one alone would wait for its own results.
 template <typename T, int n>
 OVERLOCK_MM_NOINLINE void exponentials(T* z, int64_t z_stride, int64_t slots, T* maxima, T* sums) {
   constexpr int lanes = Simd<T>::lanes;
@@ -815,10 +815,10 @@ void forward(const ContMixParams& p, const Workspace<T>& workspace, int64_t stri
   const Layout<T> layout(p, false);
   const int64_t d = p.query_channels, cp = layout.channels, row_stride = p.width * cp;
   const int64_t tables_size = round_up<T>(BiasTables<T>::size(p, layout));
-  const int64_t value_sizes[2] = {
-      Strip::most_held(p, strips, 0) * row_stride, Strip::most_held(p, strips, 1) * row_stride};
-  Scratch<T> scratch(
-      tables_size + kChunk * (layout.all_slots + cp) + round_up<T>(kChunk * d) + value_sizes[0] + value_sizes[1]);
+  const int64_t value_sizes[2] = {Strip::most_held(p, strips, 0) * row_stride,
+                                  Strip::most_held(p, strips, 1) * row_stride};
+  Scratch<T> scratch(tables_size + kChunk * (layout.all_slots + cp) + round_up<T>(kChunk * d) + value_sizes[0] +
+                     value_sizes[1]);
   const BiasTables<T> tables(p, layout, scratch.take(tables_size));
   T* const weights = scratch.take(kChunk * layout.all_slots);
   T* const mixed = scratch.take(kChunk * cp);
@@ -859,7 +859,8 @@ void forward(const ContMixParams& p, const Workspace<T>& workspace, int64_t stri
           T* logsumexp = static_cast<T*>(p.logsumexp) + (branch_and_group * p.height + y) * p.width + x;
           for (int64_t t = 0; t < n; ++t) logsumexp[t] = maxima[t] + std::log2(sums[t]);
 
-          const T* window_line = values[branch] + (window_start(y, p.height, k) - strip.first_held(p, branch)) * row_stride;
+          const T* window_line =
+              values[branch] + (window_start(y, p.height, k) - strip.first_held(p, branch)) * row_stride;
           const auto sum_channels = [&](int64_t c, auto n_vectors) {
             for (int64_t t = 0; t < n;) {
               const Run run = run_from(x + t, n - t, p.width, k, 8 / n_vectors.value);
@@ -903,9 +904,8 @@ void backward(const ContMixParams& p, const Workspace<T>& workspace, int64_t beg
   for (int branch = 0; branch < 2; ++branch) {
     value_sizes[branch] = round_up<T>(p.channels * Strip::most_held(p, p.partials, branch) * p.width) + 2 * lanes;
   }
-  Scratch<T> scratch(
-      2 * tables_size + kChunk * (layout.all_slots + row_size + cp + 2 * dp) + layout.all_slots * dp +
-      round_up<T>(p.slots() + rpb_size) + value_sizes[0] + value_sizes[1]);
+  Scratch<T> scratch(2 * tables_size + kChunk * (layout.all_slots + row_size + cp + 2 * dp) + layout.all_slots * dp +
+                     round_up<T>(p.slots() + rpb_size) + value_sizes[0] + value_sizes[1]);
   const BiasTables<T> tables(p, layout, scratch.take(tables_size));
   const BiasTables<T> table_gradients(p, layout, scratch.take(tables_size));
   T* const weights = scratch.take(kChunk * layout.all_slots);
@@ -947,7 +947,8 @@ void backward(const ContMixParams& p, const Workspace<T>& workspace, int64_t beg
         for (int64_t i = 0; i < n * dp; ++i) grad_query[i] = T(0);
 
         for (int branch = 0; branch < 2; ++branch) {
-          const int64_t k = p.kernel_size[branch], slots = layout.padded_slots[branch], first_slot = layout.offset[branch];
+          const int64_t k = p.kernel_size[branch], slots = layout.padded_slots[branch],
+                        first_slot = layout.offset[branch];
           const int64_t branch_and_group = (image * 2 + branch) * p.groups + group;
           const int64_t channel = (branch * p.groups + group) * p.channels;
           const T* grad_from = line<T>(p.grad_output, image, channel, y) + x * p.grad_output.column_stride;
@@ -963,7 +964,8 @@ void backward(const ContMixParams& p, const Workspace<T>& workspace, int64_t beg
           const T* logsumexp = const_data<T>(p.logsumexp) + (branch_and_group * p.height + y) * p.width + x;
           for (int64_t t = 0; t < n; ++t) {
             T* const row = z + t * layout.all_slots;
-            for (int64_t slot = 0; slot < slots; slot += lanes) store(row + slot, exp2<T>(load(row + slot) - logsumexp[t]));
+            for (int64_t slot = 0; slot < slots; slot += lanes)
+              store(row + slot, exp2<T>(load(row + slot) - logsumexp[t]));
           }
 
           if (wants_value) {
@@ -976,7 +978,8 @@ void backward(const ContMixParams& p, const Workspace<T>& workspace, int64_t beg
                 T* window = window_line + window_start(x + t, p.width, k) * cp + c;
                 with_constants(run, [&](auto length, auto sliding) {
                   spread_to_windows<T, length.value, n_vectors.value, sliding.value>(
-                      k, z + t * layout.all_slots, layout.all_slots, grad_output + t * cp + c, cp, window, p.width * cp, cp);
+                      k, z + t * layout.all_slots, layout.all_slots, grad_output + t * cp + c, cp, window, p.width * cp,
+                      cp);
                 });
                 t += run.length;
               }
@@ -1005,7 +1008,7 @@ void backward(const ContMixParams& p, const Workspace<T>& workspace, int64_t beg
                 };
                 switch (n_vectors) {
                   case 1:
-                    return of_vectors(Constant<1>{}, Constant<kVectorBytes == 64 ? 4 : 2>{});
+                    return of_vectors(Constant<1>{}, Constant < kVectorBytes == 64 ? 4 : 2 > {});
                   case 2:
                     return of_vectors(Constant<2>{}, Constant<1>{});
                   case 3:
@@ -1036,7 +1039,8 @@ void backward(const ContMixParams& p, const Workspace<T>& workspace, int64_t beg
             }
             if (wants_biases) {
               T* const table = table_gradients.table(branch, x + t);
-              for (int64_t slot = 0; slot < slots; slot += lanes) store(table + slot, load(table + slot) + load(row + slot));
+              for (int64_t slot = 0; slot < slots; slot += lanes)
+                store(table + slot, load(table + slot) + load(row + slot));
             }
           }
 
@@ -1122,8 +1126,7 @@ void gather_grad_value(const ContMixParams& p, const Workspace<T>& workspace, in
 
 template <typename T>
 constexpr Kernels<T> make_kernels(const char* instruction_set) {
-  return {
-      instruction_set, &workspace_sizes<T>, &pack_keys<T>, &forward<T>, &backward<T>, &gather_grad_value<T>};
+  return {instruction_set, &workspace_sizes<T>, &pack_keys<T>, &forward<T>, &backward<T>, &gather_grad_value<T>};
 }
 
 }  // namespace

@@ -23,9 +23,10 @@ Dtype dtype_of(const Tensor& map) {
   }
 }
 
-std::tuple<Tensor, Tensor> contmix_cuda(
-    const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias, const OptionalTensor& rpb_small,
-    const OptionalTensor& rpb_large, int64_t small_kernel_size, int64_t large_kernel_size) {
+std::tuple<Tensor, Tensor> contmix_cuda(const Tensor& value, const Tensor& query, const Tensor& keys,
+                                        const OptionalTensor& bias, const OptionalTensor& rpb_small,
+                                        const OptionalTensor& rpb_large, int64_t small_kernel_size,
+                                        int64_t large_kernel_size) {
   check_internal_arguments(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
   const c10::cuda::CUDAGuard guard(value.device());
   const Inputs inputs(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
@@ -38,10 +39,11 @@ std::tuple<Tensor, Tensor> contmix_cuda(
   return {outputs.output, outputs.logsumexp};
 }
 
-Gradients contmix_gradients_cuda(
-    const Tensor& grad_output, const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias,
-    const OptionalTensor& rpb_small, const OptionalTensor& rpb_large, const Tensor& output, const Tensor& logsumexp,
-    int64_t small_kernel_size, int64_t large_kernel_size, std::array<bool, 6> output_mask) {
+Gradients contmix_gradients_cuda(const Tensor& grad_output, const Tensor& value, const Tensor& query,
+                                 const Tensor& keys, const OptionalTensor& bias, const OptionalTensor& rpb_small,
+                                 const OptionalTensor& rpb_large, const Tensor& output, const Tensor& logsumexp,
+                                 int64_t small_kernel_size, int64_t large_kernel_size,
+                                 std::array<bool, 6> output_mask) {
   check_internal_arguments(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
   check_backward_arguments(grad_output, value, keys, output, logsumexp);
   const c10::cuda::CUDAGuard guard(value.device());

@@ -1,0 +1,127 @@
+"""What setup.py builds, for whom, and what it says where it cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import tarfile
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture
+def setup():
+    spec = importlib.util.spec_from_file_location('overlock_mm_setup', ROOT / 'setup.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """A stand-in for a CUDA toolkit: of version 12.4, for three architectures."""
+    nvcc = tmp_path / 'toolkit' / 'bin' / 'nvcc'
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        '#!/bin/sh\n'
+        'case "$1" in\n'
+        '--version) echo "Cuda compilation tools, release 12.4, V12.4.131" ;;\n'
+        '--list-gpu-arch) echo compute_50; echo compute_80; echo compute_90 ;;\n'
+        f'--dryrun) echo "#$ TOP={tmp_path / "toolkit"}/bin/.." >&2 ;;\n'
+        'esac\n'
+    )
+    nvcc.chmod(0o755)
+    return tmp_path / 'toolkit'
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    for name in ('CUDA_HOME', 'CUDA_PATH', 'FORCE_CUDA', 'TORCH_CUDA_ARCH_LIST', 'OVERLOCK_MM_WITH_OPS'):
+        monkeypatch.delenv(name, raising=False)
+
+
+def torch_with(cuda, gpu=False):
+    return SimpleNamespace(
+        __version__='2.9.9', version=SimpleNamespace(cuda=cuda), cuda=SimpleNamespace(is_available=lambda: gpu)
+    )
+
+
+def test_cuda_where_toolkit_and_torch_agree(setup, toolkit, monkeypatch, capsys):
+    monkeypatch.setenv('CUDA_HOME', str(toolkit))
+    for force in (None, '', '1'):
+        assert setup.choose_cuda(torch_with('12.8'), force) == toolkit
+        assert f'building for the CPU and for CUDA 12.4 ({toolkit})' in capsys.readouterr().err
+    assert setup.choose_cuda(torch_with('12.8'), '0') is None
+    assert 'FORCE_CUDA=0: building for the CPU alone' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'cuda, there, message',
+    [
+        ('13.0', True, r'the CUDA toolkit in .*toolkit is 12.4, but torch 2.9.9 wants 13.0'),
+        (None, True, r'torch 2.9.9 is a build without CUDA'),
+        ('12.8', False, r'no CUDA toolkit was found \(no CUDA_HOME, no nvcc\); torch 2.9.9 wants 12.8'),
+    ],
+)
+def test_every_mismatch_is_named(setup, toolkit, monkeypatch, capsys, cuda, there, message):
+    monkeypatch.setattr(setup, 'cuda_toolkit', lambda: toolkit if there else None)
+    assert setup.choose_cuda(torch_with(cuda), None) is None
+    said = capsys.readouterr().err
+    assert 'building for the CPU alone: ' in said
+    with pytest.raises(SystemExit, match=f'FORCE_CUDA=1, but {message}'):
+        setup.choose_cuda(torch_with(cuda), '1')
+    assert setup.choose_cuda(torch_with(cuda, gpu=True), None) is None
+    loud = capsys.readouterr().err
+    assert 'THERE IS A GPU, BUT' in loud
+    assert 'FORCE_CUDA=1 pip install' in loud
+
+
+def test_the_toolkit_is_found(setup, toolkit, tmp_path, monkeypatch):
+    """By CUDA_HOME, or by an nvcc on PATH, also where that is only a script that calls the real one."""
+    monkeypatch.setenv('PATH', str(toolkit / 'bin'))
+    assert setup.cuda_toolkit() == toolkit
+    script = tmp_path / 'bin' / 'nvcc'
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {toolkit}/bin/nvcc "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv('PATH', str(script.parent))
+    assert setup.cuda_toolkit() == toolkit
+    monkeypatch.setenv('CUDA_HOME', str(tmp_path / 'none'))
+    with pytest.raises(SystemExit, match='CUDA_HOME must be the folder of a CUDA toolkit, with bin/nvcc in it, got'):
+        setup.cuda_toolkit()
+
+
+def test_architectures_are_those_the_toolkit_knows(setup, toolkit):
+    assert setup.default_architectures(toolkit) == '8.0;9.0+PTX'
+
+
+def test_without_torch_it_says_what_to_do(setup, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    monkeypatch.setattr(setup.subprocess, 'run', lambda *args, **kwargs: SimpleNamespace(returncode=1, stdout=''))
+    with pytest.raises(SystemExit, match='Install torch first(.|\n)*OVERLOCK_MM_WITH_OPS=0 pip install'):
+        setup.import_torch()
+
+
+def test_the_operator_can_be_left_out(setup, monkeypatch, capsys):
+    monkeypatch.setenv('OVERLOCK_MM_WITH_OPS', '0')
+    assert setup.operator_extension() == {}
+    assert 'leaving the compiled operator out' in capsys.readouterr().err
+
+
+def test_an_sdist_needs_no_torch_and_carries_the_sources(setup, tmp_path):
+    assert not setup.wants_extension(['-q', 'sdist'])
+    assert not setup.wants_extension(['egg_info'])
+    assert setup.wants_extension(['bdist_wheel', '--dist-dir', 'x'])
+    command = [sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', tmp_path, 'sdist', '--dist-dir', tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as archive:
+        names = {name.split('/', 1)[-1] for name in archive.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / setup.SOURCES).rglob('*.*')}
+    assert any(name.endswith('.cu') for name in sources)
+    assert sources <= names
+    assert {'Makefile', 'tools/benchmarks/contmix_shapes.json', 'tests/test_ops/emulation/run_case.cpp'} <= names
+    assert not any(name.endswith(('.so', '.o')) for name in names)

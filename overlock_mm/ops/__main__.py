@@ -12,7 +12,7 @@ from . import _extension
 
 
 def main() -> None:
-    info = _extension.build_info()
+    info = _extension.build_info
     lines = {
         'overlock_mm': overlock_mm.__version__,
         'Python': platform.python_version(),

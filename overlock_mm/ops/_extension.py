@@ -1,4 +1,4 @@
-"""Finds and loads the compiled operator."""
+"""Finds and loads the compiled operator, and says so where there is none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 import torch
 
-BUILD_COMMAND = 'pip install --no-build-isolation --force-reinstall --no-deps overlock_mm'
+_BUILD_COMMAND = 'pip install --no-build-isolation --force-reinstall --no-deps overlock_mm'
 
 
 def _load() -> Optional[str]:
@@ -31,33 +31,40 @@ def _load() -> Optional[str]:
 #: Why the compiled operator is missing; None where it is there.
 missing: Optional[str] = _load()
 
-
-@cache
-def build_info() -> dict[str, Any]:
-    """What the binary was built for: ``torch``, ``compiler``, ``cpu`` (the instruction set used here), ``cuda`` and
-    ``cuda_architectures``, which are None for a binary of the CPU alone. Empty where there is no binary."""
-    return {} if missing else json.loads(torch.ops.overlock_mm._build_info())
+#: What the binary was built for: ``torch``, ``compiler``, ``cpu`` (the instruction set used here), ``cuda`` and
+#: ``cuda_architectures``, which are None for a binary of the CPU alone. Empty where there is no binary.
+build_info: dict[str, Any] = {} if missing else json.loads(torch.ops.overlock_mm._build_info())
 
 
 def compiled_for(device: torch.device) -> bool:
-    """Whether there is a compiled operator for tensors on ``device``. If not, say so, once for each reason."""
-    if not missing and (device.type in ('cpu', 'meta') or (device.type == 'cuda' and build_info()['cuda'])):
+    """Whether there is a compiled operator for tensors on ``device``. If not, say so, once for each kind of device."""
+    if not missing and (device.type in ('cpu', 'meta') or (device.type == 'cuda' and build_info['cuda'] is not None)):
         return True
-    _announce_fallback(device.type)
+    # torch.compile cannot trace a warning; the usual reasons have been given on import.
+    if not torch.compiler.is_compiling():
+        _announce_fallback(device.type)
     return False
+
+
+def announce_on_import() -> None:
+    """Say at once what will be slow: everything, without a binary; the GPU of this machine, without CUDA in it."""
+    if missing:
+        _announce_fallback('cpu')
+    elif torch.cuda.is_available() and build_info['cuda'] is None:
+        _announce_fallback('cuda')
 
 
 @cache
 def _announce_fallback(device_type: str) -> None:
     reason = missing
     if not reason and device_type == 'cuda':
-        reason = 'overlock_mm was built without CUDA, but is used on a GPU'
+        reason = 'overlock_mm was built without CUDA, but there is a GPU'
     elif not reason:
         reason = f'there is no compiled operator for the device {device_type!r}'
-    command = f'FORCE_CUDA=1 {BUILD_COMMAND}' if device_type == 'cuda' else BUILD_COMMAND
+    force = 'FORCE_CUDA=1 ' if device_type == 'cuda' else ''
     warnings.warn(
         f'{reason}: ContMix runs through its reference in plain PyTorch, several times slower and with many times the '
-        f'memory. To build it, with torch installed (and a CUDA toolkit, for a GPU):\n    {command}',
+        f'memory. To build it, with torch installed (and a CUDA toolkit, for a GPU):\n    {force}{_BUILD_COMMAND}',
         RuntimeWarning,
         stacklevel=4,
     )

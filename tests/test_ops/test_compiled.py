@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -399,14 +400,14 @@ def test_distributed_data_parallel(tmp_path):
 def test_every_instruction_set(capability, instruction_set):
     """The one binary, on processors that know less: torch's own switch plays them."""
     known = {'baseline': 0, 'avx2': 1, 'avx512': 2}
-    if known[instruction_set] > known[_extension.build_info()['cpu']]:
+    if known[instruction_set] > known[_extension.build_info['cpu']]:
         pytest.skip(f'this processor has no {instruction_set}')
     code = f"""
 import sys
 sys.path[:0] = [{os.path.dirname(__file__)!r}, {os.path.dirname(os.path.dirname(__file__))!r}]
 import torch
 from test_compiled import with_gradients, _extension, contmix, contmix_reference, make_arguments, relative_error, to
-assert _extension.build_info()['cpu'] == {instruction_set!r}, _extension.build_info()
+assert _extension.build_info['cpu'] == {instruction_set!r}, _extension.build_info
 for settings in (
     dict(height=20, width=33, per_group=16, query_per_group=16, tokens=7, small_kernel_size=5, large_kernel_size=13),
     dict(height=9, width=8, per_group=10, query_per_group=8, small_kernel_size=5, large_kernel_size=7),
@@ -470,7 +471,7 @@ def test_reports_what_is_built():
     lines = dict(line.split('  ', 1) for line in done.stdout.splitlines())
     lines = {name.strip(): value.strip() for name, value in lines.items()}
     assert lines['torch'].startswith(torch.__version__)
-    assert lines['used on the CPU'] == f'compiled operator, {_extension.build_info()["cpu"]}'
+    assert lines['used on the CPU'] == f'compiled operator, {_extension.build_info["cpu"]}'
     assert lines['compiled operator'].startswith(f'torch {torch.__version__.split("+")[0]}')
 
 
@@ -495,10 +496,30 @@ def test_the_fallback_is_announced_once(monkeypatch, fresh_announcements):
 
 
 def test_a_binary_without_cuda_says_so_on_a_gpu(monkeypatch, fresh_announcements):
-    monkeypatch.setattr(_extension, 'build_info', lambda: {'cuda': None})
-    with pytest.warns(RuntimeWarning, match='built without CUDA, but is used on a GPU(.|\n)*FORCE_CUDA=1 pip install'):
+    """On import where there is a GPU, else when a tensor comes from one."""
+    message = 'built without CUDA, but there is a GPU(.|\n)*FORCE_CUDA=1 pip install'
+    monkeypatch.setattr(_extension, 'build_info', {'cuda': None})
+    with pytest.warns(RuntimeWarning, match=message):
         assert not _extension.compiled_for(torch.device('cuda'))
     assert _extension.compiled_for(torch.device('cpu'))
+    _extension._announce_fallback.cache_clear()
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    with pytest.warns(RuntimeWarning, match=message):
+        _extension.announce_on_import()
+
+
+def test_a_missing_binary_is_announced_on_import(tmp_path):
+    shutil.copytree(os.path.dirname(ops.__file__), tmp_path / 'ops', ignore=shutil.ignore_patterns('*.so', 'csrc'))
+    done = subprocess.run([sys.executable, '-c', 'import ops'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert 'RuntimeWarning: overlock_mm was installed without its compiled operator' in done.stderr
+
+
+def test_the_fallback_compiles_too(monkeypatch):
+    monkeypatch.setattr(_extension, 'missing', 'not built')
+    arguments = make_arguments()
+    compiled = torch.compile(contmix, fullgraph=True, backend='aot_eager')
+    assert relative_error(compiled(**arguments), oracle(**arguments)) < 1e-14
 
 
 def test_a_binary_that_does_not_load_says_why(monkeypatch):

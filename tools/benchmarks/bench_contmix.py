@@ -106,7 +106,7 @@ def implementation(name: str, device: torch.device) -> Callable[..., torch.Tenso
     if name == 'contmix':
         if _extension.missing:
             raise Skipped(_extension.missing)
-        if device.type == 'cuda' and not _extension.build_info()['cuda']:
+        if device.type == 'cuda' and not _extension.build_info['cuda']:
             raise Skipped('overlock_mm was built without CUDA')
         return torch.ops.overlock_mm.contmix
     if name == 'natten':
@@ -486,7 +486,7 @@ def describe_machine(options: argparse.Namespace) -> dict[str, Any]:
         allow_tf32=torch.backends.cuda.matmul.allow_tf32,
         python=platform.python_version(),
         overlock_mm=overlock_mm.__version__,
-        compiled_operator=_extension.build_info() or dict(missing=_extension.missing),
+        compiled_operator=_extension.build_info or dict(missing=_extension.missing),
         git_commit=git_commit(),
     )
 

@@ -56,7 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', choices=['cpu', 'cuda'])
     device = parser.parse_args().device
-    if _extension.missing or (device == 'cuda' and not _extension.build_info()['cuda']):
+    if _extension.missing or (device == 'cuda' and not _extension.build_info['cuda']):
         print(_extension.missing or 'overlock_mm was built without CUDA', file=sys.stderr)
         return 2
     torch.manual_seed(0)

@@ -450,6 +450,7 @@ def call(name, change):
         ('_contmix', 'keys', lambda x: x[:, :0], ValueError, 'num_groups must be at least 1, got 0'),
         ('_contmix', 'bias', lambda x: x[1:], ValueError, r'proj_bias must have shape \(34,\), got \(33,\)'),
         ('_contmix', 'bias', lambda x: x.to('meta'), ValueError, 'proj_bias must be on the device of value, cpu, got meta'),
+        ('_contmix', 'bias', lambda x: x.float(), TypeError, 'proj_bias must have dtype torch.float64 .* got torch.float32'),
         ('_contmix', 'small_kernel_size', lambda x: -1, ValueError, 'small_kernel_size must be at least 1, got -1'),
         ('_contmix_backward', 'output', lambda x: x[:1], ValueError, r'output must have the shape of value, \(2, 12, 6, 9\), got'),
         ('_contmix_backward', 'output', lambda x: x.to('meta'), ValueError, 'output must be on the device of value, cpu, got'),
@@ -463,6 +464,13 @@ def test_bad_internal_arguments(name, argument, change, error, message):
     with pytest.raises(error) as raised:
         call(name, (argument, change))
     assert re.search(message, str(raised.value))
+
+
+def test_biases_are_of_the_accumulation_type():
+    inputs = internal_arguments(make_arguments(dtype=torch.float16))
+    inputs[2] = inputs[2].float()
+    with pytest.raises(TypeError, match='bias must have dtype torch.float32, got torch.float16'):
+        torch.ops.overlock_mm._contmix(*inputs)
 
 
 def test_reports_what_is_built():

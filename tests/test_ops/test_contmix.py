@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import autocast_dtypes, devices, relative_error
 
-from overlock_mm.ops import contmix, contmix_reference
+from overlock_mm.ops import _extension, contmix, contmix_reference
 
 SIZES = dict(num_groups=2, small_kernel_size=3, large_kernel_size=5)
 IMPLEMENTATIONS = pytest.mark.parametrize('function', [contmix, contmix_reference], ids=['contmix', 'reference'])
@@ -243,11 +243,33 @@ def replaced(name, change):
         (replaced('proj_bias', lambda x: x[1:]), ValueError, r'proj_bias must have shape \(34,\), got \(33,\)'),
         (replaced('rpb_small', lambda x: x[:1]), ValueError, r'rpb_small must have shape \(2, 5, 5\), got \(1, 5, 5\)'),
         (replaced('rpb_large', lambda x: x[:, 1:]), ValueError, r'rpb_large must have shape \(2, 9, 9\), got \(2, 8, 9\)'),
+        (replaced('query', lambda x: x[0]), ValueError, r'query must have 4 dimensions, got shape \(4, 6, 9\)'),
+        (replaced('key', lambda x: x[0]), ValueError, r'key must have 4 dimensions, got shape \(4, 3, 3\)'),
+        (replaced('key', lambda x: x.float()), TypeError, 'key must have dtype torch.float64 .* got torch.float32'),
+        (replaced('proj_weight', lambda x: x[0]), ValueError, r'proj_weight must have 2 dimensions, got shape \(9,\)'),
+        (replaced('proj_bias', lambda x: x.float()), TypeError, 'proj_bias must have dtype torch.float64'),
+        (replaced('proj_bias', lambda x: x[None]), ValueError, r'proj_bias must have shape \(34,\), got \(1, 34\)'),
+        (replaced('rpb_small', lambda x: x.half()), TypeError, 'rpb_small must have dtype torch.float64'),
+        (replaced('rpb_large', lambda x: x[0]), ValueError, r'rpb_large must have shape \(2, 9, 9\), got \(9, 9\)'),
+        *(
+            (replaced(name, lambda x: x.to('meta')), ValueError, f'{name} must be on the device of value, cpu, got meta')
+            for name in ('query', 'key', 'proj_weight', 'proj_bias', 'rpb_small', 'rpb_large')
+        ),
+        (replaced('large_kernel_size', lambda x: 0), ValueError, 'large_kernel_size must be at least 1, got 0'),
         (replaced('small_kernel_size', lambda x: 4), ValueError, 'small_kernel_size must be odd, got 4'),
         (replaced('large_kernel_size', lambda x: 7), ValueError, 'large_kernel_size must be at most .* 6, got 7'),
     ],
 )  # fmt: skip
-def test_bad_arguments(change, error, message):
+@pytest.mark.parametrize('compiled', [True, False], ids=['compiled', 'reference'])
+def test_bad_arguments(change, error, message, compiled, monkeypatch):
+    """Whichever checks them: the compiled operator, or the Python around the reference."""
+    if not compiled:
+        monkeypatch.setattr(_extension, 'compiled_for', lambda device: False)
     with pytest.raises(error) as raised:
         contmix(**change(make_arguments()))
     assert re.search(message, str(raised.value))
+
+
+def test_half_beside_double_is_named():
+    with pytest.raises(TypeError, match='proj_weight must have dtype torch.float16 or torch.float32 .* got torch.float64'):
+        contmix(**{**make_arguments(dtype=torch.float16), 'proj_weight': make_arguments()['proj_weight']})

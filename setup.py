@@ -81,14 +81,18 @@ def import_torch():
 
 
 def cuda_toolkit() -> Optional[Path]:
-    """The folder of the CUDA toolkit, if there is one."""
-    nvcc = shutil.which('nvcc')
+    """The folder of the CUDA toolkit, if there is one.
+
+    Raises:
+        LookupError: an environment variable names a folder that is none.
+    """
     for variable in ('CUDA_HOME', 'CUDA_PATH'):
         if os.environ.get(variable):
             folder = Path(os.environ[variable])
             if not (folder / 'bin' / 'nvcc').is_file():
-                raise BuildError(f'{variable} must be the folder of a CUDA toolkit, with bin/nvcc in it, got {folder}')
+                raise LookupError(f'{variable} must be the folder of a CUDA toolkit, with bin/nvcc in it, got {folder}')
             return folder
+    nvcc = shutil.which('nvcc')
     if nvcc is None:
         return Path('/usr/local/cuda') if Path('/usr/local/cuda/bin/nvcc').is_file() else None
     # It may be a link, or a script that calls the real one.
@@ -113,14 +117,17 @@ def choose_cuda(torch, force: Optional[str]) -> Optional[Path]:
         say('FORCE_CUDA=0: building for the CPU alone')
         return None
 
-    problem = None
-    toolkit = cuda_toolkit()
-    version = toolkit_version(toolkit) if toolkit else None
+    problem = toolkit = version = None
+    try:
+        toolkit = cuda_toolkit()
+        version = toolkit_version(toolkit) if toolkit else None
+    except LookupError as error:
+        problem = str(error)
     if torch.version.cuda is None:
         problem = f'torch {torch.__version__} is a build without CUDA'
-    elif toolkit is None:
+    elif problem is None and toolkit is None:
         problem = f'no CUDA toolkit was found (no CUDA_HOME, no nvcc); torch {torch.__version__} wants {torch.version.cuda}'
-    elif version.split('.')[0] != torch.version.cuda.split('.')[0]:
+    elif problem is None and version.split('.')[0] != torch.version.cuda.split('.')[0]:
         problem = f'the CUDA toolkit in {toolkit} is {version}, but torch {torch.__version__} wants {torch.version.cuda}'
     if problem is None:
         say(f'building for the CPU and for CUDA {version} ({toolkit})')
@@ -130,18 +137,37 @@ def choose_cuda(torch, force: Optional[str]) -> Optional[Path]:
     if torch.cuda.is_available():
         say('=' * 100)
         say(f'THERE IS A GPU, BUT {problem}: ContMix will be SLOW on it. Get the toolkit, then build again with')
-        say('    FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .')
+        say('    FORCE_CUDA=1 pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps .')
         say('=' * 100)
     else:
         say(f'building for the CPU alone: {problem}')
     return None
 
 
-def default_architectures(toolkit: Path) -> str:
-    """Of the architectures that count, those the toolkit compiles for; the last as PTX too, for GPUs to come."""
+def default_architectures(torch, toolkit: Path) -> str:
+    """Those of the GPUs that are there; without one, all that count. The last as PTX too, for GPUs to come.
+
+    Only such as the toolkit compiles for, and torch knows.
+    """
+    from torch.utils import cpp_extension
+
     command = [toolkit / 'bin' / 'nvcc', '--list-gpu-arch']
-    known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    chosen = [name for name in ARCHITECTURES if f'compute_{name.replace(".", "")}' in known]
+    of_toolkit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    def is_known(architecture: str) -> bool:
+        os.environ['TORCH_CUDA_ARCH_LIST'] = architecture
+        try:
+            cpp_extension._get_cuda_arch_flags()
+        except ValueError:
+            return False
+        finally:
+            del os.environ['TORCH_CUDA_ARCH_LIST']
+        return f'compute_{architecture.replace(".", "")}' in of_toolkit
+
+    present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    chosen = [f'{major}.{minor}' for major, minor in sorted(present)]
+    if not chosen or not all(map(is_known, chosen)):
+        chosen = list(filter(is_known, ARCHITECTURES))
     return ';'.join(chosen) + '+PTX'
 
 
@@ -158,8 +184,8 @@ def operator_extension() -> dict:
     toolkit = choose_cuda(torch, os.environ.get('FORCE_CUDA'))
     if toolkit:
         os.environ['CUDA_HOME'] = str(toolkit)  # read when cpp_extension is imported
-        if not os.environ.get('TORCH_CUDA_ARCH_LIST') and not torch.cuda.is_available():
-            os.environ['TORCH_CUDA_ARCH_LIST'] = default_architectures(toolkit)
+        if not os.environ.get('TORCH_CUDA_ARCH_LIST'):
+            os.environ['TORCH_CUDA_ARCH_LIST'] = default_architectures(torch, toolkit)
     from torch.utils import cpp_extension
 
     sources = [path for part in ('.', 'autograd', 'autocast', 'cpu') for path in (SOURCES / part).glob('*.cpp')]
@@ -171,7 +197,7 @@ def operator_extension() -> dict:
     macros = []
     if toolkit:
         sources += [*(SOURCES / 'cuda').glob('*.cpp'), *(SOURCES / 'cuda').glob('*.cu')]
-        architectures = os.environ.get('TORCH_CUDA_ARCH_LIST') or 'those of the GPUs at the build'
+        architectures = os.environ['TORCH_CUDA_ARCH_LIST']
         say(f'GPU architectures: {architectures}')
         macros += [('OVERLOCK_MM_WITH_CUDA', None), ('OVERLOCK_MM_CUDA_ARCHITECTURES', f'"{architectures}"')]
     extension = (cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension)(
@@ -184,13 +210,15 @@ def operator_extension() -> dict:
     return dict(
         ext_modules=[extension],
         cmdclass=dict(build_ext=cpp_extension.BuildExtension),
-        options=dict(bdist_wheel=dict(py_limited_api='cp39')),
+        # Without ninja a binary newer than its .cpp files would be kept, whatever torch, CUDA or header has changed.
+        options=dict(bdist_wheel=dict(py_limited_api='cp39'), build_ext=dict(force=True)),
     )
 
 
 def wants_extension(commands: list[str]) -> bool:
-    """An sdist and the package's metadata need no torch."""
-    return any(not command.startswith('-') and command not in ('sdist', 'egg_info', 'dist_info') for command in commands)
+    """Whether one of setup.py's arguments builds. An sdist and the package's metadata need no torch."""
+    builds = ('build', 'build_ext', 'bdist', 'bdist_wheel', 'editable_wheel', 'install', 'develop')
+    return any(command in builds for command in commands)
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import tarfile
@@ -49,6 +50,11 @@ def torch_with(cuda, gpu=False):
     )
 
 
+def torch_with_gpus(*capabilities):
+    cuda = SimpleNamespace(device_count=lambda: len(capabilities), get_device_capability=lambda index: capabilities[index])
+    return SimpleNamespace(cuda=cuda)
+
+
 def test_cuda_where_toolkit_and_torch_agree(setup, toolkit, monkeypatch, capsys):
     monkeypatch.setenv('CUDA_HOME', str(toolkit))
     for force in (None, '', '1'):
@@ -89,13 +95,59 @@ def test_the_toolkit_is_found(setup, toolkit, tmp_path, monkeypatch):
     script.chmod(0o755)
     monkeypatch.setenv('PATH', str(script.parent))
     assert setup.cuda_toolkit() == toolkit
+
+
+def test_a_stale_cuda_home_ends_a_build_for_cuda_only(setup, tmp_path, monkeypatch, capsys):
+    message = 'CUDA_HOME must be the folder of a CUDA toolkit, with bin/nvcc in it, got'
     monkeypatch.setenv('CUDA_HOME', str(tmp_path / 'none'))
-    with pytest.raises(SystemExit, match='CUDA_HOME must be the folder of a CUDA toolkit, with bin/nvcc in it, got'):
-        setup.cuda_toolkit()
+    assert setup.choose_cuda(torch_with('12.8'), None) is None
+    assert f'building for the CPU alone: {message}' in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=message):
+        setup.choose_cuda(torch_with('12.8'), '1')
 
 
-def test_architectures_are_those_the_toolkit_knows(setup, toolkit):
-    assert setup.default_architectures(toolkit) == '8.0;9.0+PTX'
+def test_architectures(setup, toolkit):
+    """The toolkit's stand-in knows 5.0, 8.0 and 9.0."""
+    assert setup.default_architectures(torch_with_gpus(), toolkit) == '8.0;9.0+PTX'
+    assert setup.default_architectures(torch_with_gpus((9, 0), (8, 0), (9, 0)), toolkit) == '8.0;9.0+PTX'
+    assert setup.default_architectures(torch_with_gpus((9, 0)), toolkit) == '9.0+PTX'
+    assert setup.default_architectures(torch_with_gpus((12, 0)), toolkit) == '8.0;9.0+PTX'
+    assert 'TORCH_CUDA_ARCH_LIST' not in os.environ
+
+
+def test_architectures_that_torch_does_not_know_are_left_out(setup, toolkit, monkeypatch):
+    from torch.utils import cpp_extension
+
+    def refuse():
+        if os.environ['TORCH_CUDA_ARCH_LIST'] == '9.0':
+            raise ValueError('Unknown CUDA arch (9.0) or GPU not supported')
+
+    monkeypatch.setattr(cpp_extension, '_get_cuda_arch_flags', refuse)
+    assert setup.default_architectures(torch_with_gpus(), toolkit) == '8.0+PTX'
+
+
+def test_an_isolated_build_finds_the_torch_outside(setup, tmp_path):
+    """pip puts a folder of its own on PYTHONPATH, which here has a torch that does not import."""
+    isolated = tmp_path / 'isolated'
+    isolated.mkdir()
+    (isolated / 'torch.py').write_text("raise ImportError('not this one')")
+    code = (
+        'import importlib.util\n'
+        f'spec = importlib.util.spec_from_file_location("setup_of_overlock_mm", {str(ROOT / "setup.py")!r})\n'
+        'module = importlib.util.module_from_spec(spec)\n'
+        'spec.loader.exec_module(module)\n'
+        'import sys\n'
+        f'sys.path[:] = [{str(isolated)!r}, *(path for path in sys.path if "site-packages" not in path)]\n'
+        'try:\n'
+        '    import torch\n'
+        'except ImportError:\n'
+        f'    sys.path.remove({str(isolated)!r})\n'
+        'print(module.import_torch().__version__)\n'
+    )
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    import torch
+
+    assert done.stdout.strip() == torch.__version__, done.stderr
 
 
 def test_without_torch_it_says_what_to_do(setup, monkeypatch):
@@ -112,11 +164,16 @@ def test_the_operator_can_be_left_out(setup, monkeypatch, capsys):
 
 
 def test_an_sdist_needs_no_torch_and_carries_the_sources(setup, tmp_path):
-    assert not setup.wants_extension(['-q', 'sdist'])
+    # As setuptools' build_meta calls setup.py.
+    assert not setup.wants_extension(['sdist', '--formats', 'gztar', '--dist-dir', 'x'])
+    assert not setup.wants_extension(['dist_info', '--output-dir', 'x', '--keep-egg-info'])
     assert not setup.wants_extension(['egg_info'])
     assert setup.wants_extension(['bdist_wheel', '--dist-dir', 'x'])
+    assert setup.wants_extension(['editable_wheel', '--dist-dir', 'x'])
+    (tmp_path / 'torch.py').write_text("raise ImportError('an sdist needs no torch')")
     command = [sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', tmp_path, 'sdist', '--dist-dir', tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as archive:
         names = {name.split('/', 1)[-1] for name in archive.getnames()}

@@ -10,30 +10,33 @@ from typing import Any, Optional
 
 import torch
 
-_BUILD_COMMAND = 'pip install --no-build-isolation --force-reinstall --no-deps overlock_mm'
+from ..versions import version_numbers
+
+_BUILD_COMMAND = 'pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps .'
+
+# torch < 2.3 has it elsewhere.
+_is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._utils.is_compiling
 
 
-def _load() -> Optional[str]:
-    """Register the compiled operators with torch; what went wrong, if they are not there."""
+def _load() -> tuple[Optional[str], dict[str, Any]]:
+    """Register the compiled operators with torch; what went wrong, if they are not there, and what they were built for."""
     binaries = sorted(Path(__file__).parent.glob('_C*.so'))
     if not binaries:
-        return 'overlock_mm was installed without its compiled operator'
+        return 'overlock_mm was installed without its compiled operator', {}
     try:
         torch.ops.load_library(binaries[0])
+        info = json.loads(torch.ops.overlock_mm._build_info())
     except (OSError, RuntimeError) as error:
-        return (
-            f'the compiled operator does not load with torch {torch.__version__} (it serves the version of torch that '
-            f'it was built with): {error}'
-        )
-    return None
+        return f'the compiled operator does not load with torch {torch.__version__}: {error}', {}
+    if version_numbers(info['torch'])[:2] != version_numbers(torch.__version__)[:2]:
+        # It may load, and then read structures of another layout.
+        return f'the compiled operator was built for torch {info["torch"]}, this is torch {torch.__version__}', {}
+    return None, info
 
 
-#: Why the compiled operator is missing; None where it is there.
-missing: Optional[str] = _load()
-
-#: What the binary was built for: ``torch``, ``compiler``, ``cpu`` (the instruction set used here), ``cuda`` and
-#: ``cuda_architectures``, which are None for a binary of the CPU alone. Empty where there is no binary.
-build_info: dict[str, Any] = {} if missing else json.loads(torch.ops.overlock_mm._build_info())
+#: Why the compiled operator is missing (None where it is there), and what the binary was built for: ``torch``,
+#: ``compiler``, ``cpu`` (the instruction set used here), ``cuda`` and ``cuda_architectures`` (None: for the CPU alone).
+missing, build_info = _load()
 
 
 def compiled_for(device: torch.device) -> bool:
@@ -41,7 +44,7 @@ def compiled_for(device: torch.device) -> bool:
     if not missing and (device.type in ('cpu', 'meta') or (device.type == 'cuda' and build_info['cuda'] is not None)):
         return True
     # torch.compile cannot trace a warning; the usual reasons have been given on import.
-    if not torch.compiler.is_compiling():
+    if not _is_compiling():
         _announce_fallback(device.type)
     return False
 
@@ -50,7 +53,7 @@ def announce_on_import() -> None:
     """Say at once what will be slow: everything, without a binary; the GPU of this machine, without CUDA in it."""
     if missing:
         _announce_fallback('cpu')
-    elif torch.cuda.is_available() and build_info['cuda'] is None:
+    elif build_info['cuda'] is None and torch.cuda.device_count():
         _announce_fallback('cuda')
 
 
@@ -64,7 +67,8 @@ def _announce_fallback(device_type: str) -> None:
     force = 'FORCE_CUDA=1 ' if device_type == 'cuda' else ''
     warnings.warn(
         f'{reason}: ContMix runs through its reference in plain PyTorch, several times slower and with many times the '
-        f'memory. To build it, with torch installed (and a CUDA toolkit, for a GPU):\n    {force}{_BUILD_COMMAND}',
+        f"memory. To build it, in overlock_mm's sources, with a C++ compiler (and a CUDA toolkit that fits torch, for a "
+        f'GPU):\n    {force}{_BUILD_COMMAND}',
         RuntimeWarning,
         stacklevel=4,
     )

@@ -58,6 +58,10 @@ def contmix(
     dtype or float32; float64 goes only with float64. Half inputs accumulate, and go through the softmax, in float32. A
     NaN gives NaN; -inf in a bias masks its slot.
 
+    The compiled operator has a first derivative only, and keeps its output for it: write over the output (``add_``,
+    ``ReLU(inplace=True)``) and the backward raises. Second derivatives and torch.func's transforms are what
+    :func:`contmix_reference` is for, and it is what runs in torch.export, ONNX and traces.
+
     Raises:
         TypeError: an argument is no tensor (or no integer), or the dtypes do not go together.
         ValueError: a shape, a kernel size or a device does not fit; the message names the argument and what it got.
@@ -96,8 +100,8 @@ def _is_exporting() -> bool:
     """Whether a graph is being made for elsewhere, where there may be no compiled operator: ONNX, torch.export, a trace."""
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return True
-    # torch >= 2.7
-    return getattr(torch.compiler, 'is_exporting', bool)()
+    # torch >= 2.7. Not is_exporting(): for torch.compile that is True in all it traces, not in exports alone.
+    return getattr(torch.compiler, '_is_exporting_flag', False)
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -159,9 +163,9 @@ def _check_shapes(
         if tensor.ndim != rank:
             raise ValueError(f'{name} must have {rank} dimensions, got shape {tuple(tensor.shape)}')
     batch, channels, height, width = value.shape
-    if channels % (2 * num_groups):
+    if channels == 0 or channels % (2 * num_groups):
         raise ValueError(f'value must have channels divisible by 2 * num_groups = {2 * num_groups}, got {channels}')
-    if query.shape[1] % num_groups:
+    if query.shape[1] == 0 or query.shape[1] % num_groups:
         raise ValueError(f'query must have channels divisible by num_groups = {num_groups}, got {query.shape[1]}')
     if (query.shape[0], *query.shape[2:]) != (batch, height, width):
         raise ValueError(

@@ -88,13 +88,14 @@ def test_gradcheck(height, width, small, large, device):
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)], ids=str)
-def test_half_gradients(dtype, tolerance):
+@devices
+def test_half_gradients(device, dtype, tolerance):
     """Parameters in float32 beside half maps, as autocast leaves them: their gradients are not rounded to half."""
-    arguments = make_arguments(height=20, width=33, per_group=10, query_per_group=16, dtype=dtype)
+    arguments = make_arguments(height=20, width=33, per_group=10, query_per_group=16, dtype=dtype, device=device)
     arguments['query'] = arguments['query'] / 4
     for name in ('proj_weight', 'proj_bias', 'rpb_small', 'rpb_large'):
         arguments[name] = arguments[name].float()
-    grad_output = torch.randn(arguments['value'].shape, dtype=torch.float64).to(dtype)
+    grad_output = torch.randn_like(arguments['value'])
     got = with_gradients(contmix, arguments, grad_output)
     expected = with_gradients(contmix_reference, to(arguments, torch.float64), grad_output)
     for name, x, y in zip(['output', *tensors_of(arguments)], got, expected):
@@ -102,19 +103,30 @@ def test_half_gradients(dtype, tolerance):
         assert x.dtype == (dtype if name in ('output', 'value', 'query', 'key') else torch.float32)
 
 
-def test_nan_stays_in_its_window():
-    arguments = make_arguments(height=9, width=30, dtype=torch.float32)
+@devices
+def test_nan_stays_in_its_window(device):
+    arguments = make_arguments(height=9, width=30, dtype=torch.float32, device=device)
     arguments['value'][0, 0, 4, 15] = torch.nan  # first group, small kernel: 3x3
     out = contmix(**arguments)
-    expected = torch.zeros(9, 30, dtype=torch.bool)
+    expected = torch.zeros(9, 30, dtype=torch.bool, device=device)
     expected[3:6, 14:17] = True
     assert torch.equal(out[0, 0].isnan(), expected)
     assert out[0, 1:].isfinite().all()
     assert out[1].isfinite().all()
 
 
-def test_a_masked_kernel_is_nan_as_in_eager_mode():
-    arguments = make_arguments(dtype=torch.float32)
+@devices
+def test_biases_mask_as_in_eager_mode(device):
+    """-inf masks, and a kernel that is masked whole is NaN; the lowest float, also used as a mask, is finite."""
+    arguments = make_arguments(dtype=torch.float32, device=device)
+    lowest = torch.finfo(torch.float32).min
+    for mask in (lowest, -lowest):
+        for part in (slice(None), slice(1)):
+            masked = {**arguments, 'rpb_small': arguments['rpb_small'].clone(), 'proj_bias': None}
+            masked['rpb_small'][:, part] = mask
+            out, expected = contmix(**masked), contmix_reference(**masked)
+            assert expected.isfinite().all()
+            assert relative_error(out, expected) < 1e-6
     arguments['rpb_small'].fill_(-torch.inf)
     assert contmix(**arguments)[:, :6].isnan().all()
     assert contmix(**arguments)[:, 6:].isfinite().all()
@@ -176,26 +188,64 @@ def test_opcheck(name, requires_grad, device):
     torch.library.opcheck(getattr(torch.ops.overlock_mm, name).default, inputs, sizes, test_utils=checks)
 
 
-def test_meta_has_the_layout_of_the_real_one():
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        arguments = make_arguments(dtype=torch.bfloat16)
-        arguments['value'] = arguments['value'].contiguous(memory_format=memory_format)
-        on_meta = {name: x.to('meta') if isinstance(x, Tensor) else x for name, x in arguments.items()}
-        real, meta = contmix(**arguments), contmix(**on_meta)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last', 'slice of channels_last', 'transposed'])
+@devices
+def test_meta_has_the_layout_of_the_real_one(device, layout, dtype):
+    arguments = make_arguments(dtype=dtype, device=device)
+    for name in ('value', 'query'):
+        x = arguments[name]
+        if layout == 'slice of channels_last':
+            x = torch.cat([x, x], dim=1).contiguous(memory_format=torch.channels_last)[:, : x.shape[1]]
+        elif layout == 'transposed':
+            x = x.transpose(2, 3).contiguous().transpose(2, 3)
+        else:
+            x = x.contiguous(memory_format=getattr(torch, layout, torch.contiguous_format))
+        arguments[name] = x
+    inputs = [x.float() if i > 1 and isinstance(x, Tensor) else x for i, x in enumerate(internal_arguments(arguments))]
+    outputs = torch.ops.overlock_mm._contmix(*inputs)
+    gradients = torch.ops.overlock_mm._contmix_backward(
+        arguments['value'], *inputs[:-2], *outputs, *inputs[-2:], [True] * 6
+    )
+    on_meta = [x.to('meta') if isinstance(x, Tensor) else x for x in inputs]
+    # .to('meta') makes slices dense.
+    on_meta[:2] = [torch.empty_strided(x.shape, x.stride(), dtype=dtype, device='meta') for x in inputs[:2]]
+    meta_outputs = torch.ops.overlock_mm._contmix(*on_meta)
+    meta_gradients = torch.ops.overlock_mm._contmix_backward(
+        on_meta[0], *on_meta[:-2], *meta_outputs, *on_meta[-2:], [True] * 6
+    )
+    for real, meta in zip((*outputs, *gradients), (*meta_outputs, *meta_gradients)):
         assert (meta.shape, meta.dtype, meta.stride()) == (real.shape, real.dtype, real.stride())
 
 
-def test_torch_compile_with_dynamic_shapes():
+def test_torch_compile_traces_the_compiled_operator():
+    """And not its reference, which would give the same numbers."""
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module.graph)
+        return module.forward
+
+    arguments = make_arguments()
+    compiled = torch.compile(contmix, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(**arguments), contmix(**arguments))
+    calls = [str(node.target) for graph in graphs for node in graph.nodes if node.op == 'call_function']
+    assert calls == ['overlock_mm.contmix']
+
+
+@devices
+def test_torch_compile_with_dynamic_shapes(device):
     compiled = torch.compile(contmix, fullgraph=True, dynamic=True, backend='aot_eager')
     for height, width, batch in ((6, 9, 2), (11, 7, 3)):
-        arguments = make_arguments(batch=batch, height=height, width=width)
+        arguments = make_arguments(batch=batch, height=height, width=width, device=device)
         grad_output = torch.randn_like(arguments['value'])
         for x, y in zip(with_gradients(compiled, arguments, grad_output), with_gradients(contmix, arguments, grad_output)):
             assert relative_error(x, y) < 1e-13
 
 
-def test_torch_compile_with_inductor():
-    arguments = make_arguments(dtype=torch.float32)
+@devices
+def test_torch_compile_with_inductor(device):
+    arguments = make_arguments(dtype=torch.float32, device=device)
 
     def between(**arguments):
         return torch.relu(contmix(**{**arguments, 'query': arguments['query'] * 0.5})) + 1
@@ -223,19 +273,21 @@ def test_a_graph_for_elsewhere_has_no_compiled_operator():
     assert relative_error(traced(*tensors), expected) < 1e-6
 
 
-def test_autocast_of_the_binary():
+@devices
+def test_autocast_of_the_binary(device):
     """torch.ops.overlock_mm.contmix casts by itself, and only the maps; inside, nothing is cast again."""
-    arguments = make_arguments(dtype=torch.float32)
+    arguments = make_arguments(dtype=torch.float32, device=device)
     rounded = {name: arguments[name].bfloat16() for name in ('value', 'query', 'key')}
     expected = contmix(**{**arguments, **rounded})
-    with torch.autocast('cpu', dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         assert torch.equal(torch.ops.overlock_mm.contmix(**arguments), expected)
-    with torch.autocast('cpu', enabled=False):
+    with torch.autocast(device, enabled=False):
         assert torch.ops.overlock_mm.contmix(**arguments).dtype == torch.float32
 
 
-def test_activation_checkpointing():
-    arguments = make_arguments(dtype=torch.float32)
+@devices
+def test_activation_checkpointing(device):
+    arguments = make_arguments(dtype=torch.float32, device=device)
 
     def checkpointed(**arguments):
         return torch.utils.checkpoint.checkpoint(contmix, use_reentrant=False, **arguments)
@@ -245,11 +297,12 @@ def test_activation_checkpointing():
         assert torch.equal(x, y)
 
 
-def test_saves_little_more_than_inputs_and_output():
+@devices
+def test_saves_little_more_than_inputs_and_output(device):
     """The kernels are not kept: a logarithm of a sum for each, and the folded keys, are all there is besides."""
     arguments = make_arguments(
         batch=1, height=50, width=84, per_group=16, query_per_group=16, tokens=7, num_groups=8, dtype=torch.float32,
-        small_kernel_size=5, large_kernel_size=13,
+        small_kernel_size=5, large_kernel_size=13, device=device,
     )  # fmt: skip
     tensors = {name: value.requires_grad_() for name, value in tensors_of(arguments).items()}
     saved = {}
@@ -282,8 +335,9 @@ def test_only_the_gradients_asked_for(wanted, device):
         assert relative_error(grad, expected[name]) < 1e-12
 
 
-def test_second_derivative_is_refused_and_named():
-    arguments = make_arguments()
+@devices
+def test_second_derivative_is_refused_and_named(device):
+    arguments = make_arguments(device=device)
     arguments['value'].requires_grad_()
     arguments['query'].requires_grad_()
     (grad,) = torch.autograd.grad(contmix(**arguments).pow(2).sum(), arguments['query'], create_graph=True)
@@ -323,15 +377,26 @@ def test_repeats_itself_to_the_bit(device):
 @no_gpu
 def test_cuda_graph():
     arguments = make_arguments(height=20, width=33, per_group=16, query_per_group=16, device='cuda', dtype=torch.float32)
-    contmix(**arguments)
+    tensors = {name: value.requires_grad_() for name, value in tensors_of(arguments).items()}
+    grad_output = torch.randn_like(arguments['value'])
+
+    def forward_backward():
+        out = contmix(**arguments)
+        return [out, *torch.autograd.grad(out, list(tensors.values()), grad_output)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        forward_backward()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = contmix(**arguments)
-    arguments['value'].normal_()
+        got = forward_backward()
+    with torch.no_grad():
+        arguments['value'].normal_()
     graph.replay()
     torch.cuda.synchronize()
-    assert relative_error(out, contmix_reference(**to(arguments, torch.float64))) < 1e-5
+    for x, y in zip(got, with_gradients(contmix_reference, to(arguments, torch.float64), grad_output)):
+        assert relative_error(x, y) < 1e-4
 
 
 @no_gpu
@@ -392,7 +457,11 @@ def test_distributed_data_parallel(tmp_path):
         )
         for rank in range(2)
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:  # one that waits for another that has failed
+            process.kill()
     assert all('same gradients' in output for output in outputs), outputs
 
 
@@ -511,14 +580,15 @@ def test_a_binary_without_cuda_says_so_on_a_gpu(monkeypatch, fresh_announcements
         assert not _extension.compiled_for(torch.device('cuda'))
     assert _extension.compiled_for(torch.device('cpu'))
     _extension._announce_fallback.cache_clear()
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     with pytest.warns(RuntimeWarning, match=message):
         _extension.announce_on_import()
 
 
 def test_a_missing_binary_is_announced_on_import(tmp_path):
-    shutil.copytree(os.path.dirname(ops.__file__), tmp_path / 'ops', ignore=shutil.ignore_patterns('*.so', 'csrc'))
-    done = subprocess.run([sys.executable, '-c', 'import ops'], cwd=tmp_path, capture_output=True, text=True)
+    package = os.path.dirname(os.path.dirname(ops.__file__))
+    shutil.copytree(package, tmp_path / 'overlock_mm', ignore=shutil.ignore_patterns('*.so', 'csrc'))
+    done = subprocess.run([sys.executable, '-c', 'import overlock_mm.ops'], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0
     assert 'RuntimeWarning: overlock_mm was installed without its compiled operator' in done.stderr
 
@@ -535,7 +605,15 @@ def test_a_binary_that_does_not_load_says_why(monkeypatch):
         raise OSError('undefined symbol: _ZN3c10')
 
     monkeypatch.setattr(torch.ops, 'load_library', fail)
-    assert re.search('does not load with torch .*undefined symbol', _extension._load())
+    assert re.search('does not load with torch .*undefined symbol', _extension._load()[0])
+
+
+def test_a_binary_for_another_torch_is_refused(monkeypatch):
+    """It may load all the same."""
+    monkeypatch.setattr(torch, '__version__', '2.99.1')
+    missing, info = _extension._load()
+    assert re.fullmatch(r'the compiled operator was built for torch 2\.\d+\.\d+, this is torch 2.99.1', missing)
+    assert info == {}
 
 
 def test_exports():

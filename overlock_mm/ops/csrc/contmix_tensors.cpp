@@ -69,10 +69,10 @@ void check_arguments(const Tensor& value, const Tensor& query, const OptionalTen
 
   TORCH_CHECK_VALUE(value.dim() == 4, "value must have 4 dimensions, got shape ", shape_of(value));
   TORCH_CHECK_VALUE(query.dim() == 4, "query must have 4 dimensions, got shape ", shape_of(query));
-  TORCH_CHECK_VALUE(value.sym_size(1) % (num_groups * 2) == 0,
+  TORCH_CHECK_VALUE(value.sym_size(1) > 0 && value.sym_size(1) % (num_groups * 2) == 0,
                     "value must have channels divisible by 2 * num_groups = ", num_groups * 2, ", got ",
                     value.sym_size(1));
-  TORCH_CHECK_VALUE(query.sym_size(1) % num_groups == 0,
+  TORCH_CHECK_VALUE(query.sym_size(1) > 0 && query.sym_size(1) % num_groups == 0,
                     "query must have channels divisible by num_groups = ", num_groups, ", got ", query.sym_size(1));
   TORCH_CHECK_VALUE(query.sym_size(0) == value.sym_size(0) && query.sym_size(2) == value.sym_size(2) &&
                         query.sym_size(3) == value.sym_size(3),

@@ -11,8 +11,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-bool requires_grad(const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); }
-
 OptionalTensor if_defined(const Variable& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor();
 }
@@ -28,9 +26,6 @@ class ContMix : public torch::autograd::Function<ContMix> {
     context->save_for_backward({value, query, keys, bias.value_or(Tensor()), rpb_small.value_or(Tensor()),
                                 rpb_large.value_or(Tensor()), output, logsumexp});
     context->saved_data["kernel_sizes"] = std::vector<int64_t>{small_kernel_size, large_kernel_size};
-    context->saved_data["wanted"] =
-        c10::List<bool>({value.requires_grad(), query.requires_grad(), keys.requires_grad(), requires_grad(bias),
-                         requires_grad(rpb_small), requires_grad(rpb_large)});
     context->mark_non_differentiable({logsumexp});
     return {output, logsumexp};
   }
@@ -38,9 +33,10 @@ class ContMix : public torch::autograd::Function<ContMix> {
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto saved = context->get_saved_variables();
     const auto kernel_sizes = context->saved_data["kernel_sizes"].toIntVector();
-    const auto wanted_list = context->saved_data["wanted"].toBoolList();
+    // Only what this backward is asked for. Arguments that are None have no edge.
     std::array<bool, 6> wanted;
-    for (size_t i = 0; i < wanted.size(); ++i) wanted[i] = wanted_list.get(i);
+    size_t edge = 0;
+    for (size_t i = 0; i < wanted.size(); ++i) wanted[i] = saved[i].defined() && context->needs_input_grad(edge++);
     const auto [value, query, keys, bias, rpb_small, rpb_large] =
         call_contmix_backward(grads[0], saved[0], saved[1], saved[2], if_defined(saved[3]), if_defined(saved[4]),
                               if_defined(saved[5]), saved[6], saved[7], kernel_sizes[0], kernel_sizes[1], wanted);

@@ -72,8 +72,12 @@ void run(const ContMixParams& params, at::ScalarType dtype, bool backward) {
   }
 }
 
-/// Half types are computed through float32.
-Tensor widened(const Tensor& map) { return map.to(accumulation_type(map)); }
+/// Half types are computed through float32. The layout is that of the map: a conversion that chooses one by itself
+/// could find another for a slice, and outputs would not be laid out as the meta kernels say.
+Tensor widened(const Tensor& map) {
+  const at::ScalarType type = accumulation_type(map);
+  return map.scalar_type() == type ? map : map.to(type, /*non_blocking=*/false, /*copy=*/false, memory_format_of(map));
+}
 
 std::tuple<Tensor, Tensor> contmix_cpu(const Tensor& value, const Tensor& query, const Tensor& keys,
                                        const OptionalTensor& bias, const OptionalTensor& rpb_small,

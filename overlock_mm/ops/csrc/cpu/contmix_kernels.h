@@ -38,6 +38,7 @@ struct Simd<float> {
   static constexpr int mantissa_bits = 23;
   static constexpr int32_t one = 0x3F800000;
   static constexpr float smallest_exponent = -126.0f;
+  static constexpr float largest = __FLT_MAX__;
   // 2^r - 1 over r on [-0.5, 0.5], minimax: relative error 2e-9.
   static constexpr int terms = 6;
   static constexpr float polynomial[terms] = {0.6931471824645996f,  0.24022647738456726f,   0.055503323674201965f,
@@ -54,6 +55,7 @@ struct Simd<double> {
   static constexpr int mantissa_bits = 52;
   static constexpr int64_t one = 0x3FF0000000000000;
   static constexpr double smallest_exponent = -1022.0;
+  static constexpr double largest = __DBL_MAX__;
   // Taylor: relative error 4e-18.
   static constexpr int terms = 13;
   static constexpr double polynomial[terms] = {0.6931471805599453,     0.2402265069591007,     0.055504108664821576,
@@ -219,6 +221,14 @@ void workspace_sizes(const ContMixParams& p, bool backward, int64_t* keys, int64
   *grad_value = backward && p.grad_value.data ? p.batch * p.groups * p.partials * strip_size<T>(p, layout) : 0;
 }
 
+/// A bias of logits in base 2. A finite one stays finite: the lowest float, which users mask with, is no -inf.
+template <typename T>
+inline T in_base_2(T bias) {
+  const T scaled = bias * T(kLog2E);
+  if (scaled - scaled == T(0) || bias - bias != T(0)) return scaled;
+  return bias > T(0) ? Simd<T>::largest : -Simd<T>::largest;
+}
+
 template <typename T>
 void pack_keys(const ContMixParams& p, const Workspace<T>& workspace, bool backward, int64_t begin, int64_t end) {
   const Layout<T> layout(p, backward);
@@ -239,12 +249,12 @@ void pack_keys(const ContMixParams& p, const Workspace<T>& workspace, bool backw
           T* row = packed + layout.rows + (layout.offset[branch] + slot) * layout.query_channels;
           for (int64_t i = 0; i < d; ++i) row[i] = key[i];
         }
-        if (p.bias) packed[layout.bias[branch] + slot] = const_data<T>(p.bias)[first + slot] * T(kLog2E);
+        if (p.bias) packed[layout.bias[branch] + slot] = in_base_2(const_data<T>(p.bias)[first + slot]);
       }
       if (p.rpb[branch]) {
         const int64_t side = 2 * p.kernel_size[branch] - 1;
         const T* rpb = const_data<T>(p.rpb[branch]) + group * side * side;
-        for (int64_t i = 0; i < side * side; ++i) packed[layout.rpb[branch] + i] = rpb[i] * T(kLog2E);
+        for (int64_t i = 0; i < side * side; ++i) packed[layout.rpb[branch] + i] = in_base_2(rpb[i]);
       }
       first += slots;
     }

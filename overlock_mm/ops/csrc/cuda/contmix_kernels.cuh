@@ -22,6 +22,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cfloat>
+#include <cmath>
 #include <type_traits>
 
 #include "../contmix.h"
@@ -103,6 +105,16 @@ __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b)
 
 /// Logits are scaled by it, and so exp(z - max) is one exp2.
 constexpr double kLog2E = 1.4426950408889634;
+
+/// A bias of logits, scaled. A finite one stays finite: the lowest float, which users mask with, is no -inf.
+__device__ __forceinline__ float in_base_2(float bias) {
+  const float scaled = bias * static_cast<float>(kLog2E);
+  return isinf(scaled) && !isinf(bias) ? copysignf(FLT_MAX, bias) : scaled;
+}
+__device__ __forceinline__ double in_base_2(double bias) {
+  const double scaled = bias * kLog2E;
+  return isinf(scaled) && !isinf(bias) ? copysign(DBL_MAX, bias) : scaled;
+}
 
 template <typename A>
 __device__ __forceinline__ A minus_infinity() {
@@ -204,7 +216,7 @@ __device__ void stage_keys(A* shared, const A* keys, int slots, int query_channe
 /// Brings biases to shared memory, scaled: zeros where there are none.
 template <typename A>
 __device__ void stage_biases(A* shared, const A* biases, int size) {
-  for (int i = threadIdx.x; i < size; i += blockDim.x) shared[i] = biases ? biases[i] * A(kLog2E) : A(0);
+  for (int i = threadIdx.x; i < size; i += blockDim.x) shared[i] = biases ? in_base_2(biases[i]) : A(0);
 }
 
 /// One branch of one group of one image.
@@ -415,9 +427,9 @@ __global__ void __launch_bounds__(kMaxThreads, 3) contmix_forward_kernel(const C
                 const A* offsets = shared + layout.rpb + entry + u;
                 p[t][u] = dot(q[t], shared + (slot + u) * kQuery) + *biases + *offsets;
               } else {
-                if (branch.bias) p[t][u] += branch.bias[slot + u];
-                if (branch.rpb) p[t][u] += branch.rpb[entry + u];
                 p[t][u] *= A(kLog2E);
+                if (branch.bias) p[t][u] += in_base_2(branch.bias[slot + u]);
+                if (branch.rpb) p[t][u] += in_base_2(branch.rpb[entry + u]);
               }
               largest = larger(largest, p[t][u]);
             }
@@ -657,9 +669,9 @@ __global__ void __launch_bounds__(kMaxThreads, kStaged ? 3 : 1)
               } else {
                 const A* key = keys + static_cast<int64_t>(u) * query_channels;
                 for (int d = 0; d < query_channels; ++d) z += load(query.at(d, y, x)) * key[d];
-                if (branch.bias) z += branch.bias[first_slot + u];
-                if (branch.rpb) z += branch.rpb[first_entry + u];
                 z *= A(kLog2E);
+                if (branch.bias) z += in_base_2(branch.bias[first_slot + u]);
+                if (branch.rpb) z += in_base_2(branch.rpb[first_entry + u]);
                 const T* values = value.at(0, top + line, left + start + u);
                 const T* grads = grad_output.at(0, y, x);
                 for (int c = 0; c < branch.channels; ++c) {
@@ -885,9 +897,10 @@ __global__ void __launch_bounds__(kMaxThreads, 4) contmix_backward_value_kernel(
               const T* queries = query.at(0, line, reader);
               A z = 0;
               for (int d = 0; d < branch.query_channels; ++d) z += load(queries + d * query.channel_stride) * key[d];
-              if (branch.bias) z += branch.bias[slot];
-              if (branch.rpb) z += branch.rpb[(y[t] - line + k - 1) * entries + entry_column];
-              p[t] = power_of_2(z * A(kLog2E) - branch.logsumexp_at(line, reader));
+              z *= A(kLog2E);
+              if (branch.bias) z += in_base_2(branch.bias[slot]);
+              if (branch.rpb) z += in_base_2(branch.rpb[(y[t] - line + k - 1) * entries + entry_column]);
+              p[t] = power_of_2(z - branch.logsumexp_at(line, reader));
             }
             for_channels<kChannels>(grad_output.at(0, line, reader), grad_output.channel_stride,
                                     [&](int c, const T* at) {

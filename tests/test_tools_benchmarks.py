@@ -264,6 +264,7 @@ def test_shapes_that_variants_share_are_measured_once(tools):
     assert source == 'network'
     assert len(cases) == 2 * (3 + 4)
     assert [archs for shape, _, _, archs in cases if shape.operator == cases[0][0].operator] == [['xt', 't']] * 2
+    assert [batch for _, batch, _, _ in cases] == [1] * 7 + [2] * 7
 
 
 def test_shapes_come_from_the_record_where_the_network_does_not_import(tools, monkeypatch):

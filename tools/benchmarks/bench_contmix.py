@@ -25,6 +25,7 @@ import contextlib
 import datetime
 import gc
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -452,23 +453,26 @@ def run_case(shape: Shape, batch: int, dtype_name: str, names: list[str], option
 
 
 def chosen_cases(options: argparse.Namespace) -> tuple[list[tuple[Shape, int, str, list[str]]], str]:
-    """All cases in the order of the options, variants first; a shape that several variants have comes once."""
+    """All cases, variants and stages in turn for each input size, batch and dtype: a time limit cuts off the last of these.
+
+    A shape that several variants have comes once.
+    """
     cases, places, sources = [], {}, set()
+    shapes = []
     for arch in options.arch:
-        shapes, source = shapes_of(arch, options.input)
+        of_arch, source = shapes_of(arch, options.input)
+        shapes += [shape for shape in of_arch if shape.stage in options.stage]
         sources.add(source)
-        for size in options.input:
-            for batch in options.batch:
-                for shape in shapes:
-                    if shape.input != size or shape.stage not in options.stage:
-                        continue
-                    for dtype in options.dtype:
-                        key = (shape.operator, size, batch, dtype)
-                        if key in places:
-                            places[key].append(arch)
-                        else:
-                            places[key] = [arch]
-                            cases.append((shape, batch, dtype, places[key]))
+    for size, batch, dtype in itertools.product(options.input, options.batch, options.dtype):
+        for shape in shapes:
+            if shape.input != size:
+                continue
+            key = (shape.operator, size, batch, dtype)
+            if key in places:
+                places[key].append(shape.arch)
+            else:
+                places[key] = [shape.arch]
+                cases.append((shape, batch, dtype, places[key]))
     return cases, '+'.join(sorted(sources))
 
 
@@ -555,7 +559,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             record['not_run'] = len(cases) - index
             break
         names = ['contmix', *options.baselines]
-        if index < options.compile_reference:
+        if sum(case[2] == dtype for case in cases[:index]) < options.compile_reference:
             names.append('compiled')
         case = run_case(shape, batch, dtype, names, options)
         case['archs'] = archs
@@ -614,8 +618,8 @@ def parse_options(arguments: Optional[list[str]] = None) -> argparse.Namespace:
     )  # fmt: skip
     what.add_argument(
         '--compile-reference', nargs='?', type=positive_int, const=sys.maxsize, default=0, metavar='N',
-        help='measure torch.compile of the reference too, in the first N cases (all, if N is left out); compiling takes up '
-        'to a minute a case',
+        help='measure torch.compile of the reference too, in the first N cases of each dtype (all, if N is left out); '
+        'compiling takes up to a minute a case',
     )  # fmt: skip
 
     how = parser.add_argument_group('how to measure')

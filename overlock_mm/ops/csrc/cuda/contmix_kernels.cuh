@@ -23,7 +23,6 @@
 #include <cuda_runtime.h>
 
 #include <cfloat>
-#include <cmath>
 #include <type_traits>
 
 #include "../contmix.h"
@@ -107,13 +106,13 @@ __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b)
 constexpr double kLog2E = 1.4426950408889634;
 
 /// A bias of logits, scaled. A finite one stays finite: the lowest float, which users mask with, is no -inf.
-__device__ __forceinline__ float in_base_2(float bias) {
-  const float scaled = bias * static_cast<float>(kLog2E);
-  return isinf(scaled) && !isinf(bias) ? copysignf(FLT_MAX, bias) : scaled;
-}
-__device__ __forceinline__ double in_base_2(double bias) {
-  const double scaled = bias * kLog2E;
-  return isinf(scaled) && !isinf(bias) ? copysign(DBL_MAX, bias) : scaled;
+template <typename A>
+__device__ __forceinline__ A in_base_2(A bias) {
+  constexpr A kLargest = std::is_same<A, double>::value ? A(DBL_MAX) : A(FLT_MAX);
+  const A scaled = bias * A(kLog2E);
+  // x - x is 0, or NaN where x is not finite.
+  if (scaled - scaled == A(0) || bias - bias != A(0)) return scaled;
+  return bias > A(0) ? kLargest : -kLargest;
 }
 
 template <typename A>

@@ -190,7 +190,11 @@ def operator_extension() -> dict:
 
     sources = [path for part in ('.', 'autograd', 'autocast', 'cpu') for path in (SOURCES / part).glob('*.cpp')]
     flags = {'cxx': ['-O3', '-g0', '-ffp-contract=fast'], 'nvcc': ['-O3']}
-    if sys.platform == 'linux':
+    if sys.platform == 'linux' and compiler_is_clang():
+        say(
+            "Clang's OpenMP is not the one that torch loads: the CPU kernels will run on ONE thread. CXX=g++ CC=gcc avoids it"
+        )
+    elif sys.platform == 'linux':
         # For at::parallel_for. Only to compile: to link it would bring the system's OpenMP, and a second pool of threads,
         # beside the one that torch loads.
         flags['cxx'].append('-fopenmp')
@@ -213,6 +217,14 @@ def operator_extension() -> dict:
         # Without ninja a binary newer than its .cpp files would be kept, whatever torch, CUDA or header has changed.
         options=dict(bdist_wheel=dict(py_limited_api='cp39'), build_ext=dict(force=True)),
     )
+
+
+def compiler_is_clang() -> bool:
+    command = [*os.environ.get('CXX', 'c++').split(), '--version']
+    try:
+        return 'clang' in subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:  # the build will say so
+        return False
 
 
 def wants_extension(commands: list[str]) -> bool:

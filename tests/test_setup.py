@@ -157,6 +157,17 @@ def test_without_torch_it_says_what_to_do(setup, monkeypatch):
         setup.import_torch()
 
 
+def test_clang_is_told_from_gcc(setup, tmp_path, monkeypatch):
+    for version, expected in (('Debian clang version 14.0.6', True), ('g++ (Debian 12.2.0) 12.2.0', False)):
+        compiler = tmp_path / 'compiler'
+        compiler.write_text(f'#!/bin/sh\necho "{version}"\n')
+        compiler.chmod(0o755)
+        monkeypatch.setenv('CXX', str(compiler))
+        assert setup.compiler_is_clang() is expected
+    monkeypatch.setenv('CXX', str(tmp_path / 'none'))
+    assert not setup.compiler_is_clang()
+
+
 def test_the_operator_can_be_left_out(setup, monkeypatch, capsys):
     monkeypatch.setenv('OVERLOCK_MM_WITH_OPS', '0')
     assert setup.operator_extension() == {}

@@ -191,9 +191,7 @@ def operator_extension() -> dict:
     sources = [path for part in ('.', 'autograd', 'autocast', 'cpu') for path in (SOURCES / part).glob('*.cpp')]
     flags = {'cxx': ['-O3', '-g0', '-ffp-contract=fast'], 'nvcc': ['-O3']}
     if sys.platform == 'linux' and compiler_is_clang():
-        say(
-            "Clang's OpenMP is not the one that torch loads: the CPU kernels will run on ONE thread. CXX=g++ CC=gcc avoids it"
-        )
+        say("Clang's OpenMP is not torch's: the CPU kernels will run on ONE thread; with CXX=g++ CC=gcc, on all")
     elif sys.platform == 'linux':
         # For at::parallel_for. Only to compile: to link it would bring the system's OpenMP, and a second pool of threads,
         # beside the one that torch loads.

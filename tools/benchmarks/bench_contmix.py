@@ -547,7 +547,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     cases, source = chosen_cases(options)
     record = dict(
         machine=describe_machine(options),
-        settings={key: str(value) if key == 'device' else value for key, value in vars(options).items()},
+        settings={
+            key: str(value) if key == 'device' else value
+            for key, value in vars(options).items()
+            if key not in ('json', 'markdown', 'plot', 'report', 'short')  # where results go is no setting
+        },
         shapes_from=source,
         ceilings=measure_ceilings(options),
         cases=[],

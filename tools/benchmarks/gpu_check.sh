@@ -10,7 +10,7 @@
 #
 # Needs torch, setuptools, pytest and, for a GPU, a CUDA toolkit (nvcc) that fits torch; nothing of OpenMMLab and no
 # network. PYTHON names the interpreter (python3). Builds in a copy of the sources, in a temporary folder.
-# TOTAL_SECONDS (460) bounds it all; a part that is too slow is ended and reported, and the next one runs.
+# TOTAL_SECONDS (470) bounds it all; a part that is too slow is ended and reported, and the next one runs.
 # Ends with 0 if all parts went well, 1 if one did not, 2 if it could not start.
 set -uo pipefail
 
@@ -60,7 +60,7 @@ mkdir -p "$out" || stop "cannot make $out"
 out=$(cd "$out" && pwd)
 work=$(mktemp -d) || stop "cannot make a temporary folder"
 trap 'rm -rf "$work"' EXIT
-deadline=$((SECONDS + ${TOTAL_SECONDS:-460}))
+deadline=$((SECONDS + ${TOTAL_SECONDS:-470}))
 summary=$out/summary.txt
 : >"$summary"
 failed=0
@@ -121,11 +121,11 @@ part small_case 40 tests.log "$python" -W ignore "$here/contmix_small_case.py" -
 
 # ---- the numbers: first what detection trains with, then the rest as time allows
 settings=(--arch t b s xt --input 800x1344 512x512 224x224 --batch 2 1 16 --dtype float32 bfloat16)
-settings+=(--baselines reference published --compile-reference 2 --seconds 0.3 --max-rounds 15 --time-limit 120)
+settings+=(--baselines reference published --compile-reference 2 --seconds 0.3 --max-rounds 15 --time-limit 105)
 if ((tiny)); then
     settings=(--arch t --input 224x224 --stage 4 --baselines reference --seconds 0.2 --min-rounds 3 --max-rounds 3)
 fi
-part bench 170 bench.log "$python" -W ignore "$here/bench_contmix.py" --device "$device" "${settings[@]}" \
+part bench 150 bench.log "$python" -W ignore "$here/bench_contmix.py" --device "$device" "${settings[@]}" \
     --json "$out/bench.json" --markdown "$out/bench.md" --plot "$out/bench.png"
 
 # ---- the operator's tests, those of a GPU; the emulation of CUDA on the CPU is for machines without one
@@ -133,7 +133,7 @@ select='not emulat'
 [[ $device == cuda ]] && select='(cuda or gpu) and not emulat'
 tests=("$root/tests/test_ops" -q --maxfail=20 -p no:cacheprovider -k "$select")
 ((tiny)) && tests+=(--collect-only)
-part tests 90 tests.log "$python" -m pytest "${tests[@]}"
+part tests 120 tests.log "$python" -m pytest "${tests[@]}"
 
 if [[ $device == cuda ]]; then
     sanitizer=$(command -v compute-sanitizer || true)
@@ -144,7 +144,7 @@ if [[ $device == cuda ]]; then
             note "$(printf '%-10s not run: there is no compute-sanitizer' "$tool")"
         else
             # torch's allocator would hand out parts of one large block, and hide an access beyond a tensor.
-            PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" 90 sanitizer.log "$sanitizer" --tool "$tool" --error-exitcode 9 \
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" 60 sanitizer.log "$sanitizer" --tool "$tool" --error-exitcode 9 \
                 "$python" -W ignore "$here/contmix_small_case.py" --device cuda
         fi
     done

@@ -32,11 +32,11 @@ template <>
 struct Simd<float> {
   static constexpr int lanes = kVectorBytes / sizeof(float);
   typedef float Vector __attribute__((vector_size(kVectorBytes)));
-  typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Integers __attribute__((vector_size(kVectorBytes)));
   typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(float)), may_alias));
   static constexpr float rounder = 12582912.0f;  // 1.5 * 2^23: adding it leaves a float's integral part in its low bits
   static constexpr int mantissa_bits = 23;
-  static constexpr int32_t one = 0x3F800000;
+  static constexpr uint32_t one = 0x3F800000;
   static constexpr float smallest_exponent = -126.0f;
   static constexpr float largest = __FLT_MAX__;
   // 2^r - 1 over r on [-0.5, 0.5], minimax: relative error 2e-9.
@@ -49,11 +49,11 @@ template <>
 struct Simd<double> {
   static constexpr int lanes = kVectorBytes / sizeof(double);
   typedef double Vector __attribute__((vector_size(kVectorBytes)));
-  typedef int64_t Integers __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t Integers __attribute__((vector_size(kVectorBytes)));
   typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(double)), may_alias));
   static constexpr double rounder = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int mantissa_bits = 52;
-  static constexpr int64_t one = 0x3FF0000000000000;
+  static constexpr uint64_t one = 0x3FF0000000000000;
   static constexpr double smallest_exponent = -1022.0;
   static constexpr double largest = __DBL_MAX__;
   // Taylor: relative error 4e-18.

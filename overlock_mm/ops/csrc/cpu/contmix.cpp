@@ -18,14 +18,14 @@ const cpu::Kernels<T>& kernels() {
     [[maybe_unused]] const std::string capability = at::get_cpu_capability();
     if constexpr (is_float) {
 #if defined(__x86_64__)
-      if (capability == "AVX512") return cpu::avx512::float_kernels();
-      if (capability == "AVX2") return cpu::avx2::float_kernels();
+      if (capability.rfind("AVX512", 0) == 0) return cpu::avx512::float_kernels();
+      if (capability.rfind("AVX2", 0) == 0) return cpu::avx2::float_kernels();
 #endif
       return cpu::baseline::float_kernels();
     } else {
 #if defined(__x86_64__)
-      if (capability == "AVX512") return cpu::avx512::double_kernels();
-      if (capability == "AVX2") return cpu::avx2::double_kernels();
+      if (capability.rfind("AVX512", 0) == 0) return cpu::avx512::double_kernels();
+      if (capability.rfind("AVX2", 0) == 0) return cpu::avx2::double_kernels();
 #endif
       return cpu::baseline::double_kernels();
     }

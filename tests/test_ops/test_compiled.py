@@ -87,6 +87,17 @@ def test_gradcheck(height, width, small, large, device):
     assert torch.autograd.gradcheck(run, [value.requires_grad_() for value in tensors.values()], fast_mode=True)
 
 
+@devices
+def test_kernels_of_one_slot_copy(device):
+    """On the smallest map. The softmax of one logit is 1, and nothing that made the logit has a gradient."""
+    arguments = make_arguments(height=1, width=1, small_kernel_size=1, large_kernel_size=1, device=device)
+    grad_output = torch.randn_like(arguments['value'])
+    out, grad_value, *others = with_gradients(contmix, arguments, grad_output)
+    assert torch.equal(out, arguments['value'])
+    assert torch.equal(grad_value, grad_output)
+    assert all(grad.abs().max() < 1e-13 for grad in others)
+
+
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)], ids=str)
 @devices
 def test_half_gradients(device, dtype, tolerance):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 @st.composite
 def random_settings(draw):
-    small, large = draw(st.sampled_from([1, 3, 5, 7])), draw(st.sampled_from([1, 3, 5, 7, 9, 13, 15]))
+    small, large = draw(st.sampled_from([1, 3, 5, 7])), draw(st.sampled_from([3, 5, 7, 9, 13, 15]))
     least = max(small, large)
     return dict(
         batch=draw(st.integers(0, 2)),
@@ -64,7 +64,7 @@ def test_equals_the_reference(device, shape, missing, layouts, dtype, seed):
         arguments[name] = LAYOUTS[layout](arguments[name])
     got = with_gradients(contmix, to(arguments, dtype), LAYOUTS[layouts[0]](grad_output))
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    # With a kernel of one slot all gradients of the logits cancel to 0: rounding is judged by what cancels there.
+    # The gradient of a one-slot kernel's bias cancels to 0: rounding is judged by what cancels there.
     least = 0.1 * grad_output.norm()
     for x, y in zip(got, expected):
         assert x.shape == y.shape

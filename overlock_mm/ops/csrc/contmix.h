@@ -57,18 +57,23 @@ struct ContMixParams {
   }
 };
 
+// Windows along an axis. Integer is int64_t, or int, which a GPU multiplies and compares faster.
+
 /// First index of the window of `position` along an axis of `size`: at a border the window moves inward.
-OVERLOCK_MM_HOST_DEVICE inline int64_t window_start(int64_t position, int64_t size, int64_t kernel_size) {
-  const int64_t start = position - kernel_size / 2;
-  const int64_t last = size - kernel_size;
+template <typename Integer>
+OVERLOCK_MM_HOST_DEVICE inline Integer window_start(Integer position, Integer size, Integer kernel_size) {
+  const Integer start = position - kernel_size / 2;
+  const Integer last = size - kernel_size;
   return start < 0 ? 0 : (start > last ? last : start);
 }
 
 /// First and last position whose window holds `position`: the window the other way round.
-OVERLOCK_MM_HOST_DEVICE inline int64_t first_reader(int64_t position, int64_t kernel_size) {
+template <typename Integer>
+OVERLOCK_MM_HOST_DEVICE inline Integer first_reader(Integer position, Integer kernel_size) {
   return position < kernel_size ? 0 : position - kernel_size / 2;
 }
-OVERLOCK_MM_HOST_DEVICE inline int64_t last_reader(int64_t position, int64_t size, int64_t kernel_size) {
+template <typename Integer>
+OVERLOCK_MM_HOST_DEVICE inline Integer last_reader(Integer position, Integer size, Integer kernel_size) {
   return position >= size - kernel_size ? size - 1 : position + kernel_size / 2;
 }
 

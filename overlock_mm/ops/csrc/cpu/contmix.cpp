@@ -13,22 +13,13 @@ namespace {
 /// The best instruction set of this processor, or what ATEN_CPU_CAPABILITY asks torch to make do with.
 template <typename T>
 const cpu::Kernels<T>& kernels() {
-  constexpr bool is_float = std::is_same<T, float>::value;
   static const cpu::Kernels<T>& best = []() -> const cpu::Kernels<T>& {
-    [[maybe_unused]] const std::string capability = at::get_cpu_capability();
-    if constexpr (is_float) {
 #if defined(__x86_64__)
-      if (capability.rfind("AVX512", 0) == 0) return cpu::avx512::float_kernels();
-      if (capability.rfind("AVX2", 0) == 0) return cpu::avx2::float_kernels();
+    const std::string capability = at::get_cpu_capability();
+    if (capability.rfind("AVX512", 0) == 0) return cpu::avx512::kernels<T>();
+    if (capability.rfind("AVX2", 0) == 0) return cpu::avx2::kernels<T>();
 #endif
-      return cpu::baseline::float_kernels();
-    } else {
-#if defined(__x86_64__)
-      if (capability.rfind("AVX512", 0) == 0) return cpu::avx512::double_kernels();
-      if (capability.rfind("AVX2", 0) == 0) return cpu::avx2::double_kernels();
-#endif
-      return cpu::baseline::double_kernels();
-    }
+    return cpu::baseline::kernels<T>();
   }();
   return best;
 }

@@ -52,19 +52,20 @@ inline int64_t backward_partials(const ContMixParams& params) {
   return wanted < most ? wanted : most;
 }
 
+// The kernels of each instruction set, for float and double.
 namespace baseline {
-const Kernels<float>& float_kernels();
-const Kernels<double>& double_kernels();
-}  // namespace baseline
+template <typename T>
+const Kernels<T>& kernels();
+}
 #if defined(__x86_64__)
 namespace avx2 {
-const Kernels<float>& float_kernels();
-const Kernels<double>& double_kernels();
-}  // namespace avx2
+template <typename T>
+const Kernels<T>& kernels();
+}
 namespace avx512 {
-const Kernels<float>& float_kernels();
-const Kernels<double>& double_kernels();
-}  // namespace avx512
+template <typename T>
+const Kernels<T>& kernels();
+}
 #endif
 
 }  // namespace overlock_mm::cpu

@@ -1,8 +1,8 @@
 // ContMix on the CPU. Included once for each instruction set by a file that has set
 //   OVERLOCK_MM_NAMESPACE     the namespace of the instruction set,
 //   OVERLOCK_MM_VECTOR_BYTES  the width of its vectors,
-// has included the headers below, and has switched the compiler to the instruction set. Nothing else may be included
-// here: a function of a header that is compiled for AVX-512 could be the one that the linker keeps for everybody.
+// has included what is used here, and has switched the compiler to the instruction set. Nothing may be included here: a
+// function of a header that is compiled for AVX-512 could be the one that the linker keeps for everybody.
 //
 // The shape of the computation (docs/contmix.md counts it):
 // - Logits, softmax: the lanes of a vector are slots of one position, k * k of them rounded up to whole vectors. The
@@ -1134,24 +1134,23 @@ void gather_grad_value(const ContMixParams& p, const Workspace<T>& workspace, in
   }
 }
 
-template <typename T>
-constexpr Kernels<T> make_kernels(const char* instruction_set) {
-  return {instruction_set, &workspace_sizes<T>, &pack_keys<T>, &forward<T>, &backward<T>, &gather_grad_value<T>};
-}
-
 }  // namespace
 
 #define OVERLOCK_MM_STRING_OF(x) #x
 #define OVERLOCK_MM_STRING(x) OVERLOCK_MM_STRING_OF(x)
 
-const Kernels<float>& float_kernels() {
-  static constexpr Kernels<float> kernels = make_kernels<float>(OVERLOCK_MM_STRING(OVERLOCK_MM_NAMESPACE));
-  return kernels;
+template <typename T>
+const Kernels<T>& kernels() {
+  static constexpr Kernels<T> table = {OVERLOCK_MM_STRING(OVERLOCK_MM_NAMESPACE),
+                                       &workspace_sizes<T>,
+                                       &pack_keys<T>,
+                                       &forward<T>,
+                                       &backward<T>,
+                                       &gather_grad_value<T>};
+  return table;
 }
 
-const Kernels<double>& double_kernels() {
-  static constexpr Kernels<double> kernels = make_kernels<double>(OVERLOCK_MM_STRING(OVERLOCK_MM_NAMESPACE));
-  return kernels;
-}
+template const Kernels<float>& kernels<float>();
+template const Kernels<double>& kernels<double>();
 
 }  // namespace overlock_mm::cpu::OVERLOCK_MM_NAMESPACE

@@ -60,19 +60,6 @@ constexpr int kProductPitch = kMaxThreads + 8;
 OVERLOCK_MM_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 OVERLOCK_MM_HOST_DEVICE constexpr int round_up(int n) { return (n + 3) / 4 * 4; }
 
-/// For int, which a GPU multiplies and compares faster: contmix.h has it for int64_t.
-OVERLOCK_MM_HOST_DEVICE inline int window_start(int position, int size, int kernel_size) {
-  const int start = position - kernel_size / 2;
-  const int last = size - kernel_size;
-  return start < 0 ? 0 : (start > last ? last : start);
-}
-OVERLOCK_MM_HOST_DEVICE inline int first_reader(int position, int kernel_size) {
-  return position < kernel_size ? 0 : position - kernel_size / 2;
-}
-OVERLOCK_MM_HOST_DEVICE inline int last_reader(int position, int size, int kernel_size) {
-  return position >= size - kernel_size ? size - 1 : position + kernel_size / 2;
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Numbers
 

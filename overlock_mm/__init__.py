@@ -6,13 +6,18 @@ The operator alone, overlock_mm.ops, needs only torch.
 import importlib.util
 
 from .config_path import get_config_path, list_configs
+from .model_zoo import get_checkpoint, register_models
 from .versions import require
 
 __version__ = '0.1.0'
-__all__ = ['__version__', 'get_config_path', 'list_configs']
+__all__ = ['__version__', 'get_checkpoint', 'get_config_path', 'list_configs', 'register_models']
 
 require('torch', 'overlock_mm')
 if importlib.util.find_spec('mmengine') is not None:
+    from .checkpoint_files import register_scheme
+    from .config_path import allow_config_scope
     from .safe_globals import allow_mmengine_checkpoints
 
     allow_mmengine_checkpoints()
+    register_scheme()
+    allow_config_scope()

@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 
 
-def _config_root() -> Path:
+def config_root() -> Path:
     """configs/ of an installed wheel (in the package, as .mim, where mim looks for it) or of a checkout (beside it)."""
     package = Path(__file__).resolve().parent
     installed = package / '.mim' / 'configs'
@@ -15,7 +15,7 @@ def _config_root() -> Path:
 
 def list_configs() -> list[str]:
     """Names of the shipped configs, such as 'mmdet/mask-rcnn_overlock-t_fpn_1x_coco.py', sorted."""
-    root = _config_root()
+    root = config_root()
     return sorted(path.relative_to(root).as_posix() for path in root.rglob('*.py'))
 
 
@@ -34,5 +34,16 @@ def get_config_path(name: str) -> str:
     wanted = name if name.endswith('.py') else f'{name}.py'
     if wanted not in known:
         nearest = difflib.get_close_matches(wanted, known, n=3, cutoff=0.3)
-        raise FileNotFoundError(f'no config {name!r} in {_config_root()}; nearest: {", ".join(nearest) or "none"}')
-    return str(_config_root() / wanted)
+        raise FileNotFoundError(f'no config {name!r} in {config_root()}; nearest: {", ".join(nearest) or "none"}')
+    return str(config_root() / wanted)
+
+
+def allow_config_scope() -> None:
+    """Let ``_base_ = 'overlock_mm::mmdet/....py'`` be read where the package is installed from a wheel.
+
+    mmengine knows a fixed list of packages, and looks for their configs in <package>/.mim: an editable install and a
+    checkout have none there. :func:`get_config_path` finds configs in every case.
+    """
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    MODULE2PACKAGE.setdefault('overlock_mm', 'overlock_mm')

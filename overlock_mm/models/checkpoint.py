@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
-import torch
 import torch.nn as nn
-from mmengine.dist import barrier, get_rank
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import PretrainedInit, update_init_info
-from mmengine.runner import CheckpointLoader
 from torch import Tensor
+
+from ..checkpoint_files import read_checkpoint, released_state_dict
 
 #: Top-level names of a classification checkpoint that belong to its heads.
 CLASSIFICATION_HEADS = ('head', 'aux_head')
@@ -98,49 +95,9 @@ def load_pretrained(module: nn.Module, checkpoint: str, prefix: Optional[str] = 
     print_log(message, logger='current')
 
 
-def read_checkpoint(checkpoint: str, map_location: str = 'cpu') -> Any:
-    """Content of a checkpoint, by weights-only loading; one with an http(s) address is downloaded once, to torch's cache.
-
-    Raises:
-        pickle.UnpicklingError: it holds something other than tensors, numbers and the like.
-        OSError: there is no such file, or it cannot be downloaded; the message says where to put it by hand.
-    """
-    if checkpoint.startswith(('http://', 'https://')):
-        file = Path(torch.hub.get_dir()) / 'checkpoints' / checkpoint.rsplit('/', 1)[-1]
-        for is_my_turn in (get_rank() == 0, get_rank() != 0):
-            if is_my_turn and not file.is_file():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    torch.hub.download_url_to_file(checkpoint, str(file))
-                except OSError as error:
-                    raise OSError(
-                        f'{file.name} could not be downloaded ({error}); download {checkpoint} by other means and put it '
-                        f'into {file.parent}, or give its path as the checkpoint'
-                    ) from error
-            barrier()
-        return torch.load(file, map_location=map_location, weights_only=True)
-    if Path(checkpoint).is_file():
-        return torch.load(checkpoint, map_location=map_location, weights_only=True)
-    # Other backends of mmengine's, or its error for a file that is not there.
-    return CheckpointLoader.load_checkpoint(checkpoint, map_location=map_location, logger='current')
-
-
-def released_state_dict(content: Any, checkpoint: str) -> OrderedDict[str, Tensor]:
-    """The weights in the content of a checkpoint: flat, or under ``state_dict`` or ``model``.
-
-    Raises:
-        ValueError: there are none.
-    """
-    state_dict = content
-    for key in ('state_dict', 'model'):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            state_dict = content[key]
-            break
-    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        found = sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
-        raise ValueError(f'{checkpoint} holds no weights, neither flat nor under state_dict or model; got {found}')
-    # DistributedDataParallel puts "module." before every name.
-    return OrderedDict((re.sub(r'^module\.', '', name), value) for name, value in state_dict.items())
+def openmmlab_name(name: str) -> str:
+    """Name in mmpretrain's ``ImageClassifier`` of a weight that has a flat name, as in released classifiers."""
+    return f'head.{name}' if _top(name) in CLASSIFICATION_HEADS else f'backbone.{name}'
 
 
 def describe_variant(state_dict: Mapping[str, Tensor], prefix: str = '') -> Optional[str]:

@@ -14,6 +14,7 @@ from .checkpoint import TakesReleasedCheckpoints
 
 require('mmpretrain', 'the classification head')
 
+from mmengine.logging import print_log  # noqa: E402
 from mmengine.model.weight_init import trunc_normal_  # noqa: E402
 from mmpretrain.models.heads import ClsHead  # noqa: E402
 from mmpretrain.registry import MODELS  # noqa: E402
@@ -74,6 +75,14 @@ class OverLoCKHead(TakesReleasedCheckpoints, ClsHead):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        auxiliary = [name for name in state_dict if name.startswith(f'{prefix}aux_head.')]
+        if self.aux_head is None and auxiliary:
+            print_log('Left out the auxiliary head of the checkpoint: this model has none.', logger='current')
+            for name in auxiliary:
+                del state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, feats: Sequence[Tensor]) -> Tensor:
         """Backbone outputs, each (B, C, H, W), the last of which is used, to class scores (B, num_classes)."""

@@ -8,13 +8,14 @@ from typing import Any, Optional, Union
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from mmengine.logging import print_log
 from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..registry import MODELS
 from .blocks import BasicBlock, DynamicBlock
-from .checkpoint import TakesReleasedCheckpoints, check_variant
+from .checkpoint import TakesReleasedCheckpoints, check_variant, openmmlab_name
 from .layers import LayerNorm2d, LayerScale
 from .recompute import checkpoint_block
 
@@ -150,7 +151,9 @@ class OverLoCK(TakesReleasedCheckpoints):
         self.out_channels = tuple(all_channels[i] for i in self.out_indices)
 
         depths = (*settings['depths'], *settings['sub_depths'])
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).split(depths)
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device='cpu').split(
+            depths
+        )  # 'cpu': under torch.device('meta') too
         basic = dict(mlp_ratio=settings['mlp_ratio'], deploy=deploy)
         dynamic = dict(mlp_ratio=settings['sub_mlp_ratio'], context_channels=context, deploy=deploy)
 
@@ -213,7 +216,43 @@ class OverLoCK(TakesReleasedCheckpoints):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # Whoever loads, and however leniently: half of another variant's weights are worse than none.
         check_variant(self, state_dict, prefix)
+        if self.deploy and f'{prefix}blocks1.0.proj.1.origin_bn.weight' in state_dict:
+            print_log('The checkpoint is not folded: its dilated branches are folded on loading.', logger='current')
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @staticmethod
+    def _checkpoint_filter(state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+        """Called by mmpretrain's ``ImageClassifier`` before it loads: a released file, whose names are flat, fits too."""
+        if f'{prefix}patch_embed1.0.weight' not in state_dict:
+            return
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            state_dict[prefix + openmmlab_name(name[len(prefix) :])] = state_dict.pop(name)
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Layer of a parameter for layer-wise learning rates, and the number of layers.
+
+        Layers follow the data: the stem is layer 0, ``blocks1`` 1, ``blocks2`` 2; three blocks of ``blocks3`` make a layer,
+        the overview (``blocks4``) is one, three blocks of ``sub_blocks3`` make a layer, ``sub_blocks4`` is one. The last
+        has what a classification checkpoint lacks (a pyramid's norms) and whatever follows the backbone. OverLoCK-T has 12
+        layers. The paper has no such rule; that three deep blocks make a layer is ConvNeXt's.
+
+        Args:
+            param_name: full name of the parameter.
+            prefix: of the backbone's parameters, such as 'backbone.'.
+        """
+        basic, focus = (-(-len(blocks) // 3) for blocks in (self.blocks3, self.sub_blocks3))
+        overview, last = 3 + basic, 5 + basic + focus
+        if not param_name.startswith(prefix):
+            return last, last + 1
+        stage, _, rest = param_name[len(prefix) :].partition('.')
+        layers = dict(
+            patch_embed1=0, blocks1=1, patch_embed2=2, blocks2=2, patch_embed3=3, patch_embed4=overview, blocks4=overview,
+            high_level_proj=overview, patch_embedx=last - 1, sub_blocks4=last - 1,
+        )  # fmt: skip
+        if stage in ('blocks3', 'sub_blocks3'):
+            first = 3 if stage == 'blocks3' else overview + 1
+            return first + int(rest.split('.', 1)[0]) // 3, last + 1
+        return layers.get(stage, last), last + 1
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images (B, in_channels, H, W), of any size from 1 x 1, to a tuple of maps, in the order of ``out_indices``.

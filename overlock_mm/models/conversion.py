@@ -1,0 +1,159 @@
+"""Names of checkpoints: the release's and OpenMMLab's, told apart and turned into each other.
+
+The release has a classifier's weights flat (``patch_embed1...``, ``head...``, ``aux_head...``), those of detectors and
+segmentors as OpenMMLab does (``backbone...``, ``neck...``, ``decode_head...``). mmpretrain's ``ImageClassifier`` has its
+backbone under ``backbone.`` and :class:`OverLoCKHead` under ``head.``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .checkpoint import CLASSIFICATION_HEADS, PYRAMID_MODULES, describe_variant, openmmlab_name
+from .overlock import ARCHITECTURES, OverLoCK
+from .reparam import fold_branches
+
+
+@dataclass(frozen=True)
+class CheckpointDescription:
+    """What the names and shapes of a checkpoint's weights say.
+
+    Attributes:
+        family: 'classification', 'detection', 'segmentation', or 'backbone' where there is no head.
+        arch: 'xt', 't', 's' or 'b'.
+        out_type: the backbone's flavour, as in :class:`OverLoCK`.
+        deploy: whether the dilated branches are folded.
+        released_names: whether the names are flat, as the release has them for a classifier or a backbone alone. Those of
+            detectors and segmentors are the same everywhere.
+    """
+
+    family: str
+    arch: str
+    out_type: str
+    deploy: bool
+    released_names: bool
+
+
+def describe_checkpoint(state_dict: Mapping[str, Tensor]) -> CheckpointDescription:
+    """Recognise a checkpoint of a published variant, of the release or of this project.
+
+    Args:
+        state_dict: the weights, by name.
+
+    Raises:
+        ValueError: they are not recognised; the message says why, with the first names that do not fit.
+    """
+    tops = {name.split('.', 1)[0] for name in state_dict}
+    released_names = 'patch_embed1' in tops
+    if not released_names and 'backbone.patch_embed1.0.weight' not in state_dict:
+        shown = ', '.join(sorted(tops)[:8]) or 'nothing'
+        raise ValueError(f'no OverLoCK: there is neither a patch_embed1 nor a backbone.patch_embed1, got {shown}')
+    prefix = '' if released_names else 'backbone.'
+    arch = _recognise_arch(state_dict, prefix)
+    family = _recognise_family(state_dict, released_names)
+
+    own = {name[len(prefix) :] for name in state_dict if name.startswith(prefix)}
+    out_type = 'features'
+    if any(name.startswith('extra_norm.') for name in own):
+        out_type = 'pyramid_with_overview' if 'extra_norm.4.weight' in own else 'pyramid'
+    deploy = 'blocks1.0.proj.1.lk_origin.bias' in own
+    _check_backbone(state_dict, prefix, arch, out_type, deploy)
+    return CheckpointDescription(family, arch, out_type, deploy, released_names)
+
+
+def to_openmmlab_names(state_dict: Mapping[str, Tensor], description: CheckpointDescription) -> dict[str, Tensor]:
+    """Weights under the names of OpenMMLab's models: flat ones get ``backbone.`` and ``head.`` in front."""
+    if not description.released_names:
+        return dict(state_dict)
+    return {openmmlab_name(name): tensor for name, tensor in state_dict.items()}
+
+
+def to_released_names(state_dict: Mapping[str, Tensor], description: CheckpointDescription) -> dict[str, Tensor]:
+    """Weights under the names that the release has: the reverse of :func:`to_openmmlab_names`."""
+    if description.released_names or description.family in ('detection', 'segmentation'):
+        return dict(state_dict)
+    return {re.sub(r'^(backbone|head)\.', '', name): tensor for name, tensor in state_dict.items()}
+
+
+def fold(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with the dilated branches folded, as ``deploy=True`` has them. Folded ones stay as they are."""
+    folded = dict(state_dict)
+    for name in state_dict:
+        if not name.endswith('lk_origin.weight') or f'{name[:-6]}bias' in state_dict:
+            continue
+        prefix = name[: -len('lk_origin.weight')]
+        weight, bias = fold_branches(state_dict, prefix, kernel_size=state_dict[name].shape[-1])
+        for branch in state_dict:
+            if re.match(rf'{re.escape(prefix)}(lk_origin|origin_bn|dil_conv_k\d+_\d+|dil_bn_k\d+_\d+)\.', branch):
+                del folded[branch]
+        folded[f'{prefix}lk_origin.weight'], folded[f'{prefix}lk_origin.bias'] = weight, bias
+    return folded
+
+
+def _recognise_arch(state_dict: Mapping[str, Tensor], prefix: str) -> str:
+    variant = describe_variant(state_dict, prefix)
+    known = {}
+    for arch, settings in ARCHITECTURES.items():
+        depths = (*settings['depths'], *settings['sub_depths'])
+        known[f'channels {settings["channels"]}, depths {depths}'] = arch
+    if variant not in known:
+        raise ValueError(f'not one of the published variants {", ".join(ARCHITECTURES)}: got {variant or "no blocks"}')
+    return known[variant]
+
+
+def _recognise_family(state_dict: Mapping[str, Tensor], released_names: bool) -> str:
+    backbone = 'backbone.'
+    if released_names:
+        foreign = [name for name in state_dict if name.startswith((backbone, 'neck.', 'decode_head.'))]
+        if foreign:
+            raise ValueError(f'flat names and those of a whole model in one file: patch_embed1 and {foreign[0]}')
+        return 'classification' if any(name.startswith('head.') for name in state_dict) else 'backbone'
+    rest = {name for name in state_dict if not name.startswith(backbone)}
+    if not rest:
+        return 'backbone'
+    if any(name.startswith('decode_head.') for name in rest):
+        return 'segmentation'
+    if any(name.startswith('head.head.') for name in rest):
+        return 'classification'
+    detection = ('rpn_head.', 'roi_head.', 'bbox_head.', 'mask_head.', 'panoptic_head.')
+    if any(name.startswith(detection) for name in rest):
+        return 'detection'
+    tops = ', '.join(sorted({name.split('.', 1)[0] for name in rest})[:8])
+    raise ValueError(f'an OverLoCK backbone with a head that is not known here: beside it are {tops}')
+
+
+def _check_backbone(state_dict: Mapping[str, Tensor], prefix: str, arch: str, out_type: str, deploy: bool) -> None:
+    """Every weight of the backbone is there, of its shape, and nothing else is.
+
+    A pyramid may lack some of its norms: those of outputs that the model does not use.
+    """
+    with torch.device('meta'):
+        expected = OverLoCK(arch, out_type=out_type, deploy=deploy).state_dict()
+    found = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    if not prefix:
+        found = {name: tensor for name, tensor in found.items() if name.split('.', 1)[0] not in CLASSIFICATION_HEADS}
+
+    def is_optional(name: str) -> bool:
+        return name.split('.', 1)[0] in PYRAMID_MODULES or name.endswith('num_batches_tracked')
+
+    what = f'OverLoCK-{arch.upper()} ({out_type}{", folded" if deploy else ""})'
+    for problem, names in (
+        ('lacks', [name for name in expected if name not in found and not is_optional(name)]),
+        ('has what is not of it:', [name for name in found if name not in expected]),
+        ('has other shapes:', [name for name in expected if name in found and found[name].shape != expected[name].shape]),
+    ):
+        if names:
+            shown = ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
+            raise ValueError(f'looks like {what}, but {problem} {shown} ({len(names)} in all)')
+
+
+def classes_of(meta: Mapping) -> Optional[tuple[str, ...]]:
+    """Names of the classes in a checkpoint's meta data, as mmdet 2.x and mmseg 0.x or today's versions write them."""
+    classes = (meta.get('dataset_meta') or {}).get('classes') or meta.get('CLASSES')
+    return None if classes is None else tuple(classes)

@@ -1,0 +1,146 @@
+"""Turn a checkpoint into one that the matching config loads strictly, or back into the release's form.
+
+    python tools/convert_checkpoint.py overlock_t_in1k_224.pth overlock-t_in1k.pth
+    python tools/convert_checkpoint.py work_dirs/.../epoch_300.pth mine.pth --to released
+
+It takes released checkpoints (classification, folded, mmdet 2.x detectors, mmseg 0.x segmentors, backbones alone) and this
+project's own, of the published variants, and says what it found. Weights are copied bit by bit, except with --fold.
+Optimizer states and logs are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+from overlock_mm.checkpoint_files import read_checkpoint, released_state_dict
+from overlock_mm.models.conversion import (
+    CheckpointDescription,
+    classes_of,
+    describe_checkpoint,
+    fold,
+    to_openmmlab_names,
+    to_released_names,
+)
+
+
+def matching_config(description: CheckpointDescription, state_dict: Mapping[str, torch.Tensor]) -> Optional[str]:
+    """The shipped config whose model has these names, if there is one."""
+    arch, family = description.arch, description.family
+    names = set(state_dict)
+    if family == 'classification':
+        return f'mmpretrain/overlock-{arch}_{"deploy" if description.deploy else "8xb256"}_in1k.py'
+    if family == 'detection' and 'roi_head.mask_head.conv_logits.weight' in names:
+        return f'mmdet/mask-rcnn_overlock-{arch}_fpn_1x_coco.py'
+    if family == 'detection' and 'roi_head.mask_head.0.conv_logits.weight' in names:
+        return f'mmdet/cascade-mask-rcnn_overlock-{arch}_fpn_ms-crop-3x_coco.py'
+    if family == 'segmentation' and any(name.startswith('decode_head.psp_modules.') for name in names):
+        return f'mmseg/overlock-{arch}_upernet_8xb2-160k_ade20k-512x512.py'
+    return None
+
+
+def written_by(meta: Mapping) -> str:
+    for key, framework in (('mmdet_version', 'mmdet'), ('mmseg_version', 'mmseg'), ('mmengine_version', 'mmengine')):
+        if key in meta:
+            return f', written by {framework} {meta[key]}'
+    return ''
+
+
+def summary(file: Path, description: CheckpointDescription, state_dict: Mapping[str, torch.Tensor]) -> str:
+    names = 'flat names' if description.released_names else "OpenMMLab's names"
+    statistics = ('running_mean', 'running_var', 'num_batches_tracked')
+    parameters = sum(tensor.numel() for name, tensor in state_dict.items() if not name.endswith(statistics))
+    return (
+        f'{file}: OverLoCK-{description.arch.upper()}, {description.family} ({description.out_type}), '
+        f'{"folded" if description.deploy else "not folded"}, {names}: {len(state_dict)} tensors, '
+        f'{parameters / 1e6:.1f} M parameters'
+    )
+
+
+def how_to_load(description: CheckpointDescription, state_dict: Mapping[str, torch.Tensor]) -> str:
+    config = matching_config(description, state_dict)
+    if config is None:
+        return "No shipped config has this model: load it with its own, or as a backbone's init_cfg."
+    lines = [f'It loads strictly into the model of configs/{config}']
+    options = []
+    if description.family == 'classification':
+        classes = state_dict['head.head.4.bias'].shape[0]
+        if classes != 1000:
+            options.append(f'model.head.num_classes={classes}')
+        if not any(name.startswith('head.aux_head.') for name in state_dict):
+            options.append('model.head.overview_channels=None')
+    elif description.deploy:
+        options.append('model.backbone.deploy=True')
+    if options:
+        lines.append(f' with --cfg-options {" ".join(options)}')
+    return ''.join(lines)
+
+
+def metadata(meta: Mapping, released: bool) -> dict[str, Any]:
+    """Names and colours of the classes, under the keys of today's OpenMMLab or of the release's."""
+    classes = classes_of(meta)
+    palette = (meta.get('dataset_meta') or {}).get('palette') or meta.get('PALETTE')
+    found = {key: value for key, value in (('classes', classes), ('palette', palette)) if value is not None}
+    if released:
+        return {key.upper(): value for key, value in found.items()}
+    return {'dataset_meta': found} if found else {}
+
+
+def save(content: Any, file: Path) -> None:
+    """All of it or nothing: a file that is there is whole."""
+    part = file.with_name(f'{file.name}.{os.getpid()}.part')
+    try:
+        torch.save(content, part)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('src', type=str, metavar='SRC', help='checkpoint: a path, an address, or overlock_mm://NAME')
+    parser.add_argument('dst', type=Path, metavar='DST', help='file to write')
+    parser.add_argument('--to', choices=['openmmlab', 'released'], default='openmmlab', help='whose names and meta data')
+    parser.add_argument('--fold', action='store_true', help='fold the dilated branches, for deploy=True')
+    parser.add_argument('--overwrite', action='store_true', help='replace DST if it is there')
+    args = parser.parse_args()
+    if args.dst.exists() and not args.overwrite:
+        sys.exit(f'{args.dst} is there already: remove it, or say --overwrite')
+    if not args.dst.parent.is_dir():
+        sys.exit(f'{args.dst.parent} is not a folder')
+
+    try:
+        content = read_checkpoint(args.src)
+        state_dict = released_state_dict(content, args.src)
+        description = describe_checkpoint(state_dict)
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        sys.exit(f'{args.src} was not converted: {error}')
+    meta = content.get('meta') or {} if isinstance(content, Mapping) else {}
+    print(summary(args.src, description, state_dict) + written_by(meta))
+
+    if args.fold:
+        state_dict = fold(state_dict)
+    is_whole_model = description.family in ('detection', 'segmentation')
+    if args.to == 'released':
+        state_dict = to_released_names(state_dict, description)
+        # The release has classifiers flat, and detectors and segmentors as mmdet 2.x and mmseg 0.x wrote them.
+        content = dict(meta=metadata(meta, released=True), state_dict=state_dict) if is_whole_model else state_dict
+    else:
+        state_dict = to_openmmlab_names(state_dict, description)
+        content = dict(meta=metadata(meta, released=False), state_dict=state_dict)
+    save(content, args.dst)
+    written = describe_checkpoint(state_dict)
+    print(summary(args.dst, written, state_dict))
+    if args.to == 'openmmlab':
+        print(how_to_load(written, state_dict))
+
+
+if __name__ == '__main__':
+    main()

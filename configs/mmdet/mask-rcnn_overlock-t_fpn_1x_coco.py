@@ -15,7 +15,7 @@ model = dict(
         drop_path_rate=0.2,
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='https://github.com/LMMMEng/OverLoCK/releases/download/v1/overlock_t_in1k_224.pth',
+            checkpoint='overlock_mm://overlock_t_in1k_224.pth',
         ),
     ),
     neck=dict(in_channels=[64, 128, 384, 640]),

@@ -1,12 +1,14 @@
-"""The Mask R-CNN configs are the released recipe: models, optimisers, schedules and pipelines, not only that they build.
+"""mmdet's configs: heads, schedules and pipelines of the recipes, and that each kind of detector trains and tests.
 
-And the ContMix plugin's example is mmdet's own recipe, and trains.
+Networks, optimizers and batches of every config are tested in test_every_config.py.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+from config_checks import build, flat, learning_rates, parameter_settings
+from config_checks import load as load_config
 from conftest import names_with_gradient
 
 pytest.importorskip('mmdet', reason='these configs are for mmdet')
@@ -14,56 +16,165 @@ pytest.importorskip('mmdet', reason='these configs are for mmdet')
 from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import PARAM_SCHEDULERS
-from mmengine.registry.utils import init_default_scope
 
-import overlock_mm
-from overlock_mm.models import ContMixBlock
+from overlock_mm.layer_decay import LayerDecayOptimWrapperConstructor
+from overlock_mm.models import ContMixBlock, OverLoCK
 
-DROP_PATH = {'xt': 0.1, 't': 0.2, 's': 0.4, 'b': 0.6}
-CHANNELS = {
-    'xt': [56, 112, 340, 420], 't': [64, 128, 384, 640], 's': [64, 128, 448, 640], 'b': [80, 160, 528, 720],
-}  # fmt: skip
-arches = pytest.mark.parametrize('arch', DROP_PATH)
+SHORT_SIDES = [(side, 1333) for side in range(480, 801, 32)]
 
 
 def load(name: str) -> Config:
-    cfg = Config.fromfile(overlock_mm.get_config_path(f'mmdet/{name}'))
-    init_default_scope(cfg.default_scope)
-    return cfg
+    return load_config(f'mmdet/{name}')
 
 
-@arches
-def test_backbone_and_neck(arch):
-    cfg = load(f'mask-rcnn_overlock-{arch}_fpn_1x_coco')
-    assert cfg.model.backbone.init_cfg.checkpoint.endswith(
-        f'/LMMMEng/OverLoCK/releases/download/v1/overlock_{arch}_in1k_224.pth'
-    )
-    assert cfg.model.neck.in_channels == CHANNELS[arch]
-    backbone = MODELS.build({**cfg.model.backbone, 'init_cfg': None})
-    assert list(backbone.out_channels) == CHANNELS[arch]
-    assert backbone.out_type == 'pyramid_with_overview'
-    assert backbone.sub_blocks4[-1].drop_path.drop_prob == pytest.approx(DROP_PATH[arch])
-    assert backbone.blocks1[0].proj[9].drop_prob == 0
+def test_mask_rcnn():
+    cfg = load('mask-rcnn_overlock-t_fpn_1x_coco')
     assert cfg.model.type == 'MaskRCNN'
     assert cfg.model.roi_head.bbox_head.num_classes == cfg.model.roi_head.mask_head.num_classes == 80
-
-
-@arches
-def test_data_batch_and_sync_bn(arch):
-    cfg = load(f'mask-rcnn_overlock-{arch}_fpn_1x_coco')
-    assert cfg.train_dataloader.batch_size == 2
-    assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=16)
-    assert cfg.sync_bn == 'torch'
+    assert cfg.model.data_preprocessor.pad_size_divisor == 32
     assert cfg.train_dataloader.dataset.data_root == 'data/coco/'
+    assert cfg.val_evaluator.metric == ['bbox', 'segm']
+
+
+@pytest.mark.parametrize('name', ['mask-rcnn_overlock-t_fpn_1x_coco', 'retinanet_overlock-t_fpn_1x_coco'])
+def test_1x(name):
+    cfg = load(name)
     steps = {step['type']: step for step in cfg.train_dataloader.dataset.pipeline}
     assert list(steps) == ['LoadImageFromFile', 'LoadAnnotations', 'Resize', 'RandomFlip', 'PackDetInputs']
     assert steps['Resize']['scale'] == (1333, 800)
     assert steps['Resize']['keep_ratio'] is True
     assert steps['RandomFlip']['prob'] == 0.5
-    assert cfg.model.data_preprocessor.pad_size_divisor == 32
-    assert cfg.val_evaluator.metric == ['bbox', 'segm']
+    assert cfg.train_cfg.max_epochs == 12
+    full = cfg.optim_wrapper.optimizer.lr
+    rates = learning_rates(cfg, 12 * 600, iterations_per_epoch=600)
+    assert rates[0] == pytest.approx(full * 0.001)
+    assert rates[250] == pytest.approx(full * (0.001 + 0.999 * 250 / 499), rel=1e-3)
+    for iteration, factor in ((500, 1), (8 * 600 - 1, 1), (8 * 600, 0.1), (11 * 600, 0.01), (12 * 600 - 1, 0.01)):
+        assert rates[iteration] == pytest.approx(full * factor)
+
+
+@pytest.mark.parametrize(
+    'name', ['mask-rcnn_overlock-t_fpn_ms-crop-3x_coco', 'cascade-mask-rcnn_overlock-t_fpn_ms-crop-3x_coco']
+)
+def test_3x(name, demo_data):
+    cfg = load(name)
+    pipeline = cfg.train_dataloader.dataset.pipeline
+    kinds = ['LoadImageFromFile', 'LoadAnnotations', 'RandomFlip', 'RandomChoice', 'PackDetInputs']
+    assert [step.type for step in pipeline] == kinds
+    assert pipeline[1].with_mask
+    assert pipeline[2].prob == 0.5
+    resized, cropped = pipeline[3].transforms
+    assert [step.type for step in resized] == ['RandomChoiceResize']
+    assert [step.type for step in cropped] == ['RandomChoiceResize', 'RandomCrop', 'RandomChoiceResize']
+    for step in (resized[0], cropped[2]):
+        assert step.scales == SHORT_SIDES
+        assert step.keep_ratio
+    assert cropped[0].scales == [(400, 1333), (500, 1333), (600, 1333)]
+    assert cropped[1].crop_type == 'absolute_range'
+    assert cropped[1].crop_size == (384, 600)
+    # And it runs: square pictures get one of the short sides, but for crops, whose longer side is at most 1333.
+    classes = load('mask-rcnn_overlock-xt_fpn_demo').metainfo
+    dataset = {**cfg.train_dataloader.dataset, 'data_root': f'{demo_data}/', 'metainfo': classes, 'filter_cfg': None}
+    sizes = [sample['inputs'].shape[1:] for sample in (DATASETS.build(dataset)[0] for _ in range(6))]
+    assert all(480 <= min(size) <= 800 or max(size) == 1333 for size in sizes)
+    assert len(set(sizes)) > 1
+
+    assert cfg.train_cfg.max_epochs == 36
+    rates = learning_rates(cfg, 36 * 200, iterations_per_epoch=200)
+    assert rates[0] == pytest.approx(1e-4 * 0.001)
+    assert rates[498] < rates[499] == pytest.approx(1e-4)
+    for epoch, rate in ((26, 1e-4), (27, 1e-5), (32, 1e-5), (33, 1e-6), (35, 1e-6)):
+        assert rates[epoch * 200] == pytest.approx(rate)
+        assert rates[epoch * 200 + 199] == pytest.approx(rate)
+
+
+def test_cascade_heads():
+    heads = load('cascade-mask-rcnn_overlock-t_fpn_ms-crop-3x_coco').model.roi_head.bbox_head
+    assert len(heads) == 3
+    for head, deviations in zip(heads, ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067])):
+        assert head.type == 'ConvFCBBoxHead'
+        assert (head.num_shared_convs, head.num_shared_fcs) == (4, 1)
+        assert head.norm_cfg.type == 'SyncBN'
+        assert not head.reg_class_agnostic
+        assert head.reg_decoded_bbox
+        assert head.loss_bbox == dict(type='GIoULoss', loss_weight=10.0)
+        assert head.bbox_coder.target_stds == deviations
+
+
+def test_layer_decay():
+    """Groups of every parameter: 0.8 from layer to layer, with the release's rule for weight decay."""
+    cfg, plain = (load(f'cascade-mask-rcnn_overlock-t_fpn_{kind}ms-crop-3x_coco') for kind in ('layer-decay-', ''))
+    different = {key for key, _ in flat(cfg.to_dict()) ^ flat(plain.to_dict())}
+    assert different == {'optim_wrapper.constructor', 'optim_wrapper.paramwise_cfg.layer_decay_rate'}
+    model = build(cfg, 'meta')
+    settings = parameter_settings(model, cfg)
+    assert set(settings) == {name for name, _ in model.named_parameters()}
+    for name, found in settings.items():
+        assert found['weight_decay'] == (0 if 'norm' in name else 0.05), name
+    layers = {
+        name: round(torch.log(torch.tensor(found['lr'] / 1e-4)).item() / -0.2231436) for name, found in settings.items()
+    }
+    assert all(settings[name]['lr'] == pytest.approx(1e-4 * 0.8**layer) for name, layer in layers.items())
+    # Layers below the top, by hand: OverLoCK-T has 12 (0 to 11).
+    expected = {
+        'backbone.patch_embed1.': 11, 'backbone.blocks1.': 10, 'backbone.patch_embed2.': 9, 'backbone.blocks2.': 9,
+        'backbone.patch_embed3.': 8, 'backbone.blocks3.0.': 8, 'backbone.blocks3.2.': 8, 'backbone.blocks3.3.': 7,
+        'backbone.blocks3.5.': 7, 'backbone.patch_embed4.': 6, 'backbone.blocks4.': 6, 'backbone.high_level_proj.': 6,
+        'backbone.sub_blocks3.0.': 5, 'backbone.sub_blocks3.3.': 4, 'backbone.sub_blocks3.6.': 3,
+        'backbone.sub_blocks3.11.': 2,
+        'backbone.patch_embedx.': 1, 'backbone.sub_blocks4.': 1, 'backbone.extra_norm.': 0, 'backbone.h_proj.': 0,
+        'neck.': 0, 'rpn_head.': 0, 'roi_head.': 0,
+    }  # fmt: skip
+    for prefix, depth in expected.items():
+        found = {layer for name, layer in layers.items() if name.startswith(prefix)}
+        assert found == {depth}, prefix
+
+
+@pytest.mark.parametrize(
+    'paramwise, message',
+    [
+        ({}, r'layer_decay_rate must be in \(0, 1\], got None'),
+        (dict(layer_decay_rate=1.5), r'layer_decay_rate must be in \(0, 1\], got 1.5'),
+    ],
+)
+def test_layer_decay_refuses_rates(paramwise, message):
+    with pytest.raises(ValueError, match=message):
+        LayerDecayOptimWrapperConstructor(dict(optimizer=dict(type='AdamW', lr=1e-4)), paramwise)
+
+
+def detector_with(backbone: torch.nn.Module) -> torch.nn.Module:
+    model = torch.nn.Module()
+    model.backbone = backbone
+    return model
+
+
+def test_layer_decay_refuses_other_backbones():
+    constructor = LayerDecayOptimWrapperConstructor(dict(optimizer=dict(type='SGD', lr=0.1)), dict(layer_decay_rate=0.5))
+    with pytest.raises(TypeError, match='backbone has get_layer_depth, got Linear'):
+        constructor(detector_with(torch.nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match='must have an lr'):
+        LayerDecayOptimWrapperConstructor(dict(optimizer=dict(type='Adadelta')), dict(layer_decay_rate=0.5))
+
+
+def test_layer_decay_multiplies_with_other_options():
+    model = detector_with(OverLoCK('xt'))
+    model.backbone.patch_embed1.requires_grad_(False)
+    paramwise = dict(layer_decay_rate=0.5, bias_lr_mult=3.0, custom_keys={'blocks1.1': dict(lr_mult=0.1, decay_mult=0.0)})
+    optimizer = LayerDecayOptimWrapperConstructor(dict(optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.1)), paramwise)(
+        model
+    ).optimizer
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = {names[id(group['params'][0])]: group for group in optimizer.param_groups}
+    layers = model.backbone.get_layer_depth('neck', 'backbone.')[1]
+    top = layers - 1
+    assert not any('patch_embed1' in name for name in groups)
+    assert groups['backbone.blocks1.0.dwconv.weight']['lr'] == 0.5 ** (top - 1)
+    assert groups['backbone.blocks1.0.dwconv.bias']['lr'] == 3 * 0.5 ** (top - 1)
+    assert groups['backbone.blocks1.1.dwconv.weight']['lr'] == pytest.approx(0.1 * 0.5 ** (top - 1))
+    assert groups['backbone.blocks1.1.dwconv.weight']['weight_decay'] == 0
+    assert groups['backbone.sub_blocks4.0.dwconv1.weight']['lr'] == 0.5
 
 
 def test_optimizer_groups():
@@ -90,33 +201,58 @@ def test_optimizer_groups():
     assert 'backbone.extra_norm.0.weight' in seen
 
 
-@arches
-def test_schedule(arch):
-    cfg = load(f'mask-rcnn_overlock-{arch}_fpn_1x_coco')
-    assert cfg.train_cfg.max_epochs == 12
-    rates = learning_rates(cfg, iterations_per_epoch=600)
-    assert rates[0] == pytest.approx(2e-4 * 0.001)
-    assert rates[250] == pytest.approx(2e-4 * (0.001 + 0.999 * 250 / 499), rel=1e-3)
-    for iteration, rate in ((500, 2e-4), (8 * 600 - 1, 2e-4), (8 * 600, 2e-5), (11 * 600, 2e-6), (12 * 600 - 1, 2e-6)):
-        assert rates[iteration] == pytest.approx(rate)
+@pytest.mark.parametrize(
+    'name, losses',
+    [
+        ('mask-rcnn_overlock-xt_fpn_1x_coco', {'loss_rpn_cls', 'loss_rpn_bbox', 'loss_cls', 'loss_bbox', 'loss_mask'}),
+        (
+            'cascade-mask-rcnn_overlock-xt_fpn_ms-crop-3x_coco',
+            {'loss_rpn_cls', 's0.loss_cls', 's2.loss_bbox', 's2.loss_mask'},
+        ),
+        ('retinanet_overlock-t_fpn_1x_coco', {'loss_cls', 'loss_bbox'}),
+        ('dino-4scale_overlock-t_8xb2-12e_coco', {'loss_cls', 'loss_bbox', 'loss_iou', 'd4.loss_cls', 'dn_loss_cls'}),
+    ],
+)
+def test_a_training_step_and_a_test_step(name, losses):
+    """Of each kind of detector, whole, on small pictures with few proposals."""
+    from mmdet.testing import demo_mm_inputs
 
+    cfg = load(name)
+    if 'rpn_head' in cfg.model:
+        for settings in (cfg.model.train_cfg.rpn_proposal, cfg.model.test_cfg.rpn, cfg.model.test_cfg.rcnn):
+            settings.max_per_img = 16
+        stages = cfg.model.train_cfg.rcnn
+        for stage in stages if isinstance(stages, list) else [stages]:
+            stage.sampler.num = 16
+    elif name.startswith('dino'):
+        cfg.model.num_queries = 30
+    model = revert_sync_batchnorm(build(cfg))
+    with_masks = 'mask' in name
+    batch = demo_mm_inputs(2, [[3, 64, 96]] * 2, num_items=[2, 2], num_classes=80, with_mask=with_masks)
+    # Without clipping, by which DINO's first step rounds to nothing.
+    optim_wrapper = build_optim_wrapper(model, dict(optimizer=cfg.optim_wrapper.optimizer))
+    model.train()
+    before = model.backbone.extra_norm['3'].weight.clone()
+    with names_with_gradient(model) as found:
+        logs = model.train_step(batch, optim_wrapper)
+    assert losses <= set(logs)
+    assert all(torch.isfinite(value) for value in logs.values())
+    assert not torch.equal(model.backbone.extra_norm['3'].weight, before)
+    # Behind scales that start at zero (GRN) there is no gradient yet; every block has one somewhere.
+    for stage in ('blocks1', 'blocks2', 'blocks3', 'blocks4', 'sub_blocks3', 'sub_blocks4'):
+        for i in range(len(getattr(model.backbone, stage))):
+            assert any(key.startswith(f'backbone.{stage}.{i}.') for key in found)
 
-def learning_rates(cfg: Config, iterations_per_epoch: int) -> list[float]:
-    """The learning rate at every iteration of the schedule."""
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=cfg.optim_wrapper.optimizer.lr)
-    schedulers = [PARAM_SCHEDULERS.build({**scheduler, 'optimizer': optimizer}) for scheduler in cfg.param_scheduler]
-    rates = []
-    for _ in range(cfg.train_cfg.max_epochs):
-        for _ in range(iterations_per_epoch):
-            rates.append(optimizer.param_groups[0]['lr'])
-            optimizer.step()
-            for scheduler in schedulers:
-                if not scheduler.by_epoch:
-                    scheduler.step()
-        for scheduler in schedulers:
-            if scheduler.by_epoch:
-                scheduler.step()
-    return rates
+    model.eval()
+    with torch.no_grad():
+        samples = model.test_step(batch)
+    assert len(samples) == 2
+    for sample in samples:
+        instances = sample.pred_instances
+        assert instances.bboxes.shape == (len(instances.scores), 4)
+        assert instances.scores.isfinite().all()
+        if with_masks:
+            assert instances.masks.shape == (len(instances), 64, 96)
 
 
 def test_the_demo_changes_only_what_it_says():
@@ -171,9 +307,3 @@ def test_the_contmix_example_trains(demo_data):
         assert {'loss_rpn_cls', 'loss_cls', 'loss_bbox', 'loss_mask'} <= set(logs)
         assert torch.isfinite(logs['loss'])
         assert found & names == expected
-
-
-def flat(value, prefix=''):
-    if isinstance(value, dict):
-        return {item for key, inner in value.items() for item in flat(inner, f'{prefix}{key}.')}
-    return {(prefix.rstrip('.'), repr(value))}

@@ -1,0 +1,11 @@
+# Mask R-CNN, OverLoCK-B, 3x, box AP 51.4 in the release.
+_base_ = './mask-rcnn_overlock-t_fpn_ms-crop-3x_coco.py'
+
+model = dict(
+    backbone=dict(
+        arch='b',
+        drop_path_rate=0.6,
+        init_cfg=dict(checkpoint='overlock_mm://overlock_b_in1k_224.pth'),
+    ),
+    neck=dict(in_channels=[80, 160, 528, 720]),
+)

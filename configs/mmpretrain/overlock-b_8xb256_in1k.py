@@ -1,0 +1,17 @@
+# OverLoCK-B on ImageNet-1K, top-1 85.1 in the release.
+_base_ = './overlock-t_8xb256_in1k.py'
+
+model = dict(
+    backbone=dict(arch='b', drop_path_rate=0.5),
+    head=dict(in_channels=720, overview_channels=576),
+)
+
+# The middle 224 x 224 of an image whose short side is 224 / 0.975.
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='ResizeEdge', scale=229, edge='short', backend='pillow', interpolation='bicubic'),
+    dict(type='CenterCrop', crop_size=224),
+    dict(type='PackInputs'),
+]
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+test_dataloader = val_dataloader

@@ -1,0 +1,17 @@
+# Mask2Former, OverLoCK-T: 8 GPUs x 2 crops of 512 x 512, 160k iterations. Ours: mmseg's Mask2Former as it is, but for the
+# backbone and, as there, a tenth of the learning rate for it. It needs mmdet, whose pixel decoder and losses it uses.
+_base_ = 'mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='overlock_mm.OverLoCK',
+        arch='t',
+        out_type='pyramid',
+        drop_path_rate=0.2,
+        init_cfg=dict(type='Pretrained', checkpoint='overlock_mm://overlock_t_in1k_224.pth'),
+    ),
+    decode_head=dict(in_channels=[64, 128, 384, 640]),
+)
+
+sync_bn = 'torch'

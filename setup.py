@@ -33,7 +33,7 @@ ARCHITECTURES = ('7.0', '7.5', '8.0', '8.6', '8.9', '9.0', '10.0', '12.0')
 
 
 class BuildWithConfigs(build_py):
-    """Puts configs and tools into the package as .mim, where OpenMMLab's packages keep them.
+    """Puts configs, tools and the model index into the package as .mim, where OpenMMLab's packages keep them.
 
     An editable install needs no copy: there they are beside the package.
     """
@@ -41,10 +41,12 @@ class BuildWithConfigs(build_py):
     def run(self):
         super().run()
         if not self.editable_mode:
+            resources = Path(self.build_lib) / 'overlock_mm' / '.mim'
+            shutil.rmtree(resources, ignore_errors=True)
             for name in ('configs', 'tools'):
-                target = Path(self.build_lib) / 'overlock_mm' / '.mim' / name
-                shutil.rmtree(target, ignore_errors=True)
-                shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns('__pycache__', *CHECKOUT_ONLY))
+                ignored = shutil.ignore_patterns('__pycache__', *CHECKOUT_ONLY)
+                shutil.copytree(ROOT / name, resources / name, ignore=ignored)
+            shutil.copy2(ROOT / 'model-index.yml', resources)
 
 
 class BuildError(SystemExit):

@@ -137,9 +137,9 @@ def _register_with_mmpretrain() -> None:
 
 
 def read_metafile(framework: str) -> list[dict]:
-    """The models of configs/<framework>/metafile.yml, their configs by absolute paths."""
+    """The models of configs/<framework>/metafile.yml, their configs by absolute paths; 'Weights' is None without any."""
     from mmengine.fileio import load
 
     root = config_root()
     models = load(str(root / framework / 'metafile.yml'))['Models']
-    return [{**model, 'Config': str(root.parent / model['Config'])} for model in models]
+    return [{'Weights': None, **model, 'Config': str(root.parent / model['Config'])} for model in models]

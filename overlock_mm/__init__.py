@@ -15,9 +15,9 @@ __all__ = ['__version__', 'get_checkpoint', 'get_config_path', 'list_configs', '
 require('torch', 'overlock_mm')
 if importlib.util.find_spec('mmengine') is not None:
     from .checkpoint_files import register_scheme
-    from .config_path import allow_config_scope
+    from .config_path import allow_config_scopes
     from .safe_globals import allow_mmengine_checkpoints
 
     allow_mmengine_checkpoints()
     register_scheme()
-    allow_config_scope()
+    allow_config_scopes()

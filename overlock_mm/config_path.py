@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
+import importlib.util
 from pathlib import Path
 
 
@@ -38,12 +40,25 @@ def get_config_path(name: str) -> str:
     return str(config_root() / wanted)
 
 
-def allow_config_scope() -> None:
-    """Let ``_base_ = 'overlock_mm::mmdet/....py'`` be read where the package is installed from a wheel.
+def allow_config_scopes() -> None:
+    """Let mmengine find more configs by the names of their packages.
 
-    mmengine knows a fixed list of packages, and looks for their configs in <package>/.mim: an editable install and a
-    checkout have none there. :func:`get_config_path` finds configs in every case.
+    ``_base_ = 'overlock_mm::mmdet/....py'`` is read where this package is installed from a wheel: mmengine knows a fixed
+    list of packages, and looks for their configs in <package>/.mim, where an editable install and a checkout have none.
+    :func:`get_config_path` finds configs in every case.
+
+    ``mmseg::...`` is read where mmseg comes from a fork with another name than mmsegmentation, which mmengine asks for.
     """
     from mmengine.config.utils import MODULE2PACKAGE
 
     MODULE2PACKAGE.setdefault('overlock_mm', 'overlock_mm')
+    if importlib.util.find_spec('mmseg') is not None and not _is_installed(MODULE2PACKAGE['mmseg']):
+        MODULE2PACKAGE['mmseg'] = 'mmseg'
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

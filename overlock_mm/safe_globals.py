@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmengine.runner.checkpoint
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
@@ -75,3 +76,8 @@ def allow_mmengine_checkpoints() -> None:
     for core in ('numpy.core', 'numpy._core'):  # as numpy 1 and numpy 2 write it
         allowed += [(_reconstruct, f'{core}.multiarray._reconstruct'), (_scalar, f'{core}.multiarray.scalar')]
     torch.serialization.add_safe_globals(allowed)
+    # onedl-mmengine has a solution of its own: for each load it registers other objects under the same names, of which
+    # torch takes either, at random, and takes these away with its own afterwards; and it loads without restriction what
+    # is refused. With the above, torch's own loading does.
+    if hasattr(mmengine.runner.checkpoint, '_safe_torch_load'):
+        mmengine.runner.checkpoint._safe_torch_load = torch.load

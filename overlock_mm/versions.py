@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from typing import Optional
 
 #: Module, the name to install it by, and the versions this package was written for, [first, last).
 SUPPORTED = {
@@ -13,6 +14,15 @@ SUPPORTED = {
     'mmdet': ('mmdet', '3.0.0', '3.4.0'),
     'mmseg': ('mmsegmentation', '1.0.0', '1.3.0'),
     'mmpretrain': ('mmpretrain', '1.0.0', '1.3.0'),
+}
+
+#: Those of the maintained forks, other packages of the same modules, that were tried (docs/compatibility.md).
+FORKS = {
+    'mmengine': ('onedl-mmengine', '0.10.8', '0.11.0'),
+    'mmcv': ('onedl-mmcv', '2.3.0', '2.4.0'),
+    'mmdet': ('onedl-mmdetection', '3.5.0', '3.6.0'),
+    'mmseg': ('onedl-mmsegmentation', '1.4.0', '1.5.0'),
+    'mmpretrain': ('onedl-mmpretrain', '1.3.0', '1.4.0'),
 }
 
 
@@ -35,9 +45,14 @@ def require(module: str, needed_by: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise ImportError(f'{needed_by} needs {module}, which is not installed: pip install "{supported_range(module)}"')
     version = importlib.import_module(module).__version__
-    _, first, last = SUPPORTED[module]
-    if version_numbers(version) < version_numbers(first) or (last and version_numbers(version) >= version_numbers(last)):
+    ranges = [table[module][1:] for table in (SUPPORTED, FORKS) if module in table]
+    if not any(_is_within(version, first, last) for first, last in ranges):
         warnings.warn(f'{module} {version} is outside the range tried, {supported_range(module)}', stacklevel=3)
+
+
+def _is_within(version: str, first: str, last: Optional[str]) -> bool:
+    numbers = version_numbers(version)
+    return version_numbers(first) <= numbers and (last is None or numbers < version_numbers(last))
 
 
 def version_numbers(version: str) -> tuple[int, ...]:

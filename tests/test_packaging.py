@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -29,34 +32,183 @@ def wheel(tmp_path_factory):
 def test_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split('/')[0].split('-')[0] for name in names} == {'overlock_mm'}
-    for name in ('configs/mmdet/mask-rcnn_overlock-t_fpn_1x_coco.py', 'tools/train.py', 'tools/dist_train.sh'):
-        assert f'overlock_mm/.mim/{name}' in names
+    resources = {name.removeprefix('overlock_mm/.mim/') for name in names if name.startswith('overlock_mm/.mim/')}
+    configs = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / 'configs').rglob('*.*') if path.suffix in ('.py', '.yml')
+    }
+    assert {name for name in resources if not name.startswith('tools/')} == {*configs, 'model-index.yml'}
+    assert {'tools/train.py', 'tools/dist_train.sh', 'tools/convert_checkpoint.py'} <= resources
     assert not any('__pycache__' in name or name.startswith('tests') for name in names)
     assert 'overlock_mm/ops/_C.abi3.so' in names
     assert '-cp39-abi3-' in wheel.name
 
 
-def test_an_installed_wheel_finds_its_configs_and_inherits_one(wheel, tmp_path):
-    """Outside the checkout, by ``_base_`` with get_config_path, as a downstream project does it."""
-    target = tmp_path / 'site'
-    command = [sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-compile', '--target', target, wheel]
-    subprocess.run(command, check=True, capture_output=True)
-    config = tmp_path / 'mine.py'
-    config.write_text(
-        "_base_ = [__import__('overlock_mm').get_config_path('mmdet/mask-rcnn_overlock-t_fpn_1x_coco')]\n"
-        "model = dict(backbone=dict(arch='xt', init_cfg=None), neck=dict(in_channels=[56, 112, 340, 420]))\n"
-    )
+@pytest.fixture(scope='module')
+def environments(wheel, tmp_path_factory):
+    """Python interpreters of environments beside the stack that runs the tests, and folders on their paths, by the way in
+    which the package is there: a wheel in an environment of its own, and a checkout on PYTHONPATH.
+    """
+    folder = tmp_path_factory.mktemp('environments')
+    stack = sysconfig.get_paths()['purelib']
+    found = {}
+    for name in ('wheel', 'checkout'):
+        subprocess.run([sys.executable, '-m', 'venv', '--without-pip', folder / name], check=True)
+        python = folder / name / 'bin' / 'python'
+        site = subprocess.run(
+            [python, '-c', 'import sysconfig; print(sysconfig.get_paths()["purelib"])'],
+            check=True, capture_output=True, text=True,
+        ).stdout.strip()  # fmt: skip
+        # The stack's packages, but not what its own .pth files add: its editable install of this package.
+        (Path(site) / 'stack.pth').write_text(stack)
+        if name == 'wheel':
+            install = [
+                sys.executable,
+                '-m',
+                'pip',
+                '--python',
+                python,
+                'install',
+                '-q',
+                '--no-deps',
+                '--ignore-installed',
+                wheel,
+            ]
+            done = subprocess.run(install, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        found[name] = python
+    return found
+
+
+def run_in(environments, how, arguments, cwd, succeeds=True) -> str:
+    """Run Python in an environment, or where this package is installed as it is for the tests ('editable' after make)."""
+    python = environments.get(how, sys.executable)
+    variables = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
+    variables['CUDA_VISIBLE_DEVICES'] = ''
+    if how == 'checkout':
+        variables['PYTHONPATH'] = str(ROOT)
+    command = [python, '-W', 'ignore', *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
+    assert (done.returncode == 0) == succeeds, (done.stdout + done.stderr)[-4000:]
+    return done.stdout + done.stderr
+
+
+ways = pytest.mark.parametrize('how', ['wheel', 'editable', 'checkout'])
+
+
+@ways
+def test_configs_are_inherited_from_another_folder(environments, tmp_path, how):
+    """By every way that there is, with changed variables, classes and variants."""
+    where = run_in(environments, how, ['-c', 'import overlock_mm; print(overlock_mm.__file__)'], tmp_path).split()[-1]
+    assert Path(where).is_relative_to(environments['wheel'].parents[1] if how == 'wheel' else ROOT)
+    path = run_in(
+        environments,
+        how,
+        ['-c', 'import overlock_mm; print(overlock_mm.get_config_path("mmdet/mask-rcnn_overlock-t_fpn_1x_coco"))'],
+        tmp_path,
+    ).split()[-1]
+    by_name = "[__import__('overlock_mm').get_config_path('mmdet/mask-rcnn_overlock-{}_fpn_1x_coco')]"
+    bases = {
+        'path': repr(path),
+        'variable': "'{{$OVERLOCK_CONFIGS:" + str(Path(path).parents[1]) + "}}/mmdet/mask-rcnn_overlock-t_fpn_1x_coco.py'",
+        'by_name': by_name.format('t'),
+        'variant': by_name.format('s'),  # the one line that another variant takes
+    }
+    if how == 'wheel':  # mmengine looks for configs in <package>/.mim, and asks for the package to be known
+        bases['scope'] = "'overlock_mm::mmdet/mask-rcnn_overlock-t_fpn_1x_coco.py'"
+    for name, base in bases.items():
+        (tmp_path / f'{name}.py').write_text(
+            f'_base_ = {base}\n'
+            "classes = ('ball', 'sign')\n"
+            'train_dataloader = dict(batch_size=1, dataset=dict(metainfo=dict(classes=classes)))\n'
+            'model = dict(roi_head=dict(bbox_head=dict(num_classes=2), mask_head=dict(num_classes=2)))\n'
+            'optim_wrapper = dict(optimizer=dict(lr=1e-5))\n'
+        )
     code = (
-        f'import sys; sys.path.insert(0, {str(target)!r})\n'
+        'import sys\n'
         'import overlock_mm\n'
-        f'assert overlock_mm.__file__.startswith({str(target)!r}), overlock_mm.__file__\n'
-        'assert overlock_mm.list_configs()\n'
-        'from overlock_mm.ops import _extension\n'
-        'assert not _extension.missing, _extension.missing\n'
         'from mmengine.config import Config\n'
-        f'cfg = Config.fromfile({str(config)!r})\n'
-        'print(cfg.model.type, cfg.model.backbone.arch, cfg.optim_wrapper.optimizer.lr)'
+        'for name in sys.argv[1:]:\n'
+        '    cfg = Config.fromfile(f"{name}.py")\n'
+        '    model, optimizer, loader = cfg.model, cfg.optim_wrapper.optimizer, cfg.train_dataloader\n'
+        '    print("FOUND", name, model.backbone.arch, model.backbone.drop_path_rate, model.neck.in_channels[2],\n'
+        '          model.roi_head.bbox_head.num_classes, optimizer.lr, optimizer.type,\n'
+        '          loader.batch_size, len(loader.dataset.metainfo.classes))\n'
     )
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ['MaskRCNN', 'xt', '0.0002']
+    output = run_in(environments, how, ['-c', code, *bases], tmp_path)
+    found = {line.split()[1]: line.split()[2:] for line in output.splitlines() if line.startswith('FOUND')}
+    t = ['t', '0.2', '384', '2', '1e-05', 'AdamW', '1', '2']
+    assert found == {name: (['s', '0.4', '448', *t[3:]] if name == 'variant' else t) for name in bases}
+
+
+@ways
+def test_stock_scripts_train_outside_the_checkout(environments, tmp_path, demo_data, pictures, how):
+    """One step of a shipped config of each framework, with its own script, where only an install has brought this package.
+
+    Everything but the data, their sizes and the number of steps is the config's. Where one framework is enough to see that
+    the package is found, it is the cheapest.
+    """
+    import mmpretrain
+
+    frameworks = ('mmdet', 'mmseg', 'mmpretrain') if how == 'wheel' else ('mmpretrain',)
+    for framework in frameworks:
+        config = tmp_path / f'{framework}.py'
+        config.write_text(STEPS[framework].format(demo=demo_data, pictures=pictures))
+        script = Path(mmpretrain.__file__).parents[1] / framework / '.mim' / 'tools' / 'train.py'
+        output = run_in(environments, how, [script, config, '--work-dir', f'work_{framework}'], tmp_path)
+        assert re.search(r'loss: \d+\.\d+', output), output[-3000:]
+        assert list((tmp_path / f'work_{framework}').glob('*_1.pth'))
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    """A few pictures in the layouts of ADE20K and of a folder per class."""
+    import cv2
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    root = tmp_path_factory.mktemp('pictures')
+    for split in ('training', 'validation'):
+        for kind in ('images', 'annotations'):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(2):
+            cv2.imwrite(str(root / 'images' / split / f'{i}.jpg'), rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+            cv2.imwrite(str(root / 'annotations' / split / f'{i}.png'), rng.integers(0, 151, (64, 64), dtype=np.uint8))
+    for label in ('cat', 'dog'):
+        (root / 'classes' / label).mkdir(parents=True)
+        cv2.imwrite(str(root / 'classes' / label / '0.png'), rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    return root
+
+
+STEPS = {
+    'mmdet': """
+_base_ = [__import__('overlock_mm').get_config_path('mmdet/mask-rcnn_overlock-xt_fpn_demo')]
+data_root = '{demo}/'
+train_dataloader = dict(dataset=dict(data_root=data_root, indices=2))
+val_dataloader = dict(dataset=dict(data_root=data_root))
+val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
+train_cfg = dict(max_epochs=1, val_interval=9)
+default_hooks = dict(logger=dict(interval=1))
+""",
+    'mmseg': """
+_base_ = [__import__('overlock_mm').get_config_path('mmseg/overlock-xt_upernet_8xb2-160k_ade20k-512x512')]
+model = dict(data_preprocessor=dict(size=(64, 64)), backbone=dict(init_cfg=None))
+pipeline = [
+    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', reduce_zero_label=True), dict(type='PackSegInputs')]
+train_dataloader = dict(
+    num_workers=0, persistent_workers=False, dataset=dict(data_root='{pictures}', pipeline=pipeline))
+val_dataloader = dict(dataset=dict(data_root='{pictures}'))
+train_cfg = dict(max_iters=1, val_interval=9)
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1))
+""",
+    'mmpretrain': """
+_base_ = [__import__('overlock_mm').get_config_path('mmpretrain/overlock-xt_8xb256_in1k')]
+model = dict(head=dict(num_classes=2, topk=(1,)))
+data_preprocessor = dict(num_classes=2)
+pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=64), dict(type='PackInputs')]
+train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(
+    _delete_=True, type='CustomDataset', data_root='{pictures}/classes', pipeline=pipeline))
+val_dataloader = val_cfg = val_evaluator = None
+train_cfg = dict(max_epochs=1)
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(save_best=None))
+""",
+}

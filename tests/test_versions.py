@@ -24,7 +24,16 @@ def test_missing_package_is_named(monkeypatch):
         versions.require('no_such_module', 'the head')
 
 
+def test_the_forks_versions_do_not_warn(monkeypatch):
+    monkeypatch.setitem(versions.SUPPORTED, 'mmengine', ('mmengine', '99.0', None))
+    monkeypatch.setitem(versions.FORKS, 'mmengine', ('a-fork', '0.10.0', '0.11.0'))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        versions.require('mmengine', 'this test')
+
+
 def test_other_version_warns_only(monkeypatch):
+    monkeypatch.delitem(versions.FORKS, 'mmengine')
     monkeypatch.setitem(versions.SUPPORTED, 'mmengine', ('mmengine', '99.0', None))
     with pytest.warns(UserWarning, match=r'mmengine .* outside the range tried, mmengine>=99.0'):
         versions.require('mmengine', 'this test')

@@ -7,6 +7,7 @@ backbone under ``backbone.`` and :class:`OverLoCKHead` under ``head.``.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -133,8 +134,7 @@ def _check_backbone(state_dict: Mapping[str, Tensor], prefix: str, arch: str, ou
 
     A pyramid may lack some of its norms: those of outputs that the model does not use.
     """
-    with torch.device('meta'):
-        expected = OverLoCK(arch, out_type=out_type, deploy=deploy).state_dict()
+    expected = _backbone_weights(arch, out_type, deploy)
     found = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
     if not prefix:
         found = {name: tensor for name, tensor in found.items() if name.split('.', 1)[0] not in CLASSIFICATION_HEADS}
@@ -151,6 +151,13 @@ def _check_backbone(state_dict: Mapping[str, Tensor], prefix: str, arch: str, ou
         if names:
             shown = ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
             raise ValueError(f'looks like {what}, but {problem} {shown} ({len(names)} in all)')
+
+
+@functools.lru_cache(maxsize=8)
+def _backbone_weights(arch: str, out_type: str, deploy: bool) -> dict[str, Tensor]:
+    """Names and shapes, without memory."""
+    with torch.device('meta'):
+        return OverLoCK(arch, out_type=out_type, deploy=deploy).state_dict()
 
 
 def classes_of(meta: Mapping) -> Optional[tuple[str, ...]]:

@@ -163,24 +163,65 @@ def test_init_cfg_list(small_arch, classifier, tmp_path, log):
     assert backbone.init_cfg == init_cfg
 
 
-def test_a_download_that_fails_says_what_to_do(small_arch, tmp_path, monkeypatch):
-    def no_network(url, file):
-        raise OSError('no route')
-
+@pytest.fixture
+def downloads(tmp_path, monkeypatch):
+    """torch's cache of downloads in a folder, and a list of what the next downloads do with the file to write."""
+    contents = []
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', no_network)
-    with pytest.raises(OSError, match=r'overlock_t.pth could not be downloaded \(no route\); .* into .*checkpoints'):
-        build(small_arch, 'https://host.invalid/v1/overlock_t.pth')
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, file: contents.pop(0)(Path(file)))
+    return contents
 
 
-def test_what_was_downloaded_is_loaded_as_weights_only(small_arch, classifier, tmp_path, monkeypatch):
-    content = [classifier, dict(state_dict=classifier, config=Path('foreign'))]
-    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, file: torch.save(content.pop(0), file))
+def fail(file):
+    raise OSError('no route')
+
+
+ADDRESS = 'https://github.com/LMMMEng/OverLoCK/releases/download/v1/overlock_xt_in1k_224.pth'
+names_of_a_file = pytest.mark.parametrize('name', ['overlock_mm://overlock_xt_in1k_224.pth', ADDRESS])
+
+
+@names_of_a_file
+@pytest.mark.parametrize('how', [fail, lambda file: file.write_bytes(b'PK' + bytes(100)), lambda file: file.touch()])
+def test_a_download_that_fails_says_what_to_do(downloads, tmp_path, how, name):
+    """Also one that ends early, which leaves nothing behind."""
+    downloads += [how]
+    message = (
+        rf'overlock_xt_in1k_224.pth could not be downloaded \(.+\); download {ADDRESS} by other means .* into .*checkpoints'
+    )
+    with pytest.raises(OSError, match=message):
+        build('xt', name)
+    assert list((tmp_path / 'checkpoints').iterdir()) == []
+
+
+@names_of_a_file
+def test_an_incomplete_file_is_named(downloads, tmp_path, name):
+    """Half a file that somebody put there by hand; through mmengine's loader too."""
+    from mmengine.runner import load_checkpoint
+
+    folder = tmp_path / 'checkpoints'
+    folder.mkdir()
+    torch.save(dict(a=torch.zeros(1000)), folder / 'whole.pth')
+    (folder / 'overlock_xt_in1k_224.pth').write_bytes((folder / 'whole.pth').read_bytes()[:-100])
+    message = rf'overlock_xt_in1k_224.pth is incomplete \(\d+ bytes\): delete it, and download {ADDRESS} again'
+    with pytest.raises(OSError, match=message):
+        build('xt', name)
+    with pytest.raises(OSError, match=message):
+        load_checkpoint(OverLoCK('xt'), name)
+
+
+def test_what_was_downloaded_is_loaded_as_weights_only(small_arch, classifier, downloads):
+    foreign = dict(state_dict=classifier, config=Path('foreign'))
+    downloads += [lambda file, content=content: torch.save(content, file) for content in (classifier, foreign)]
     backbone = build(small_arch, 'https://host.invalid/v1/good.pth')
     assert torch.equal(backbone.patch_embed1[0].weight, classifier['patch_embed1.0.weight'])
+    build(small_arch, 'https://host.invalid/v1/good.pth')  # not downloaded again
     with pytest.raises(pickle.UnpicklingError):
         build(small_arch, 'https://host.invalid/v1/foreign.pth')
+
+
+def test_an_unknown_file_of_the_release():
+    with pytest.raises(ValueError, match="no file 'overlock_m_in1k_224.pth'; nearest: overlock_"):
+        build('xt', 'overlock_mm://overlock_m_in1k_224.pth')
 
 
 def test_other_input_channels_name_the_weight(small_arch, classifier, tmp_path):
@@ -222,3 +263,13 @@ def test_folded_checkpoint_into_unfolded_model(small_arch, tmp_path):
     torch.save(OverLoCK(small_arch, deploy=True).state_dict(), tmp_path / 'folded.pth')
     with pytest.raises(ValueError, match='is folded .* build the model with deploy=True'):
         build(small_arch, tmp_path / 'folded.pth')
+
+
+def test_unfolded_checkpoint_into_folded_model_is_logged(small_arch, tmp_path, log):
+    torch.save(OverLoCK(small_arch).state_dict(), tmp_path / 'unfolded.pth')
+    build(small_arch, tmp_path / 'unfolded.pth', deploy=True)
+    assert log.messages.count('The checkpoint is not folded: its dilated branches are folded on loading.') == 1
+    torch.save(OverLoCK(small_arch, deploy=True).state_dict(), tmp_path / 'folded.pth')
+    log.clear()
+    build(small_arch, tmp_path / 'folded.pth', deploy=True)
+    assert not any('folded on loading' in message for message in log.messages)

@@ -1,0 +1,230 @@
+"""Checkpoints of every released family and variant through tools/convert_checkpoint.py, there and back."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+pytest.importorskip('mmdet', reason='the models that the checkpoints are for')
+pytest.importorskip('mmseg', reason='the models that the checkpoints are for')
+pytest.importorskip('mmpretrain', reason='the models that the checkpoints are for')
+
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from mmengine.registry.utils import init_default_scope
+from mmengine.runner import load_checkpoint
+
+import overlock_mm
+from overlock_mm.models import OverLoCK
+from overlock_mm.models.conversion import describe_checkpoint, fold
+
+CONFIGS = {
+    'cls': 'mmpretrain/overlock-{}_8xb256_in1k',
+    'cls_reparam': 'mmpretrain/overlock-{}_deploy_in1k',
+    'det': 'mmdet/mask-rcnn_overlock-{}_fpn_1x_coco',
+    'seg': 'mmseg/overlock-{}_upernet_8xb2-160k_ade20k-512x512',
+}
+
+
+# Loading into a model without memory, which is done to compare names and shapes, is a no-op, as torch says for each tensor.
+pytestmark = pytest.mark.filterwarnings('ignore:for .* copying from a non-meta parameter')
+
+
+@pytest.fixture(scope='module')
+def tool():
+    spec = importlib.util.spec_from_file_location('convert_checkpoint', ROOT / 'tools' / 'convert_checkpoint.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def convert(tool, monkeypatch, capsys):
+    """The tool, as from a command line; returns what it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['convert_checkpoint.py', *map(str, arguments)])
+        tool.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@functools.cache
+def model_of(config: str, **backbone) -> torch.nn.Module:
+    """The model of a shipped config, without memory: loading into it compares names and shapes, and leaves no trace."""
+    cfg = Config.fromfile(overlock_mm.get_config_path(config))
+    init_default_scope(cfg.default_scope)
+    cfg.model.backbone.update(init_cfg=None, **backbone)
+    with torch.device('meta'):
+        return MODELS.build(cfg.model)
+
+
+def random_bits(shape) -> torch.Tensor:
+    return torch.randint(-(2**15), 2**15, tuple(shape), dtype=torch.int16).view(torch.float16)
+
+
+def released(parity, family: str, arch: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """Weights and file content as the release has them, with random bits: NaN and infinity among them."""
+    backbone = {name: random_bits(shape) for name, shape in parity.keys(family, arch).items()}
+    if family.startswith('cls'):
+        return backbone, backbone
+    weights = {f'backbone.{name}': tensor for name, tensor in backbone.items()}
+    own = model_of(CONFIGS[family].format(arch)).state_dict()
+    weights.update({name: random_bits(t.shape) for name, t in own.items() if not name.startswith('backbone.')})
+    version = dict(det=dict(mmdet_version='2.28.1'), seg=dict(mmseg_version='0.30.0'))[family]
+    meta = dict(**version, CLASSES=('person', 'car'), PALETTE=[(1, 2, 3), (4, 5, 6)], epoch=12)
+    return weights, dict(meta=meta, state_dict=weights, optimizer=dict(state={}, param_groups=[]))
+
+
+def same_bits(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name].view(torch.int16), b[name].view(torch.int16)) for name in a)
+
+
+@pytest.mark.parametrize('arch', ['xt', 't', 's', 'b'])
+@pytest.mark.parametrize('family', CONFIGS)
+def test_there_and_back(parity, convert, tmp_path, family, arch):
+    weights, content = released(parity, family, arch)
+    torch.save(content, tmp_path / 'released.pth')
+    said = convert(tmp_path / 'released.pth', tmp_path / 'ours.pth')
+    config = CONFIGS[family].format(arch)
+    assert f'released.pth: OverLoCK-{arch.upper()}, ' in said
+    assert ('flat names' in said) == family.startswith('cls')
+    assert f'It loads strictly into the model of configs/{config}.py\n' in said
+    assert ('written by mmdet 2.28.1' in said) == (family == 'det')
+    assert ('written by mmseg 0.30.0' in said) == (family == 'seg')
+    ours = load_checkpoint(model_of(config), str(tmp_path / 'ours.pth'), strict=True)
+    if not family.startswith('cls'):
+        assert ours['meta']['dataset_meta'] == dict(classes=('person', 'car'), palette=[(1, 2, 3), (4, 5, 6)])
+    assert 'optimizer' not in ours
+
+    said = convert(tmp_path / 'ours.pth', tmp_path / 'back.pth', '--to', 'released')
+    assert f'ours.pth: OverLoCK-{arch.upper()}, ' in said
+    back = torch.load(tmp_path / 'back.pth', weights_only=True)
+    if not family.startswith('cls'):
+        assert back['meta'] == dict(CLASSES=('person', 'car'), PALETTE=[(1, 2, 3), (4, 5, 6)])
+        back = back['state_dict']
+    assert same_bits(back, weights)
+
+
+def test_own_checkpoint_of_a_training(small_arch, convert, tmp_path):
+    """With EMA, optimizer, and messages as mmengine saves them; a classifier without an auxiliary head, of 7 classes."""
+    from overlock_mm.models import OverLoCKHead
+
+    weights = {f'backbone.{name}': tensor for name, tensor in OverLoCK('xt').state_dict().items()}
+    head = OverLoCKHead(num_classes=7, in_channels=420)
+    weights.update({f'head.{name}': tensor for name, tensor in head.state_dict().items()})
+    content = dict(
+        meta=dict(mmengine_version='0.10.7', dataset_meta=dict(classes=list('abcdefg'))), state_dict=weights,
+        ema_state_dict=dict(steps=torch.tensor(1)), optimizer=dict(state={}), message_hub=dict(log_scalars={}),
+    )  # fmt: skip
+    torch.save(content, tmp_path / 'own.pth')
+    said = convert(tmp_path / 'own.pth', tmp_path / 'ours.pth')
+    assert 'written by mmengine 0.10.7' in said
+    options = 'model.head.num_classes=7 model.head.overview_channels=None'
+    assert f'configs/mmpretrain/overlock-xt_8xb256_in1k.py with --cfg-options {options}' in said
+    ours = torch.load(tmp_path / 'ours.pth', weights_only=True)
+    assert ours.keys() == {'meta', 'state_dict'}
+    assert ours['meta'] == dict(dataset_meta=dict(classes=tuple('abcdefg')))
+    assert all(torch.equal(ours['state_dict'][name], tensor) for name, tensor in weights.items())
+    convert(tmp_path / 'ours.pth', tmp_path / 'flat.pth', '--to', 'released')
+    flat = torch.load(tmp_path / 'flat.pth', weights_only=True)
+    assert {'patch_embed1.0.weight', 'head.0.weight'} <= flat.keys()
+    assert len(flat) == len(weights)
+
+
+def test_a_backbone_alone(parity, convert, tmp_path):
+    weights = parity.state_dict('det', 'xt')
+    torch.save(weights, tmp_path / 'backbone.pth')
+    said = convert(tmp_path / 'backbone.pth', tmp_path / 'ours.pth')
+    assert 'backbone (pyramid_with_overview)' in said
+    assert "load it with its own, or as a backbone's init_cfg" in said
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'ours.pth'))
+    backbone = OverLoCK('xt', out_type='pyramid_with_overview', init_cfg=init_cfg)
+    backbone.init_weights()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize('family, out_type', [('cls', 'features'), ('seg', 'pyramid')])
+def test_folding(parity, convert, tmp_path, family, out_type):
+    """What is folded in the file is what a deploy=True model makes of the unfolded one."""
+    weights = parity.state_dict(family, 'xt')
+    torch.save(weights, tmp_path / 'unfolded.pth')
+    said = convert(tmp_path / 'unfolded.pth', tmp_path / 'folded.pth', '--fold', '--to', 'released')
+    assert 'folded.pth: OverLoCK-XT, ' in said
+    assert ', not folded, ' in said
+    assert ', folded, ' in said
+    folded = torch.load(tmp_path / 'folded.pth', weights_only=True)
+    backbones = [OverLoCK('xt', out_type=out_type, deploy=True) for _ in range(2)]
+    own = set(backbones[0].state_dict())
+    backbones[0].load_state_dict({name: tensor for name, tensor in folded.items() if name in own}, strict=True)
+    backbones[1].load_state_dict({name: t for name, t in weights.items() if name.split('.')[0] not in ('head', 'aux_head')})
+    for name, tensor in backbones[0].state_dict().items():
+        assert torch.equal(tensor, backbones[1].state_dict()[name]), name
+    assert fold(folded).keys() == folded.keys()
+
+
+def test_a_folded_checkpoint_of_a_detector_says_how_to_load_it(convert, tmp_path):
+    model = model_of('mmdet/mask-rcnn_overlock-xt_fpn_1x_coco')
+    weights = {name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()}
+    torch.save(weights, tmp_path / 'detector.pth')
+    said = convert(tmp_path / 'detector.pth', tmp_path / 'folded.pth', '--fold')
+    assert 'configs/mmdet/mask-rcnn_overlock-xt_fpn_1x_coco.py with --cfg-options model.backbone.deploy=True' in said
+    folded = model_of('mmdet/mask-rcnn_overlock-xt_fpn_1x_coco', deploy=True)
+    load_checkpoint(folded, str(tmp_path / 'folded.pth'), strict=True)
+
+
+def without(weights: dict, name: str) -> dict:
+    return {key: tensor for key, tensor in weights.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (lambda w: {'layer1.0.conv1.weight': torch.zeros(1)}, 'no OverLoCK: .* got layer1'),
+        (lambda w: without(w, 'blocks1.0.dwconv.weight'), 'not one of the published variants xt, t, s, b: got no blocks'),
+        (lambda w: {k: t for k, t in w.items() if not k.startswith('blocks2.1.')}, r'got channels .* depths \(2, 1, 3'),
+        (
+            lambda w: without(w, 'blocks2.1.proj.8.bias'),
+            r'looks like OverLoCK-XT \(features\), but lacks blocks2.1.proj.8.bias',
+        ),
+        (lambda w: {**w, 'blocks2.1.extra': torch.zeros(1)}, r'has what is not of it: blocks2.1.extra \(1 in all\)'),
+        (lambda w: {**w, 'patch_embed2.0.weight': torch.zeros(1)}, r'has other shapes: patch_embed2.0.weight \(1 in all\)'),
+        (lambda w: {**w, 'backbone.conv.weight': torch.zeros(1)}, 'flat names and those of a whole model'),
+        (
+            lambda w: {**{f'backbone.{k}': t for k, t in w.items()}, 'keypoint_head.weight': torch.zeros(1)},
+            'a head that is not known here: beside it are keypoint_head',
+        ),
+        (lambda w: dict(epoch=3), r"holds no weights, .* got \['epoch'\]"),
+    ],
+)
+def test_what_is_not_recognised_is_refused(convert, tmp_path, change, message):
+    with torch.device('meta'):
+        names = OverLoCK('xt').state_dict()
+    weights = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in names.items()}
+    torch.save(change(weights), tmp_path / 'foreign.pth')
+    with pytest.raises(SystemExit, match=f'foreign.pth was not converted: .*{message}'):
+        convert(tmp_path / 'foreign.pth', tmp_path / 'ours.pth')
+    assert [path.name for path in tmp_path.iterdir()] == ['foreign.pth']
+
+
+def test_files_are_kept_and_named(convert, tmp_path):
+    torch.save(OverLoCK('xt').state_dict(), tmp_path / 'a.pth')
+    (tmp_path / 'b.pth').write_text('precious')
+    with pytest.raises(SystemExit, match='b.pth is there already: remove it, or say --overwrite'):
+        convert(tmp_path / 'a.pth', tmp_path / 'b.pth')
+    assert (tmp_path / 'b.pth').read_text() == 'precious'
+    convert(tmp_path / 'a.pth', tmp_path / 'b.pth', '--overwrite')
+    assert describe_checkpoint(torch.load(tmp_path / 'b.pth', weights_only=True)['state_dict']).arch == 'xt'
+    with pytest.raises(SystemExit, match='none is not a folder'):
+        convert(tmp_path / 'a.pth', tmp_path / 'none' / 'c.pth')
+    with pytest.raises(SystemExit, match='nowhere.pth was not converted: .*nowhere.pth can not be found'):
+        convert(tmp_path / 'nowhere.pth', tmp_path / 'c.pth')
+    (tmp_path / 'half.pth').write_bytes((tmp_path / 'a.pth').read_bytes()[:5000])
+    with pytest.raises(SystemExit, match=r'half.pth is incomplete \(5000 bytes\): get it again'):
+        convert(tmp_path / 'half.pth', tmp_path / 'c.pth')

@@ -38,6 +38,9 @@ def test_contents(wheel):
     }
     assert {name for name in resources if not name.startswith('tools/')} == {*configs, 'model-index.yml'}
     assert {'tools/train.py', 'tools/dist_train.sh', 'tools/convert_checkpoint.py'} <= resources
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'overlock_mm' / 'ops' / 'csrc').rglob('*.*')}
+    assert any(name.endswith('.cu') for name in sources)
+    assert sources <= set(names)
     assert not any('__pycache__' in name or name.startswith('tests') for name in names)
     assert 'overlock_mm/ops/_C.abi3.so' in names
     assert '-cp39-abi3-' in wheel.name

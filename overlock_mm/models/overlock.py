@@ -107,6 +107,8 @@ class OverLoCK(TakesReleasedCheckpoints):
         init_cfg: mmengine's initialisation. ``dict(type='Pretrained', checkpoint=FILE)`` takes the released files: a
             classification checkpoint goes into a pyramid too, and what was left out is logged. By default convolutions
             start from a truncated normal of std 0.02.
+        pretrained: a checkpoint; short for ``init_cfg=dict(type='Pretrained', checkpoint=pretrained)``. mmseg's models hand
+            theirs to the backbone.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and what it got.
@@ -124,7 +126,12 @@ class OverLoCK(TakesReleasedCheckpoints):
         with_cp: Union[bool, Sequence[str]] = False,
         deploy: bool = False,
         init_cfg: Union[dict, list, None] = None,
+        pretrained: Optional[str] = None,
     ) -> None:
+        if pretrained is not None:
+            if init_cfg is not None:
+                raise ValueError(f'pretrained and init_cfg exclude each other, got {pretrained!r} and {init_cfg!r}')
+            init_cfg = dict(type='Pretrained', checkpoint=pretrained)
         super().__init__(init_cfg)
         settings = resolve_architecture(arch)
         if not isinstance(in_channels, int) or in_channels < 1:

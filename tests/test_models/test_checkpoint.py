@@ -273,3 +273,54 @@ def test_unfolded_checkpoint_into_folded_model_is_logged(small_arch, tmp_path, l
     log.clear()
     build(small_arch, tmp_path / 'folded.pth', deploy=True)
     assert not any('folded on loading' in message for message in log.messages)
+
+
+def test_pretrained_is_short_for_init_cfg(small_arch, classifier, tmp_path):
+    torch.save(classifier, tmp_path / 'classifier.pth')
+    backbone = OverLoCK(small_arch, pretrained=str(tmp_path / 'classifier.pth'))
+    backbone.init_weights()
+    assert torch.equal(backbone.patch_embed1[0].weight, classifier['patch_embed1.0.weight'])
+    with pytest.raises(ValueError, match="pretrained and init_cfg exclude each other, got 'a.pth' and"):
+        OverLoCK(small_arch, pretrained='a.pth', init_cfg=dict(type='Constant', layer='Conv2d', val=1.0))
+
+
+def test_pretrained_of_a_segmentor(small_arch, classifier, tmp_path):
+    """mmseg hands its model's ``pretrained`` to the backbone."""
+    pytest.importorskip('mmseg', reason="this is mmsegmentation's model")
+    from mmengine.config import ConfigDict
+    from mmseg.registry import MODELS
+
+    torch.save(classifier, tmp_path / 'classifier.pth')
+    head = dict(type='mmseg.FCNHead', in_channels=50, channels=4, num_classes=2, in_index=3)
+    backbone = dict(type='overlock_mm.OverLoCK', arch=small_arch, out_type='pyramid')
+    segmentor = dict(type='mmseg.EncoderDecoder', backbone=backbone, decode_head=head)
+    model = MODELS.build(ConfigDict(**segmentor, pretrained=str(tmp_path / 'classifier.pth')))
+    model.init_weights()
+    assert torch.equal(model.backbone.patch_embed1[0].weight, classifier['patch_embed1.0.weight'])
+
+
+def test_pretrained_of_a_classifier(parity, tmp_path):
+    """mmpretrain loads its model's ``pretrained`` into the whole model: a released file fits as it is, head and all."""
+    pytest.importorskip('mmpretrain', reason="this is mmpretrain's model")
+    from mmengine.config import Config
+    from mmengine.registry.utils import init_default_scope
+    from mmpretrain.registry import MODELS
+
+    import overlock_mm
+
+    weights = parity.state_dict('cls', 'xt')
+    torch.save(weights, tmp_path / 'released.pth')
+    cfg = Config.fromfile(overlock_mm.get_config_path('mmpretrain/overlock-xt_8xb256_in1k'))
+    init_default_scope('mmpretrain')
+    model = MODELS.build({**cfg.model, 'pretrained': str(tmp_path / 'released.pth')})
+    model.init_weights()
+    assert torch.equal(model.backbone.patch_embed1[0].weight, weights['patch_embed1.0.weight'])
+    assert torch.equal(model.head.head[4].bias, weights['head.4.bias'])
+    assert torch.equal(model.head.aux_head[2].bias, weights['aux_head.2.bias'])
+    # Without an auxiliary head, that of the file is left out.
+    head = {**cfg.model.head, 'overview_channels': None}
+    backbone = {**cfg.model.backbone, 'out_indices': (3,)}
+    model = MODELS.build({**cfg.model, 'pretrained': str(tmp_path / 'released.pth'), 'head': head, 'backbone': backbone})
+    model.init_weights()
+    assert torch.equal(model.head.head[4].bias, weights['head.4.bias'])
+    model.load_state_dict(weights, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import re
@@ -28,10 +29,14 @@ def read_checkpoint(checkpoint: str, map_location: Optional[str] = 'cpu') -> Any
         map_location: as in :func:`torch.load`.
 
     Raises:
+        TypeError: ``checkpoint`` is neither.
         pickle.UnpicklingError: it holds something other than tensors, numbers and the like.
-        OSError: there is no such file, it is incomplete, or it cannot be downloaded; the message says what to do.
+        OSError: there is no such file, it is damaged, or it cannot be downloaded; the message says what to do.
         ValueError: the release has no such file.
     """
+    if not isinstance(checkpoint, (str, os.PathLike)) or not os.fspath(checkpoint):
+        raise TypeError(f'checkpoint must be a path or an address, got {checkpoint!r}')
+    checkpoint = os.fspath(checkpoint)
     if checkpoint.startswith(SCHEME):
         checkpoint = find_released(checkpoint).url
     if checkpoint.startswith(('http://', 'https://')):
@@ -53,7 +58,9 @@ def released_state_dict(content: Any, checkpoint: str) -> OrderedDict[str, Tenso
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             state_dict = content[key]
             break
-    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+    if not isinstance(state_dict, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state_dict.items()
+    ):
         found = sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(f'{checkpoint} holds no weights, neither flat nor under state_dict or model; got {found}')
     # DistributedDataParallel puts "module." before every name.
@@ -82,17 +89,18 @@ def _download(url: str) -> Path:
     by_hand = f'download {url} by other means and put it into {file.parent}, or give its path as the checkpoint'
     for is_my_turn in (get_rank() == 0, get_rank() != 0):
         if is_my_turn and not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
             part = file.with_name(f'{file.name}.{os.getpid()}.part')
             try:
+                file.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, str(part))
-                if _is_incomplete(part):
-                    raise OSError(f'it ended after {part.stat().st_size} bytes, before the end of the file')
+                if _is_damaged(part):
+                    raise OSError(f'what came is no checkpoint, or not the whole of it: {_look_of(part)}')
                 part.replace(file)
             except (OSError, http.client.HTTPException) as error:
                 raise OSError(f'{file.name} could not be downloaded ({error}); {by_hand}') from error
             finally:
-                part.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    part.unlink()
         barrier()
     return file
 
@@ -101,14 +109,28 @@ def _load(file: Path, map_location: Optional[str], remedy: str) -> Any:
     try:
         return torch.load(file, map_location=map_location, weights_only=True)
     except Exception as error:
-        # torch has many words for it; the file itself says whether it is whole.
-        if isinstance(error, EOFError) or _is_incomplete(file):
-            raise OSError(f'{file} is incomplete ({file.stat().st_size} bytes): {remedy}') from error
+        # torch has many words for a damaged file; the file itself says more. What it lacks in the old format, without a
+        # directory at its end, shows while it is read.
+        ended = isinstance(error, (EOFError, IndexError, KeyError)) or 'EOF' in str(error)
+        if _is_damaged(file, thoroughly=True) or (ended and not zipfile.is_zipfile(file)):
+            raise OSError(f'{file} is damaged, or no checkpoint ({_look_of(file)}): {remedy}') from error
         raise
 
 
-def _is_incomplete(file: Path) -> bool:
-    """Whether it begins as torch's zip files do and lacks their end, or is empty."""
+def _is_damaged(file: Path, thoroughly: bool = False) -> bool:
+    """Whether a file is neither a whole zip file, as torch writes checkpoints, nor begins as its old format does."""
+    if not zipfile.is_zipfile(file):
+        return _start_of(file)[:1] != b'\x80'  # of a pickle
+    if not thoroughly:
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return archive.testzip() is not None
+
+
+def _start_of(file: Path) -> bytes:
     with file.open('rb') as opened:
-        start = opened.read(2)
-    return not start or (start == b'PK' and not zipfile.is_zipfile(file))
+        return opened.read(20)
+
+
+def _look_of(file: Path) -> str:
+    return f'{file.stat().st_size} bytes, that begin with {_start_of(file)!r}'

@@ -30,14 +30,21 @@ def get_config_path(name: str) -> str:
         name: as in :func:`list_configs`; '.py' may be left out.
 
     Raises:
+        TypeError: ``name`` is no str.
         FileNotFoundError: there is no such config; the message has the nearest names.
     """
+    if not isinstance(name, str):
+        raise TypeError(f'name must be a str, got {name!r}')
     known = list_configs()
     wanted = name if name.endswith('.py') else f'{name}.py'
     if wanted not in known:
         nearest = difflib.get_close_matches(wanted, known, n=3, cutoff=0.3)
-        raise FileNotFoundError(f'no config {name!r} in {config_root()}; nearest: {", ".join(nearest) or "none"}')
+        raise FileNotFoundError(f'no config {name!r} in {config_root()}; {_nearest(nearest)}')
     return str(config_root() / wanted)
+
+
+def _nearest(names: list[str]) -> str:
+    return f'nearest: {", ".join(names)}' if names else 'overlock_mm.list_configs() has all names'
 
 
 def allow_config_scopes() -> None:

@@ -8,6 +8,7 @@ import gzip
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,17 @@ def small_arch():
     return dict(
         channels=(8, 12, 24, 40), depths=(1, 1, 1, 1), sub_depths=(2, 2), num_groups=(2, 4), kernel_sizes=(9, 7, 7, 5)
     )
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every connection fails."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError(f'a connection: {args}')
+
+    monkeypatch.setattr(socket.socket, 'connect', refuse)
+    monkeypatch.setattr(socket, 'create_connection', refuse)
 
 
 class Parity:

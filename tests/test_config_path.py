@@ -19,8 +19,15 @@ def test_every_listed_config_has_a_path():
         assert overlock_mm.get_config_path(name[:-3]) == str(path)
 
 
+def test_a_name_is_a_str():
+    with pytest.raises(TypeError, match='name must be a str, got None'):
+        overlock_mm.get_config_path(None)
+
+
 def test_unknown_name_gets_the_nearest():
     with pytest.raises(
         FileNotFoundError, match=r"no config 'mmdet/mask-rcnn_overlock-t_fpn_1x.py' .*overlock-t_fpn_1x_coco.py"
     ):
         overlock_mm.get_config_path('mmdet/mask-rcnn_overlock-t_fpn_1x.py')
+    with pytest.raises(FileNotFoundError, match=r'overlock_mm.list_configs\(\) has all names'):
+        overlock_mm.get_config_path('zzzzzzz')

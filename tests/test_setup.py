@@ -191,5 +191,11 @@ def test_an_sdist_needs_no_torch_and_carries_the_sources(setup, tmp_path):
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / setup.SOURCES).rglob('*.*')}
     assert any(name.endswith('.cu') for name in sources)
     assert sources <= names
+    configs = {str(path.relative_to(ROOT)) for path in (ROOT / 'configs').rglob('*.*') if path.suffix in ('.py', '.yml')}
+    tools = {
+        str(path.relative_to(ROOT)) for path in (ROOT / 'tools').rglob('*.*') if path.suffix in ('.py', '.sh', '.json')
+    }
+    assert {'configs/mmdet/metafile.yml', 'tools/train.py'} <= configs | tools
+    assert configs | tools | {'model-index.yml'} <= names
     assert {'Makefile', 'tools/benchmarks/contmix_shapes.json', 'tests/test_ops/emulation/run_case.cpp'} <= names
     assert not any(name.endswith(('.so', '.o')) for name in names)

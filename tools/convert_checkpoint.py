@@ -16,7 +16,7 @@ import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,19 +31,53 @@ from overlock_mm.models.conversion import (
 )
 
 
-def matching_config(description: CheckpointDescription, state_dict: Mapping[str, torch.Tensor]) -> Optional[str]:
-    """The shipped config whose model has these names, if there is one."""
-    arch, family = description.arch, description.family
-    names = set(state_dict)
-    if family == 'classification':
-        return f'mmpretrain/overlock-{arch}_{"deploy" if description.deploy else "8xb256"}_in1k.py'
-    if family == 'detection' and 'roi_head.mask_head.conv_logits.weight' in names:
-        return f'mmdet/mask-rcnn_overlock-{arch}_fpn_1x_coco.py'
-    if family == 'detection' and 'roi_head.mask_head.0.conv_logits.weight' in names:
-        return f'mmdet/cascade-mask-rcnn_overlock-{arch}_fpn_ms-crop-3x_coco.py'
-    if family == 'segmentation' and any(name.startswith('decode_head.psp_modules.') for name in names):
-        return f'mmseg/overlock-{arch}_upernet_8xb2-160k_ade20k-512x512.py'
-    return None
+class ShippedModel(NamedTuple):
+    """A kind of model that there are configs for, told by one of its weights.
+
+    Attributes:
+        weight: name of the weight whose first dimension tells the number of classes.
+        config: shipped config, by variant.
+        classes: number of classes in the config.
+        rows: rows of the weight for a number of classes: (factor, summand).
+        options: settings of the config that have the number of classes.
+        arches: variants with such a config.
+    """
+
+    weight: str
+    config: str
+    classes: int
+    rows: tuple[int, int]
+    options: tuple[str, ...]
+    arches: tuple[str, ...] = ('xt', 't', 's', 'b')
+
+
+SHIPPED_MODELS = (
+    ShippedModel('head.head.4.bias', 'mmpretrain/overlock-{}_8xb256_in1k.py', 1000, (1, 0), ('model.head.num_classes',)),
+    ShippedModel(
+        'roi_head.bbox_head.fc_cls.weight', 'mmdet/mask-rcnn_overlock-{}_fpn_1x_coco.py', 80, (1, 1),
+        ('model.roi_head.bbox_head.num_classes', 'model.roi_head.mask_head.num_classes'),
+    ),
+    ShippedModel(
+        'roi_head.bbox_head.0.fc_cls.weight', 'mmdet/cascade-mask-rcnn_overlock-{}_fpn_ms-crop-3x_coco.py', 80, (1, 1),
+        (*(f'model.roi_head.bbox_head.{i}.num_classes' for i in range(3)), 'model.roi_head.mask_head.num_classes'),
+    ),
+    ShippedModel(
+        'bbox_head.retina_cls.weight', 'mmdet/retinanet_overlock-{}_fpn_1x_coco.py', 80, (9, 0),
+        ('model.bbox_head.num_classes',), ('t',),
+    ),
+    ShippedModel(
+        'bbox_head.cls_branches.0.weight', 'mmdet/dino-4scale_overlock-{}_8xb2-12e_coco.py', 80, (1, 0),
+        ('model.bbox_head.num_classes',), ('t',),
+    ),
+    ShippedModel(
+        'auxiliary_head.conv_seg.weight', 'mmseg/overlock-{}_upernet_8xb2-160k_ade20k-512x512.py', 150, (1, 0),
+        ('model.decode_head.num_classes', 'model.auxiliary_head.num_classes'),
+    ),
+    ShippedModel(
+        'decode_head.cls_embed.weight', 'mmseg/overlock-{}_mask2former_8xb2-160k_ade20k-512x512.py', 150, (1, 1),
+        ('model.decode_head.num_classes',), ('t',),
+    ),
+)  # fmt: skip
 
 
 def written_by(meta: Mapping) -> str:
@@ -65,22 +99,24 @@ def summary(file: Path, description: CheckpointDescription, state_dict: Mapping[
 
 
 def how_to_load(description: CheckpointDescription, state_dict: Mapping[str, torch.Tensor]) -> str:
-    config = matching_config(description, state_dict)
-    if config is None:
-        return "No shipped config has this model: load it with its own, or as a backbone's init_cfg."
-    lines = [f'It loads strictly into the model of configs/{config}']
-    options = []
+    """The shipped config whose model has these weights, and the options that it needs for them."""
+    found = [model for model in SHIPPED_MODELS if model.weight in state_dict and description.arch in model.arches]
+    if not found:
+        return "No shipped config is known to have this model: load it with its own, or as a backbone's init_cfg."
+    model = found[0]
+    config = model.config.format(description.arch)
+    factor, summand = model.rows
+    classes = (state_dict[model.weight].shape[0] - summand) // factor
+    options = [f'{option}={classes}' for option in model.options if classes != model.classes]
     if description.family == 'classification':
-        classes = state_dict['head.head.4.bias'].shape[0]
-        if classes != 1000:
-            options.append(f'model.head.num_classes={classes}')
+        if description.deploy:
+            config = config.replace('8xb256', 'deploy')
         if not any(name.startswith('head.aux_head.') for name in state_dict):
             options.append('model.head.overview_channels=None')
     elif description.deploy:
         options.append('model.backbone.deploy=True')
-    if options:
-        lines.append(f' with --cfg-options {" ".join(options)}')
-    return ''.join(lines)
+    with_options = f' with --cfg-options {" ".join(options)}' if options else ''
+    return f'It loads strictly into the model of configs/{config}{with_options}'
 
 
 def metadata(meta: Mapping, released: bool) -> dict[str, Any]:
@@ -111,8 +147,10 @@ def main() -> None:
     parser.add_argument('--fold', action='store_true', help='fold the dilated branches, for deploy=True')
     parser.add_argument('--overwrite', action='store_true', help='replace DST if it is there')
     args = parser.parse_args()
-    if args.dst.exists() and not args.overwrite:
+    if args.dst.is_file() and not args.overwrite:
         sys.exit(f'{args.dst} is there already: remove it, or say --overwrite')
+    if args.dst.is_dir():
+        sys.exit(f'DST must be a file, got the folder {args.dst}')
     if not args.dst.parent.is_dir():
         sys.exit(f'{args.dst.parent} is not a folder')
 
@@ -122,7 +160,8 @@ def main() -> None:
         description = describe_checkpoint(state_dict)
     except (OSError, ValueError, pickle.UnpicklingError) as error:
         sys.exit(f'{args.src} was not converted: {error}')
-    meta = content.get('meta') or {} if isinstance(content, Mapping) else {}
+    meta = content.get('meta') if isinstance(content, Mapping) else None
+    meta = meta if isinstance(meta, Mapping) else {}
     print(summary(args.src, description, state_dict) + written_by(meta))
 
     if args.fold:

@@ -3,7 +3,9 @@
 # config; optimiser and schedule those of our Mask R-CNN 3x.
 _base_ = 'mmdet::convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py'
 
-custom_imports = None  # the base imports mmpretrain for its ConvNeXt
+# Of the base: its ConvNeXt's weights, and mmpretrain, where that network is.
+checkpoint_file = None
+custom_imports = None
 
 model = dict(
     backbone=dict(

@@ -2,6 +2,8 @@
 # multi-scale, crop), optimiser and epochs are those of mmdet's Swin config; warm-up, batch norms and learning rate of ours.
 _base_ = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py'
 
+pretrained = None  # of the base: Swin's
+
 model = dict(
     backbone=dict(
         _delete_=True,

@@ -44,7 +44,8 @@ param_scheduler = [
 ]
 auto_scale_lr = dict(base_batch_size=2048)
 
-custom_hooks = [dict(type='EMAHook', momentum=1e-4, priority='ABOVE_NORMAL')]
+# Of the running statistics of the batch norms too, as timm's: raw ones do not fit averaged weights.
+custom_hooks = [dict(type='EMAHook', momentum=1e-4, update_buffers=True, priority='ABOVE_NORMAL')]
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=3, save_best='auto'))
 
 sync_bn = 'torch'

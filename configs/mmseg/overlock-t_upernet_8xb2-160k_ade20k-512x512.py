@@ -2,6 +2,8 @@
 # Optimiser, schedule, heads and training pipeline are those of mmseg's Swin config.
 _base_ = 'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'
 
+checkpoint_file = backbone_norm_cfg = optimizer = None  # of the base: Swin's, and an SGD that its optim_wrapper replaces
+
 model = dict(
     backbone=dict(
         _delete_=True,

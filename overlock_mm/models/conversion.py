@@ -163,4 +163,6 @@ def _backbone_weights(arch: str, out_type: str, deploy: bool) -> dict[str, Tenso
 def classes_of(meta: Mapping) -> Optional[tuple[str, ...]]:
     """Names of the classes in a checkpoint's meta data, as mmdet 2.x and mmseg 0.x or today's versions write them."""
     classes = (meta.get('dataset_meta') or {}).get('classes') or meta.get('CLASSES')
+    if isinstance(classes, str):
+        return (classes,)
     return None if classes is None else tuple(classes)

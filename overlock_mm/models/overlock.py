@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional, Union
 
 import torch
@@ -158,9 +158,8 @@ class OverLoCK(TakesReleasedCheckpoints):
         self.out_channels = tuple(all_channels[i] for i in self.out_indices)
 
         depths = (*settings['depths'], *settings['sub_depths'])
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device='cpu').split(
-            depths
-        )  # 'cpu': under torch.device('meta') too
+        # On the CPU also where the network is built on another device, as 'meta'.
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device='cpu').split(depths)
         basic = dict(mlp_ratio=settings['mlp_ratio'], deploy=deploy)
         dynamic = dict(mlp_ratio=settings['sub_mlp_ratio'], context_channels=context, deploy=deploy)
 
@@ -230,6 +229,10 @@ class OverLoCK(TakesReleasedCheckpoints):
     @staticmethod
     def _checkpoint_filter(state_dict: dict[str, Tensor], prefix: str, *args) -> None:
         """Called by mmpretrain's ``ImageClassifier`` before it loads: a released file, whose names are flat, fits too."""
+        wrapped = state_dict.get(f'{prefix}model')
+        if isinstance(wrapped, Mapping):  # mmengine unwraps state_dict only
+            del state_dict[f'{prefix}model']
+            state_dict.update({f'{prefix}{name}': tensor for name, tensor in wrapped.items()})
         if f'{prefix}patch_embed1.0.weight' not in state_dict:
             return
         for name in [name for name in state_dict if name.startswith(prefix)]:

@@ -22,9 +22,8 @@ def load(name: str) -> Config:
 
 
 def build(cfg: Config, device: str = 'cpu') -> torch.nn.Module:
-    """The model of a config, without pre-trained weights; on 'meta' it takes no memory."""
+    """The model of a config, before its pre-trained weights are loaded; on 'meta' it takes no memory."""
     model = copy.deepcopy(cfg.model)
-    model.backbone.init_cfg = None
     if 'data_preprocessor' in cfg:
         model.setdefault('data_preprocessor', cfg.data_preprocessor)
     with torch.device(device):

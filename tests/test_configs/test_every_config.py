@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Callable, Optional
 
 import pytest
@@ -22,6 +23,9 @@ import overlock_mm
 from overlock_mm.model_zoo import find_released
 from overlock_mm.models import OverLoCK
 from overlock_mm.models.overlock import STAGES
+
+#: Reading a config and building its model downloads nothing.
+pytestmark = pytest.mark.usefixtures('no_network')
 
 CHANNELS = {
     'xt': [56, 112, 340, 420], 't': [64, 128, 384, 640], 's': [64, 128, 448, 640], 'b': [80, 160, 528, 720],
@@ -174,6 +178,8 @@ def test_batches_and_batch_norms(name):
     assert not cfg.auto_scale_lr.get('enable', False)
     assert cfg.get('sync_bn') == recipe.sync_bn
     assert cfg.get('custom_imports') is None
+    # Nothing is left of the networks whose configs are inherited.
+    assert not re.search('swin|convnext|resnet|SGD', str(cfg.to_dict()), re.IGNORECASE)
 
 
 @pytest.mark.parametrize('name', [name for name in RECIPES if '-t_' not in name and not name.endswith('_demo')])

@@ -80,6 +80,10 @@ def test_3x(name, demo_data):
     sizes = [sample['inputs'].shape[1:] for sample in (DATASETS.build(dataset)[0] for _ in range(6))]
     assert all(480 <= min(size) <= 800 or max(size) == 1333 for size in sizes)
     assert len(set(sizes)) > 1
+    # Crops of at most 384 lines and 600 columns leave few pictures square.
+    dataset['pipeline'] = [*pipeline[:3], *cropped, pipeline[4]]
+    sizes = [sample['inputs'].shape[1:] for sample in (DATASETS.build(dataset)[0] for _ in range(6))]
+    assert any(height != width for height, width in sizes)
 
     assert cfg.train_cfg.max_epochs == 36
     rates = learning_rates(cfg, 36 * 200, iterations_per_epoch=200)

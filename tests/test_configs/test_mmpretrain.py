@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from config_checks import build, flat, learning_rates
+from config_checks import build, flat, learning_rates, parameter_settings
 from config_checks import load as load_config
 from conftest import names_with_gradient
 
@@ -43,6 +43,7 @@ def test_losses_and_mixing():
     (ema,) = cfg.custom_hooks
     assert ema.type == 'EMAHook'
     assert 1 - ema.momentum == pytest.approx(0.9999)
+    assert ema.update_buffers
     assert type(HOOKS.build(ema)).__name__ == 'EMAHook'
 
 
@@ -93,6 +94,20 @@ def test_test_pipeline(arch, picture):
 def test_deploy_differs_in_the_folding_only(arch):
     ours, full = load(f'overlock-{arch}_deploy_in1k'), load(f'overlock-{arch}_8xb256_in1k')
     assert flat(ours.to_dict()) ^ flat(full.to_dict()) == {('model.backbone.deploy', 'True')}
+
+
+def test_layer_wise_rates_by_mmpretrains_constructor():
+    """It takes OverLoCK.get_layer_depth as ours does."""
+    cfg = load('overlock-xt_8xb256_in1k')
+    cfg.optim_wrapper.constructor = 'LearningRateDecayOptimWrapperConstructor'
+    cfg.optim_wrapper.paramwise_cfg.layer_decay_rate = 0.5
+    rates = {name: settings['lr'] / 2e-3 for name, settings in parameter_settings(build(cfg, 'meta'), cfg).items()}
+    # XT: stem, blocks1, blocks2, one layer of blocks3, the overview, two of sub_blocks3, sub_blocks4, the heads.
+    for prefix, depth in (
+        ('backbone.patch_embed1.', 8), ('backbone.blocks1.', 7), ('backbone.blocks3.2', 5), ('backbone.blocks4.', 4),
+        ('backbone.sub_blocks3.2.', 3), ('backbone.sub_blocks3.3.', 2), ('backbone.sub_blocks4.', 1), ('head.head.', 0),
+    ):  # fmt: skip
+        assert {rate for name, rate in rates.items() if name.startswith(prefix)} == {0.5**depth}, prefix
 
 
 def test_fine_tuning():

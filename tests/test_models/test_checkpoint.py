@@ -181,7 +181,16 @@ names_of_a_file = pytest.mark.parametrize('name', ['overlock_mm://overlock_xt_in
 
 
 @names_of_a_file
-@pytest.mark.parametrize('how', [fail, lambda file: file.write_bytes(b'PK' + bytes(100)), lambda file: file.touch()])
+@pytest.mark.parametrize(
+    'how',
+    [
+        fail,
+        lambda file: file.write_bytes(b'PK' + bytes(100)),
+        lambda file: file.touch(),
+        lambda file: file.write_text('<html>'),
+    ],
+    ids=['no network', 'part of it', 'nothing', 'a page'],
+)
 def test_a_download_that_fails_says_what_to_do(downloads, tmp_path, how, name):
     """Also one that ends early, which leaves nothing behind."""
     downloads += [how]
@@ -202,7 +211,7 @@ def test_an_incomplete_file_is_named(downloads, tmp_path, name):
     folder.mkdir()
     torch.save(dict(a=torch.zeros(1000)), folder / 'whole.pth')
     (folder / 'overlock_xt_in1k_224.pth').write_bytes((folder / 'whole.pth').read_bytes()[:-100])
-    message = rf'overlock_xt_in1k_224.pth is incomplete \(\d+ bytes\): delete it, and download {ADDRESS} again'
+    message = rf'overlock_xt_in1k_224.pth is damaged, or no checkpoint \(.*\): delete it, and download {ADDRESS} again'
     with pytest.raises(OSError, match=message):
         build('xt', name)
     with pytest.raises(OSError, match=message):
@@ -217,6 +226,25 @@ def test_what_was_downloaded_is_loaded_as_weights_only(small_arch, classifier, d
     build(small_arch, 'https://host.invalid/v1/good.pth')  # not downloaded again
     with pytest.raises(pickle.UnpicklingError):
         build(small_arch, 'https://host.invalid/v1/foreign.pth')
+
+
+def test_a_cache_that_cannot_be_written(downloads, tmp_path):
+    (tmp_path / 'checkpoints').write_text('a file in the place of the folder')
+    with pytest.raises(OSError, match='overlock_xt_in1k_224.pth could not be downloaded .* or give its path'):
+        build('xt', ADDRESS)
+
+
+@pytest.mark.parametrize('checkpoint', [None, 3, ''])
+def test_what_is_no_checkpoint(checkpoint):
+    with pytest.raises(TypeError, match=f'checkpoint must be a path or an address, got {checkpoint!r}'):
+        OverLoCK('xt', init_cfg=dict(type='Pretrained', checkpoint=checkpoint)).init_weights()
+
+
+def test_a_path_object(small_arch, classifier, tmp_path):
+    torch.save(classifier, tmp_path / 'a.pth')
+    backbone = OverLoCK(small_arch, pretrained=tmp_path / 'a.pth')
+    backbone.init_weights()
+    assert torch.equal(backbone.patch_embed1[0].weight, classifier['patch_embed1.0.weight'])
 
 
 def test_an_unknown_file_of_the_release():
@@ -299,7 +327,10 @@ def test_pretrained_of_a_segmentor(small_arch, classifier, tmp_path):
     assert torch.equal(model.backbone.patch_embed1[0].weight, classifier['patch_embed1.0.weight'])
 
 
-def test_pretrained_of_a_classifier(parity, tmp_path):
+@pytest.mark.parametrize(
+    'wrap', [lambda w: w, lambda w: dict(model=w), lambda w: dict(state_dict=w)], ids=['flat', 'model', 'state_dict']
+)
+def test_pretrained_of_a_classifier(parity, tmp_path, wrap):
     """mmpretrain loads its model's ``pretrained`` into the whole model: a released file fits as it is, head and all."""
     pytest.importorskip('mmpretrain', reason="this is mmpretrain's model")
     from mmengine.config import Config
@@ -309,7 +340,7 @@ def test_pretrained_of_a_classifier(parity, tmp_path):
     import overlock_mm
 
     weights = parity.state_dict('cls', 'xt')
-    torch.save(weights, tmp_path / 'released.pth')
+    torch.save(wrap(weights), tmp_path / 'released.pth')
     cfg = Config.fromfile(overlock_mm.get_config_path('mmpretrain/overlock-xt_8xb256_in1k'))
     init_default_scope('mmpretrain')
     model = MODELS.build({**cfg.model, 'pretrained': str(tmp_path / 'released.pth')})

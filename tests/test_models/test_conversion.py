@@ -112,17 +112,23 @@ def test_there_and_back(parity, convert, tmp_path, family, arch):
     assert same_bits(back, weights)
 
 
-def test_own_checkpoint_of_a_training(small_arch, convert, tmp_path):
-    """With EMA, optimizer, and messages as mmengine saves them; a classifier without an auxiliary head, of 7 classes."""
+def test_own_checkpoint_of_a_training(convert, tmp_path):
+    """As mmengine saves it: of the averaged weights, which validation used, and the raw ones, the former count.
+
+    A classifier without an auxiliary head, of 7 classes.
+    """
     from overlock_mm.models import OverLoCKHead
 
     weights = {f'backbone.{name}': tensor for name, tensor in OverLoCK('xt').state_dict().items()}
     head = OverLoCKHead(num_classes=7, in_channels=420)
     weights.update({f'head.{name}': tensor for name, tensor in head.state_dict().items()})
     content = dict(
-        meta=dict(mmengine_version='0.10.7', dataset_meta=dict(classes=list('abcdefg'))), state_dict=weights,
-        ema_state_dict=dict(steps=torch.tensor(1)), optimizer=dict(state={}), message_hub=dict(log_scalars={}),
-    )  # fmt: skip
+        meta=dict(mmengine_version='0.10.7', dataset_meta=dict(classes=list('abcdefg'))),
+        state_dict=weights,
+        ema_state_dict={'module.backbone.patch_embed1.0.weight': torch.zeros(28, 3, 3, 3)},
+        optimizer=dict(state={}),
+        message_hub=dict(log_scalars={}),
+    )
     torch.save(content, tmp_path / 'own.pth')
     said = convert(tmp_path / 'own.pth', tmp_path / 'ours.pth')
     assert 'written by mmengine 0.10.7' in said
@@ -179,6 +185,45 @@ def test_a_folded_checkpoint_of_a_detector_says_how_to_load_it(convert, tmp_path
     load_checkpoint(folded, str(tmp_path / 'folded.pth'), strict=True)
 
 
+@pytest.mark.parametrize(
+    'config, options',
+    [
+        (
+            'mmdet/mask-rcnn_overlock-xt_fpn_1x_coco',
+            'model.roi_head.bbox_head.num_classes=3 model.roi_head.mask_head.num_classes=3',
+        ),
+        (
+            'mmdet/cascade-mask-rcnn_overlock-xt_fpn_ms-crop-3x_coco',
+            'model.roi_head.bbox_head.0.num_classes=3 model.roi_head.bbox_head.1.num_classes=3 '
+            'model.roi_head.bbox_head.2.num_classes=3 model.roi_head.mask_head.num_classes=3',
+        ),
+        ('mmdet/retinanet_overlock-t_fpn_1x_coco', 'model.bbox_head.num_classes=3'),
+        ('mmdet/dino-4scale_overlock-t_8xb2-12e_coco', 'model.bbox_head.num_classes=3'),
+        (
+            'mmseg/overlock-xt_upernet_8xb2-160k_ade20k-512x512',
+            'model.decode_head.num_classes=3 model.auxiliary_head.num_classes=3',
+        ),
+        ('mmseg/overlock-t_mask2former_8xb2-160k_ade20k-512x512', 'model.decode_head.num_classes=3'),
+    ],
+)
+@pytest.mark.parametrize('classes', ['as in the config', 3])
+def test_the_config_and_the_options_that_it_names(tool, config, options, classes):
+    """Its model, with the options, has the shapes of the weights."""
+    cfg = Config.fromfile(overlock_mm.get_config_path(config))
+    if classes == 3:
+        cfg.merge_from_dict(dict(option.split('=') for option in options.split()))
+        for option in options.split():  # numbers, as DictAction reads them
+            cfg.merge_from_dict({option.split('=')[0]: 3})
+        if 'mask2former' in config:
+            cfg.model.decode_head.loss_cls.class_weight = [1.0] * 3 + [0.1]
+    init_default_scope(cfg.default_scope)
+    with torch.device('meta'):
+        weights = MODELS.build(cfg.model).state_dict()
+    said = tool.how_to_load(describe_checkpoint(weights), weights)
+    named = f'It loads strictly into the model of configs/{config}.py'
+    assert said == (f'{named} with --cfg-options {options}' if classes == 3 else named)
+
+
 def without(weights: dict, name: str) -> dict:
     return {key: tensor for key, tensor in weights.items() if key != name}
 
@@ -201,6 +246,7 @@ def without(weights: dict, name: str) -> dict:
             'a head that is not known here: beside it are keypoint_head',
         ),
         (lambda w: dict(epoch=3), r"holds no weights, .* got \['epoch'\]"),
+        (lambda w: {0: torch.zeros(1)}, r"holds no weights, .* got \['0'\]"),
     ],
 )
 def test_what_is_not_recognised_is_refused(convert, tmp_path, change, message):
@@ -225,6 +271,45 @@ def test_files_are_kept_and_named(convert, tmp_path):
         convert(tmp_path / 'a.pth', tmp_path / 'none' / 'c.pth')
     with pytest.raises(SystemExit, match='nowhere.pth was not converted: .*nowhere.pth can not be found'):
         convert(tmp_path / 'nowhere.pth', tmp_path / 'c.pth')
-    (tmp_path / 'half.pth').write_bytes((tmp_path / 'a.pth').read_bytes()[:5000])
-    with pytest.raises(SystemExit, match=r'half.pth is incomplete \(5000 bytes\): get it again'):
-        convert(tmp_path / 'half.pth', tmp_path / 'c.pth')
+    with pytest.raises(SystemExit, match='DST must be a file, got the folder'):
+        convert(tmp_path / 'a.pth', tmp_path, '--overwrite')
+
+
+def damage_zip(file):
+    content = bytearray(file.read_bytes())
+    content[1000:2000] = bytes(1000)  # where the names are, which come first
+    file.write_bytes(content)
+
+
+def old_format(file):
+    torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
+
+
+def halve(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    'damages',
+    [
+        [halve],
+        [damage_zip],
+        [old_format, halve],
+        [lambda file: file.write_text('hello')],
+        [lambda file: file.write_bytes(b'')],
+    ],
+    ids=['half', 'zeros inside', 'half of the old format', 'text', 'empty'],
+)
+def test_damaged_files_are_named(convert, tmp_path, damages):
+    weights = {name: tensor + 1 for name, tensor in OverLoCK('xt').state_dict().items()}
+    torch.save(weights, tmp_path / 'a.pth')
+    for damage in damages:
+        damage(tmp_path / 'a.pth')
+    with pytest.raises(SystemExit, match=r'a.pth is damaged, or no checkpoint \(\d+ bytes, .*\): get it again'):
+        convert(tmp_path / 'a.pth', tmp_path / 'c.pth')
+
+
+def test_the_old_format_is_read(convert, tmp_path):
+    torch.save(OverLoCK('xt').state_dict(), tmp_path / 'a.pth')
+    old_format(tmp_path / 'a.pth')
+    assert 'OverLoCK-XT' in convert(tmp_path / 'a.pth', tmp_path / 'c.pth')

@@ -55,8 +55,10 @@ env: mmcv $(DONE)/dev $(DONE)/lint $(DONE)/package
 demo: env
 	$(PY) tools/demo/run.py --work-dir $(WORK_DIR)
 
+# Two at a time, which share the cores: threads of both on every core would wait for each other.
+CORES := $(shell getconf _NPROCESSORS_ONLN)
 test: env
-	$(PY) -m pytest tests $(ARGS)
+	OMP_NUM_THREADS=$$((($(CORES) + 1) / 2)) $(PY) -m pytest tests -n 2 --dist loadfile $(ARGS)
 
 lint: $(DONE)/lint
 	$(PY) -m ruff check .

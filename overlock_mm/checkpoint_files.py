@@ -10,7 +10,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from mmengine.dist import barrier, get_rank
@@ -20,7 +20,7 @@ from torch import Tensor
 from .model_zoo import RELEASE, SCHEME, find_released
 
 
-def read_checkpoint(checkpoint: str, map_location: Optional[str] = 'cpu') -> Any:
+def read_checkpoint(checkpoint: Union[str, os.PathLike], map_location: Optional[str] = 'cpu') -> Any:
     """Content of a checkpoint, by weights-only loading.
 
     Args:

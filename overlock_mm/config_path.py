@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -38,13 +39,14 @@ def get_config_path(name: str) -> str:
     known = list_configs()
     wanted = name if name.endswith('.py') else f'{name}.py'
     if wanted not in known:
-        nearest = difflib.get_close_matches(wanted, known, n=3, cutoff=0.3)
-        raise FileNotFoundError(f'no config {name!r} in {config_root()}; {_nearest(nearest)}')
+        nearest = nearest_names(wanted, known) or 'none, overlock_mm.list_configs() has all names'
+        raise FileNotFoundError(f'no config {name!r} in {config_root()}; nearest: {nearest}')
     return str(config_root() / wanted)
 
 
-def _nearest(names: list[str]) -> str:
-    return f'nearest: {", ".join(names)}' if names else 'overlock_mm.list_configs() has all names'
+def nearest_names(name: str, known: Iterable[str]) -> str:
+    """Up to three of the known names that are like this one, for a message; '' if none is."""
+    return ', '.join(difflib.get_close_matches(name, list(known), n=3, cutoff=0.3))
 
 
 def allow_config_scopes() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Optional
 
 import torch.nn as nn
-from mmengine.model import is_model_wrapper
 from mmengine.optim import DefaultOptimWrapperConstructor
 
 from .registry import OPTIM_WRAPPER_CONSTRUCTORS
@@ -51,11 +50,10 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if prefix:
             return  # mmengine calls this for every submodule; what follows is done once, for the whole model
 
-        model = module.module if is_model_wrapper(module) else module
-        backbone = getattr(model, 'backbone', None)
+        backbone = getattr(module, 'backbone', None)
         if not hasattr(backbone, 'get_layer_depth'):
             raise TypeError(f'layer decay needs a model whose backbone has get_layer_depth, got {type(backbone).__name__}')
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
         for group in params:
             layer, layers = backbone.get_layer_depth(names[id(group['params'][0])], 'backbone.')
             group['lr'] = group.get('lr', self.base_lr) * self.layer_decay_rate ** (layers - 1 - layer)

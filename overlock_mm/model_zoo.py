@@ -7,13 +7,12 @@ does as well. Nothing is downloaded before a model is asked to load it.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .config_path import config_root, list_configs
+from .config_path import config_root, list_configs, nearest_names
 
 RELEASE = 'https://github.com/LMMMEng/OverLoCK/releases/download/v1/'
 SCHEME = 'overlock_mm://'
@@ -71,8 +70,7 @@ def find_released(checkpoint: str) -> ReleasedFile:
     for start in (SCHEME, RELEASE):
         name = name[len(start) :] if name.startswith(start) else name
     if name not in RELEASED:
-        nearest = difflib.get_close_matches(name, RELEASED, n=3, cutoff=0.3)
-        raise ValueError(f'the release has no file {name!r}; nearest: {", ".join(nearest) or "none"}')
+        raise ValueError(f'the release has no file {name!r}; nearest: {nearest_names(name, RELEASED) or "none"}')
     return RELEASED[name]
 
 
@@ -91,9 +89,8 @@ def get_checkpoint(config: str) -> str:
     wanted = config if config.endswith('.py') else f'{config}.py'
     by_config = {file.config: file for file in RELEASED.values()}
     if wanted not in by_config:
-        nearest = difflib.get_close_matches(wanted, by_config, n=3, cutoff=0.3)
         reason = 'nothing was released for' if wanted in list_configs() else 'there is no config'
-        raise ValueError(f'{reason} {config!r}; nearest with weights: {", ".join(nearest) or "none"}')
+        raise ValueError(f'{reason} {config!r}; nearest with weights: {nearest_names(wanted, by_config) or "none"}')
     return SCHEME + by_config[wanted].name
 
 

@@ -44,14 +44,20 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, 'create_connection', refuse)
 
 
+def import_file(path: Path):
+    """A script as a module, which its folder does not make it."""
+    spec = importlib.util.spec_from_file_location(f'imported_{path.stem}', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 class Parity:
     """Outputs of the published code, and the weights and inputs they were computed with."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        spec = importlib.util.spec_from_file_location('fill', folder / 'fill.py')
-        self._fill = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self._fill)
+        self._fill = import_file(folder / 'fill.py')
         self.input_for = self._fill.input_for
         self.state_dict_for = self._fill.state_dict_for
 

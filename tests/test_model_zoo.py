@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, import_file
 from mmengine.fileio import load
 
 import overlock_mm
@@ -76,10 +76,7 @@ def test_results_are_said_to_be_the_releases():
 def counter():
     for framework in FRAMEWORKS:
         pytest.importorskip(framework, reason='the models of all three frameworks are counted')
-    spec = importlib.util.spec_from_file_location('complexity', ROOT / 'tools' / 'complexity.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_file(ROOT / 'tools' / 'complexity.py')
 
 
 def is_counted(config: str) -> bool:

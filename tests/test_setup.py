@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -10,15 +9,12 @@ import tarfile
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, import_file
 
 
 @pytest.fixture
 def setup():
-    spec = importlib.util.spec_from_file_location('overlock_mm_setup', ROOT / 'setup.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_file(ROOT / 'setup.py')
 
 
 @pytest.fixture

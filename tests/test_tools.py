@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, import_file
 
 
 @pytest.fixture
 def install_mmcv():
-    spec = importlib.util.spec_from_file_location('install_mmcv', ROOT / 'tools' / 'install_mmcv.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_file(ROOT / 'tools' / 'install_mmcv.py')
 
 
 def test_the_pinned_version_is_read(install_mmcv, tmp_path):

@@ -12,7 +12,6 @@ auxiliary heads of classifiers.
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 from typing import NamedTuple, Optional
 
@@ -61,12 +60,10 @@ def complexity(config: str, shape: Optional[tuple[int, int]] = None) -> Complexi
         raise RuntimeError(f'the operator must be compiled: {_extension.missing}')
     cfg = Config.fromfile(overlock_mm.get_config_path(config))
     init_default_scope(cfg.default_scope)
-    settings = copy.deepcopy(cfg.model)
-    settings.backbone.init_cfg = None
     shape = shape or SHAPES[cfg.default_scope]
-    of_backbone = cfg.default_scope == 'mmdet' or settings.get('decode_head', {}).get('type') == 'Mask2FormerHead'
+    of_backbone = cfg.default_scope == 'mmdet' or cfg.model.get('decode_head', {}).get('type') == 'Mask2FormerHead'
     with torch.device('meta'):
-        model = revert_sync_batchnorm(MODELS.build(settings)).eval()
+        model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
         image = torch.empty(1, 3, *shape)
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.overlock_mm._contmix: contmix_flops})
     with torch.no_grad(), counter:

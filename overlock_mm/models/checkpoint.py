@@ -80,7 +80,7 @@ def load_pretrained(module: nn.Module, checkpoint: str, prefix: Optional[str] = 
     result = module.load_state_dict(state_dict, strict=False)
     tracked = 'num_batches_tracked'  # old checkpoints lack it; it plays no part in results
     missing = [name for name in result.missing_keys if not name.endswith(tracked)]
-    initialised = [name for name in missing if _top(name) in PYRAMID_MODULES]
+    initialised = [name for name in missing if top_level(name) in PYRAMID_MODULES]
     missing = [name for name in missing if name not in initialised]
     if missing or result.unexpected_keys:
         raise ValueError(
@@ -97,7 +97,7 @@ def load_pretrained(module: nn.Module, checkpoint: str, prefix: Optional[str] = 
 
 def openmmlab_name(name: str) -> str:
     """Name in mmpretrain's ``ImageClassifier`` of a weight that has a flat name, as in released classifiers."""
-    return f'head.{name}' if _top(name) in CLASSIFICATION_HEADS else f'backbone.{name}'
+    return f'head.{name}' if top_level(name) in CLASSIFICATION_HEADS else f'backbone.{name}'
 
 
 def describe_variant(state_dict: Mapping[str, Tensor], prefix: str = '') -> Optional[str]:
@@ -141,22 +141,27 @@ def _strip_prefix(
 
 def _is_of_another_model(name: str, own: Mapping[str, Tensor]) -> bool:
     """A classification head in a backbone, a pyramid's norms in a plain one; the backbone or another head in a head."""
-    tops = {_top(other) for other in own}
-    if _top(name) in tops:
-        return name not in own and _top(name) in PYRAMID_MODULES
-    return bool(tops & set(CLASSIFICATION_HEADS)) or _top(name) in CLASSIFICATION_HEADS + PYRAMID_MODULES
+    tops = {top_level(other) for other in own}
+    if top_level(name) in tops:
+        return name not in own and top_level(name) in PYRAMID_MODULES
+    return bool(tops & set(CLASSIFICATION_HEADS)) or top_level(name) in CLASSIFICATION_HEADS + PYRAMID_MODULES
 
 
-def _top(name: str) -> str:
+def top_level(name: str) -> str:
+    """'blocks1' of 'blocks1.0.dwconv.weight'."""
     return name.split('.', 1)[0]
 
 
 def _tops(names: Iterable[str]) -> str:
-    return ', '.join(sorted({_top(name) for name in names}))
+    return ', '.join(sorted({top_level(name) for name in names}))
 
 
 def _summary(verb: str, names: list[str]) -> str:
     if not names:
         return ''
-    shown = ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
-    return f'{verb} {len(names)} tensors ({shown}). '
+    return f'{verb} {len(names)} tensors ({shortened(names)}). '
+
+
+def shortened(names: list[str]) -> str:
+    """The first five names, for a message."""
+    return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')

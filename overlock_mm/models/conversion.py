@@ -16,7 +16,14 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .checkpoint import CLASSIFICATION_HEADS, PYRAMID_MODULES, describe_variant, openmmlab_name
+from .checkpoint import (
+    CLASSIFICATION_HEADS,
+    PYRAMID_MODULES,
+    describe_variant,
+    openmmlab_name,
+    shortened,
+    top_level,
+)
 from .overlock import ARCHITECTURES, OverLoCK
 from .reparam import fold_branches
 
@@ -50,7 +57,7 @@ def describe_checkpoint(state_dict: Mapping[str, Tensor]) -> CheckpointDescripti
     Raises:
         ValueError: they are not recognised; the message says why, with the first names that do not fit.
     """
-    tops = {name.split('.', 1)[0] for name in state_dict}
+    tops = {top_level(name) for name in state_dict}
     released_names = 'patch_embed1' in tops
     if not released_names and 'backbone.patch_embed1.0.weight' not in state_dict:
         shown = ', '.join(sorted(tops)[:8]) or 'nothing'
@@ -125,7 +132,7 @@ def _recognise_family(state_dict: Mapping[str, Tensor], released_names: bool) ->
     detection = ('rpn_head.', 'roi_head.', 'bbox_head.', 'mask_head.', 'panoptic_head.')
     if any(name.startswith(detection) for name in rest):
         return 'detection'
-    tops = ', '.join(sorted({name.split('.', 1)[0] for name in rest})[:8])
+    tops = ', '.join(sorted({top_level(name) for name in rest})[:8])
     raise ValueError(f'an OverLoCK backbone with a head that is not known here: beside it are {tops}')
 
 
@@ -137,10 +144,10 @@ def _check_backbone(state_dict: Mapping[str, Tensor], prefix: str, arch: str, ou
     expected = _backbone_weights(arch, out_type, deploy)
     found = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
     if not prefix:
-        found = {name: tensor for name, tensor in found.items() if name.split('.', 1)[0] not in CLASSIFICATION_HEADS}
+        found = {name: tensor for name, tensor in found.items() if top_level(name) not in CLASSIFICATION_HEADS}
 
     def is_optional(name: str) -> bool:
-        return name.split('.', 1)[0] in PYRAMID_MODULES or name.endswith('num_batches_tracked')
+        return top_level(name) in PYRAMID_MODULES or name.endswith('num_batches_tracked')
 
     what = f'OverLoCK-{arch.upper()} ({out_type}{", folded" if deploy else ""})'
     for problem, names in (
@@ -149,8 +156,7 @@ def _check_backbone(state_dict: Mapping[str, Tensor], prefix: str, arch: str, ou
         ('has other shapes:', [name for name in expected if name in found and found[name].shape != expected[name].shape]),
     ):
         if names:
-            shown = ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
-            raise ValueError(f'looks like {what}, but {problem} {shown} ({len(names)} in all)')
+            raise ValueError(f'looks like {what}, but {problem} {shortened(names)} ({len(names)} in all)')
 
 
 @functools.lru_cache(maxsize=8)

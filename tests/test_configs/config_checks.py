@@ -12,6 +12,7 @@ from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, PARAM_SCHEDULE
 from mmengine.registry.utils import init_default_scope
 
 import overlock_mm
+from overlock_mm.models.overlock import STAGES
 
 
 def load(name: str) -> Config:
@@ -53,6 +54,12 @@ def parameter_settings(model: torch.nn.Module, cfg: Config) -> dict[str, dict]:
         (parameter,) = group.pop('params')
         found[names[id(parameter)]] = {**settings['optimizer'], **group}
     return found
+
+
+def blocks_without(backbone: torch.nn.Module, names: set[str]) -> list[str]:
+    """Blocks of the backbone none of whose parameters is among the names, which are the whole model's."""
+    blocks = [f'backbone.{stage}.{i}.' for stage in STAGES for i in range(len(getattr(backbone, stage)))]
+    return [block for block in blocks if not any(name.startswith(block) for name in names)]
 
 
 def learning_rates(cfg: Config, iterations: int, iterations_per_epoch: int = 0) -> list[float]:

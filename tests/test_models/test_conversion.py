@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, import_file
 
 pytest.importorskip('mmdet', reason='the models that the checkpoints are for')
 pytest.importorskip('mmseg', reason='the models that the checkpoints are for')
@@ -37,10 +36,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:for .* copying from a non-meta p
 
 @pytest.fixture(scope='module')
 def tool():
-    spec = importlib.util.spec_from_file_location('convert_checkpoint', ROOT / 'tools' / 'convert_checkpoint.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_file(ROOT / 'tools' / 'convert_checkpoint.py')
 
 
 @pytest.fixture

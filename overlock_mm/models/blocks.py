@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -12,7 +13,16 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
 from ..ops import contmix
-from .layers import GlobalResponseNorm, LayerNorm2d, LayerScale, ResidualDepthwiseConv, SqueezeExcitation
+from .layers import (
+    DepthwiseConv,
+    GlobalResponseNorm,
+    LayerNorm2d,
+    LayerScale,
+    ResidualDepthwiseConv,
+    SqueezeExcitation,
+    batch_norm,
+)
+from .recompute import recomputing
 from .reparam import DilatedReparamConv
 
 
@@ -49,8 +59,13 @@ class BasicBlock(nn.Module):
         self.ls = LayerScale(channels) if layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(x)
-        return self.ls(x) + self.proj(x)
+        norm, large_conv, batch_norm_, attention, expand, _, mix, response_norm, project, drop_path = self.proj
+        with recomputing() as again:
+            x = again(self.dwconv, x)
+            y = large_conv(again(norm, x))
+            y = expand(again(attention, batch_norm(again, batch_norm_, y)))
+            y = again(response_norm, again(partial(mix, gelu=True), y))
+            return add_branch(x, self.ls, project, y, drop_path)
 
 
 class DynamicBlock(nn.Module):
@@ -103,7 +118,7 @@ class DynamicBlock(nn.Module):
         self.dwconv1 = ResidualDepthwiseConv(both)
         self.norm1 = LayerNorm2d(both)
         self.fusion = nn.Sequential(
-            nn.Conv2d(both, both, kernel_size=3, padding=1, groups=both),
+            DepthwiseConv(both, kernel_size=3),
             nn.BatchNorm2d(both),
             nn.GELU(),
             nn.Conv2d(both, channels, kernel_size=1),
@@ -145,26 +160,42 @@ class DynamicBlock(nn.Module):
         """Features (B, C, H, W), context and context prior (B, Ch, H, W) to (x, h), or to [x, h] from the last block."""
         if self.mix_context:
             h = self.x_scale(h) + self.h_scale(prior)
-        y = self.dwconv1(torch.cat([x, h], dim=1))
-        normed = self.norm1(y)
-        fused = self.fusion(normed)
-        mixed = mix_at_fitting_size(self._mix, self.kernel_size, fused, normed)
-        mixed = self.dyconv_proj(mixed) + self.lepe(fused)
-        mixed = self.se_layer(mixed) * self.gate(fused)
-        y = self.ls1(y) + self.drop_path(self.proj(mixed))
-        y = self.dwconv2(y)
-        y = self.ls2(y) + self.drop_path(self.mlp(self.norm2(y)))
+        with recomputing() as again:
+            y = again(self.dwconv1, torch.cat([x, h], dim=1))
+            y = add_branch(y, self.ls1, self.proj[1], self._mixer(again, again(self.norm1, y)), self.drop_path)
+            y = again(self.dwconv2, y)
+            expand, _, mix, response_norm, project = self.mlp
+            z = expand(again(self.norm2, y))
+            z = again(response_norm, again(partial(mix, gelu=True), z))
+            y = add_branch(y, self.ls2, project, z, self.drop_path)
         if self.last:
             return y
         x, h = y.split([self.channels, self.context_channels], dim=1)
         return x, h
 
-    def _mix(self, fused: Tensor, normed: Tensor) -> Tensor:
+    def _mixer(self, again: recomputing, normed: Tensor) -> Tensor:
+        """Gated context mixing of a normalised map (B, C + Ch, H, W) to (B, C, H, W), up to the last projection."""
+        conv, norm, gelu, project, response_norm = self.fusion
+        fused = project(again(gelu, batch_norm(again, norm, conv(normed))))
+        fused = again(response_norm, fused)
+        mixed = mix_at_fitting_size(partial(self._mix, again), self.kernel_size, fused, normed)
+        mixed = again(
+            torch.add,
+            batch_norm(again, self.dyconv_proj[1], self.dyconv_proj[0](mixed)),
+            batch_norm(again, self.lepe[1], self.lepe[0](fused)),
+        )
+        gate = again(self.gate[2], batch_norm(again, self.gate[1], self.gate[0](fused)))
+        mixed = again(torch.mul, again(self.se_layer, mixed), gate)
+        return batch_norm(again, self.proj[0], mixed)
+
+    def _mix(self, again: recomputing, fused: Tensor, normed: Tensor) -> Tensor:
         """Context mixing of ``fused`` (B, C, H, W) by kernels made from ``normed`` (B, C + Ch, H, W)."""
-        x, h = normed.split([self.channels, self.context_channels], dim=1)
+        x = again(lambda normed: normed[:, : self.channels].contiguous(memory_format=torch.channels_last), normed)
+        h = again(lambda normed: normed[:, self.channels :], normed)
+        query = batch_norm(again, self.weight_query[1], self.weight_query[0](x))
         return contmix(
             fused,
-            self.weight_query(x) * self.query_scale,
+            again(lambda query: query * self.query_scale, query),
             self.weight_key(h),
             self.weight_proj.weight.flatten(1),
             self.weight_proj.bias,
@@ -174,6 +205,15 @@ class DynamicBlock(nn.Module):
             small_kernel_size=self.small_kernel_size,
             large_kernel_size=self.kernel_size,
         )
+
+
+def add_branch(x: Tensor, scale: nn.Module, project: nn.Conv2d, y: Tensor, drop_path: DropPath) -> Tensor:
+    """``scale(x) + drop_path(project(y))`` with a LayerScale or nothing for ``scale``."""
+    if not isinstance(scale, LayerScale) or (drop_path.training and drop_path.drop_prob > 0):
+        return scale(x) + drop_path(project(y))
+    # The scale's shift goes along with the projection's bias, the scaling with the sum.
+    branch = F.conv2d(y, project.weight, project.bias + scale.bias)
+    return torch.addcmul(branch, x, scale.weight.view(1, -1, 1, 1).to(x.dtype))
 
 
 def mix_at_fitting_size(mix: Callable[..., Tensor], kernel_size: int, *maps: Tensor) -> Tensor:

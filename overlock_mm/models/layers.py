@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..ops import depthwise_conv2d, global_response_norm, residual_depthwise_conv2d
+from .recompute import recomputing
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -40,14 +45,34 @@ class LayerScale(nn.Module):
         return torch.addcmul(self.bias.view(1, -1, 1, 1).to(x.dtype), x, weight)
 
 
-class ResidualDepthwiseConv(nn.Conv2d):
-    """``x + depth-wise 3x3 convolution of x``."""
+class DepthwiseConv(nn.Conv2d):
+    """A depth-wise convolution that keeps the size of the map.
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, kernel_size=3, padding=1, groups=channels)
+    Args:
+        channels: C of the input and the output (B, C, H, W).
+        kernel_size: odd.
+        dilation: distance of the kernel's taps.
+        bias: whether there is one.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, dilation: int = 1, bias: bool = True) -> None:
+        padding = dilation * (kernel_size // 2)
+        super().__init__(
+            channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels, bias=bias
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
+        return depthwise_conv2d(x, self.weight, self.bias, self.dilation[0])
+
+
+class ResidualDepthwiseConv(DepthwiseConv):
+    """``x + depth-wise 3x3 convolution of x``, or the same of GELU(x)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, kernel_size=3)
+
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        return residual_depthwise_conv2d(x, self.weight, self.bias, gelu)
 
 
 class SqueezeExcitation(nn.Module):
@@ -65,7 +90,11 @@ class SqueezeExcitation(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.proj(x)
+        # Matrix products: on a map of one position a convolution costs many times its arithmetic.
+        _, reduce, gelu, expand, sigmoid = self.proj
+        attention = F.linear(x.mean(dim=(2, 3)), reduce.weight.flatten(1), reduce.bias)  # (B, hidden)
+        attention = F.linear(gelu(attention), expand.weight.flatten(1), expand.bias)  # (B, C)
+        return x * sigmoid(attention)[..., None, None]
 
 
 class GlobalResponseNorm(nn.Module):
@@ -78,9 +107,33 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        # A sum of squares over a map leaves float16's range at ordinary activations: at least float32 here.
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        response = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=dtype)
-        response = response / (response.mean(dim=1, keepdim=True) + self.eps)
-        scale = (self.gamma * response + 1).to(x.dtype)
-        return torch.addcmul(self.beta.to(x.dtype), x, scale)
+        return global_response_norm(x, self.gamma.flatten(), self.beta.flatten(), self.eps)
+
+
+def batch_norm(again: recomputing, norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)``, which the backward makes again without updating the running statistics a second time."""
+    if type(norm) is not nn.BatchNorm2d:
+        return norm(x)  # a synchronised one talks to other processes; a folded one is nothing
+    of_batch = norm.training or norm.running_mean is None
+    statistics = (None, None) if of_batch else (norm.running_mean, norm.running_var)
+    second = partial(_normalise, norm=norm, statistics=statistics, of_batch=of_batch)
+    return again(norm, x, again=second)
+
+
+def _normalise(x: Tensor, norm: nn.BatchNorm2d, statistics: tuple, of_batch: bool) -> Tensor:
+    return F.batch_norm(x, *statistics, norm.weight, norm.bias, of_batch, 0.0, norm.eps)
+
+
+class ConvSequential(nn.Sequential):
+    """Convolutions with batch norms and activations, which autograd keeps the convolutions' outputs of, and no more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with recomputing() as again:
+            for layer in self:
+                if isinstance(layer, nn.Conv2d):
+                    x = layer(x)
+                elif isinstance(layer, nn.BatchNorm2d):
+                    x = batch_norm(again, layer, x)
+                else:
+                    x = again(layer, x)
+        return x

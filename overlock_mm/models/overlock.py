@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..registry import MODELS
 from .blocks import BasicBlock, DynamicBlock
 from .checkpoint import TakesReleasedCheckpoints, check_variant, openmmlab_name
-from .layers import LayerNorm2d, LayerScale
+from .layers import ConvSequential, LayerNorm2d, LayerScale
 from .recompute import checkpoint_block
 
 #: Published variants. ``num_groups`` is twice the heads that the release lists for a branch.
@@ -34,13 +34,13 @@ STAGES = ('blocks1', 'blocks2', 'blocks3', 'blocks4', 'sub_blocks3', 'sub_blocks
 OUT_TYPES = ('features', 'pyramid', 'pyramid_with_overview')
 
 
-def _downsample(in_channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(
+def _downsample(in_channels: int, out_channels: int) -> ConvSequential:
+    return ConvSequential(
         nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out_channels)
     )
 
 
-def _stem(in_channels: int, out_channels: int) -> nn.Sequential:
+def _stem(in_channels: int, out_channels: int) -> ConvSequential:
     """Image to features at a quarter of its size: four 3x3 convolutions, of strides 2, 1, 2, 1."""
     half = out_channels // 2
     layers: list[nn.Module] = []
@@ -52,7 +52,7 @@ def _stem(in_channels: int, out_channels: int) -> nn.Sequential:
     ):
         conv = nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False)
         layers += [conv, nn.BatchNorm2d(outputs), nn.GELU()]
-    return nn.Sequential(*layers[:-1])
+    return ConvSequential(*layers[:-1])
 
 
 class _ContextDownsample(nn.Module):
@@ -278,6 +278,8 @@ class OverLoCK(TakesReleasedCheckpoints):
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         features = {}
 
+        if x.device.type == 'cpu':
+            x = x.contiguous(memory_format=torch.channels_last)  # the layout in which everything on the CPU is fast
         x = features[0] = self._run('blocks1', self.patch_embed1(x))
         if self._depth > 0:
             x = self._run('blocks2', self.patch_embed2(x))

@@ -1,18 +1,119 @@
-"""Activation checkpointing of blocks with batch norms."""
+"""Trading time for memory in training: what the backward makes again instead of keeping it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Optional
 
+import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
+
+from ..ops._autocast import autocast_dtype, is_autocast_enabled
 
 try:
     from torch.compiler import is_compiling
 except ImportError:  # torch < 2.3
     from torch._dynamo import is_compiling
+
+
+class _State(threading.local):
+    inside_checkpoint = False
+
+
+_state = _State()
+
+
+class recomputing:
+    """Context in which autograd does not keep tensors that are cheap to make again.
+
+    ``with recomputing() as again: y = again(function, x)`` runs ``function(x)``. If an operation in the context wants to keep
+    ``y`` for its backward, it keeps ``x`` instead, and ``y`` is made again of it; x may come from ``again`` itself. What is
+    not made by ``again`` is kept as ever. Functions must be pure: the second run gives the same, and has no effects.
+
+    Nothing is recomputed without gradients, under torch.compile, whose partitioner decides for itself, and in blocks that
+    :func:`checkpoint_block` runs, which keep nothing at all.
+    """
+
+    def __init__(self) -> None:
+        # Tensors stay alive in the context, lest another one is taken for them at the same address.
+        self._made: dict[tuple, tuple[Tensor, _Remade]] = {}
+        self._hooks: Any = None
+
+    def __enter__(self) -> recomputing:
+        if torch.is_grad_enabled() and not is_compiling() and not _state.inside_checkpoint:
+            self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+            self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._hooks is not None:
+            self._hooks.__exit__(*error)
+            self._made.clear()
+
+    def __call__(self, function: Callable[..., Tensor], *inputs: Tensor, again: Optional[Callable] = None) -> Tensor:
+        """``function(*inputs)``, to be made again by ``again`` where that is given, else by the same function."""
+        out = function(*inputs)
+        if self._hooks is not None and out.requires_grad:
+            made = [self._made.get(_place(tensor)) for tensor in inputs]
+            sources = [tensor.detach() if found is None else found[1] for tensor, found in zip(inputs, made)]
+            self._made[_place(out)] = (out, _Remade(again or function, sources, out.device.type))
+        return out
+
+    def _pack(self, tensor: Tensor) -> Any:
+        found = self._made.get(_place(tensor))
+        if found is None:
+            return tensor.detach()  # the tensor itself could hold the node that holds this
+        found[1].want()
+        return found[1]
+
+
+def _unpack(kept: Any) -> Tensor:
+    return kept.take() if isinstance(kept, _Remade) else kept
+
+
+def _place(tensor: Tensor) -> tuple:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+class _Remade:
+    """A tensor that was not kept: how to make it again, of tensors that were kept or are made again themselves."""
+
+    def __init__(self, function: Callable[..., Tensor], sources: list, device_type: str) -> None:
+        self._function = function
+        self._sources = sources
+        self._autocast: Any = contextlib.nullcontext()
+        if device_type != 'meta':
+            enabled = is_autocast_enabled(device_type)
+            dtype = autocast_dtype(device_type) if enabled else None
+            self._autocast = torch.autocast(device_type, dtype=dtype, enabled=enabled)
+        # How many will ask for the value in a backward, and how many of them have not yet.
+        self._wanted = self._pending = 0
+        self._value: Optional[Tensor] = None
+
+    def want(self) -> None:
+        if self._wanted == 0:
+            for source in self._sources:
+                if isinstance(source, _Remade):
+                    source.want()
+        self._wanted += 1
+        self._pending += 1
+
+    def take(self) -> Tensor:
+        """The value, which is made for the first that asks and let go with the last."""
+        if self._value is None:
+            sources = [source.take() if isinstance(source, _Remade) else source for source in self._sources]
+            with torch.no_grad(), self._autocast:
+                self._value = self._function(*sources)
+        value = self._value
+        self._pending -= 1
+        if self._pending == 0:
+            self._value, self._pending = None, self._wanted  # a graph that is retained begins anew
+        return value
 
 
 def checkpoint_block(block: nn.Module, *inputs):
@@ -27,9 +128,24 @@ def checkpoint_block(block: nn.Module, *inputs):
         return checkpoint(block, *inputs, use_reentrant=False)
 
     def contexts():
-        return contextlib.nullcontext(), _statistics_at_rest(block)
+        return _inside_checkpoint(), _second_run(block)
 
     return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def _inside_checkpoint() -> Iterator[None]:
+    before, _state.inside_checkpoint = _state.inside_checkpoint, True
+    try:
+        yield
+    finally:
+        _state.inside_checkpoint = before
+
+
+@contextlib.contextmanager
+def _second_run(block: nn.Module) -> Iterator[None]:
+    with _inside_checkpoint(), _statistics_at_rest(block):
+        yield
 
 
 @contextlib.contextmanager

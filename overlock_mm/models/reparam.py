@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 import torch.nn as nn
 from mmengine.logging import print_log
 from torch import Tensor
+
+from ..ops import branch_norms, depthwise_conv2d, has_branch_norms
+from .layers import DepthwiseConv
+from .recompute import recomputing
 
 #: (kernel size, dilation) of the branches that run beside a large kernel of size K.
 DILATED_BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
@@ -19,11 +24,6 @@ DILATED_BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
     7: ((5, 1), (3, 1), (3, 2), (3, 3)),
     5: ((3, 1), (3, 2)),
 }
-
-
-def _depthwise(channels: int, kernel_size: int, dilation: int = 1, bias: bool = False) -> nn.Conv2d:
-    padding = dilation * (kernel_size // 2)
-    return nn.Conv2d(channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels, bias=bias)
 
 
 class DilatedReparamConv(nn.Module):
@@ -49,22 +49,53 @@ class DilatedReparamConv(nn.Module):
         self.channels = channels
         self.kernel_size = kernel_size
         self.deploy = deploy
-        self.lk_origin = _depthwise(channels, kernel_size, bias=deploy)
+        self.lk_origin = DepthwiseConv(channels, kernel_size, bias=deploy)
         if not deploy:
             self.origin_bn = nn.BatchNorm2d(channels)
             for k, dilation in DILATED_BRANCHES[kernel_size]:
-                self.add_module(f'dil_conv_k{k}_{dilation}', _depthwise(channels, k, dilation))
+                self.add_module(f'dil_conv_k{k}_{dilation}', DepthwiseConv(channels, k, dilation, bias=False))
                 self.add_module(f'dil_bn_k{k}_{dilation}', nn.BatchNorm2d(channels))
 
+    def _branches(self) -> list[tuple[DepthwiseConv, nn.Module]]:
+        """Each branch's convolution and norm, the large one first."""
+        names = [f'k{k}_{dilation}' for k, dilation in DILATED_BRANCHES[self.kernel_size]]
+        dilated = [(getattr(self, f'dil_conv_{name}'), getattr(self, f'dil_bn_{name}')) for name in names]
+        return [(self.lk_origin, self.origin_bn), *dilated]
+
     def forward(self, x: Tensor) -> Tensor:
-        out = self.lk_origin(x)
         if self.deploy:
-            return out
-        out = self.origin_bn(out)
-        for k, dilation in DILATED_BRANCHES[self.kernel_size]:
-            conv = getattr(self, f'dil_conv_k{k}_{dilation}')
-            norm = getattr(self, f'dil_bn_k{k}_{dilation}')
-            out = out + norm(conv(x))
+            return self.lk_origin(x)
+        norms = [norm for _, norm in self._branches()]
+        of_batch = {norm.training or norm.running_mean is None for norm in norms}
+        plain = all(type(norm) is nn.BatchNorm2d for norm in norms)  # not synchronised with other processes
+        if plain and of_batch == {False}:
+            # With given statistics the branches are one kernel; autograd goes through its folding.
+            weight, bias = fold_branches({**dict(self.named_parameters()), **dict(self.named_buffers())}, '', self.kernel_size)
+            return depthwise_conv2d(x, weight, bias)
+        if plain and of_batch == {True} and has_branch_norms(x):
+            return self._norms_of_the_batch(x)
+        out: Any = 0
+        with recomputing() as again:  # one branch at a time
+            for conv, norm in self._branches():
+                out = out + norm(again(conv, x))
+        return out
+
+    def _norms_of_the_batch(self, x: Tensor) -> Tensor:
+        """All branches and their norms in one, with the statistics of the batch."""
+        convs, norms = zip(*self._branches())
+        count = x.numel() // x.shape[1]
+        if count == 1:
+            raise ValueError(f'batch norms need more than one value per channel in training, got shape {tuple(x.shape)}')
+        out, means, variances = branch_norms(
+            x,
+            [conv.weight for conv in convs],
+            [norm.weight for norm in norms],
+            [norm.bias for norm in norms],
+            [conv.dilation[0] for conv in convs],
+            norms[0].eps,
+        )
+        for norm, mean, variance in zip(norms, means, variances * (count / (count - 1))):
+            _update_running_statistics(norm, mean, variance)
         return out
 
     @torch.no_grad()
@@ -73,7 +104,7 @@ class DilatedReparamConv(nn.Module):
         if self.deploy:
             return
         weight, bias = fold_branches(self.state_dict(), '', self.kernel_size, self.origin_bn.eps)
-        folded = _depthwise(self.channels, self.kernel_size, bias=True).to(weight)
+        folded = DepthwiseConv(self.channels, self.kernel_size).to(weight)
         folded.weight.copy_(weight)
         folded.bias.copy_(bias)
         folded.requires_grad_(self.lk_origin.weight.requires_grad)
@@ -102,6 +133,17 @@ class DilatedReparamConv(nn.Module):
 
     def extra_repr(self) -> str:
         return f'channels={self.channels}, kernel_size={self.kernel_size}, deploy={self.deploy}'
+
+
+@torch.no_grad()
+def _update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
+    """As ``norm`` does it in training; the variance is the unbiased one."""
+    if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
+        return
+    norm.num_batches_tracked.add_(1)
+    momentum = 1.0 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+    for running, new in ((norm.running_mean, mean), (norm.running_var, variance)):
+        running.mul_(1 - momentum).add_(new.to(running.dtype) * momentum)
 
 
 def fold_branches(state_dict: dict[str, Tensor], prefix: str, kernel_size: int, eps: float = 1e-5) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,16 @@
 from . import _extension
 from ._reference import contmix_reference
 from .contmix import contmix
+from .depthwise import branch_norms, depthwise_conv2d, global_response_norm, has_branch_norms, residual_depthwise_conv2d
 
-__all__ = ['contmix', 'contmix_reference']
+__all__ = [
+    'branch_norms',
+    'contmix',
+    'contmix_reference',
+    'depthwise_conv2d',
+    'global_response_norm',
+    'has_branch_norms',
+    'residual_depthwise_conv2d',
+]
 
 _extension.announce_on_import()

@@ -49,6 +49,14 @@ def compiled_for(device: torch.device) -> bool:
     return False
 
 
+def is_exporting() -> bool:
+    """Whether a graph is being made for elsewhere, where there may be no compiled operator: ONNX, torch.export, a trace."""
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return True
+    # torch >= 2.7. Not is_exporting(): for torch.compile that is True in all it traces, not in exports alone.
+    return getattr(torch.compiler, '_is_exporting_flag', False)
+
+
 def announce_on_import() -> None:
     """Say at once what will be slow: everything, without a binary; the GPU of this machine, without CUDA in it."""
     if missing:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from . import _extension
+from ._autocast import cast_as_autocast
+from ._layout import is_channels_last
 from ._reference import contmix_reference
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -72,7 +74,7 @@ def contmix(
     )  # fmt: skip
     sizes = dict(num_groups=num_groups, small_kernel_size=small_kernel_size, large_kernel_size=large_kernel_size)
     _check_types(tensors, sizes)
-    if not _is_exporting() and _extension.compiled_for(value.device):
+    if not _extension.is_exporting() and _extension.compiled_for(value.device):
         return torch.ops.overlock_mm.contmix(**tensors, **sizes)
     return _uncompiled(tensors, sizes)
 
@@ -81,48 +83,15 @@ def _uncompiled(tensors: dict[str, Optional[Tensor]], sizes: dict[str, int]) -> 
     """What the compiled operator does with its arguments, around the reference: autocast, checks, memory format."""
     value = tensors['value']
     device_type = value.device.type
-    # The meta device, of shapes without data, knows no autocast.
-    if device_type != 'meta' and _is_autocast_enabled(device_type):
-        for name in ('value', 'query', 'key'):
-            # As torch's own autocast: float64 is left alone.
-            if tensors[name].dtype != torch.float64:
-                tensors[name] = tensors[name].to(_autocast_dtype(device_type))
+    for name in ('value', 'query', 'key'):
+        tensors[name] = cast_as_autocast(tensors[name])
     _check_dtypes_and_devices(tensors)
     _check_shapes(**tensors, **sizes)
     with contextlib.nullcontext() if device_type == 'meta' else torch.autocast(device_type, enabled=False):
         out = contmix_reference(**tensors, **sizes)
-    if _is_channels_last(value):
+    if is_channels_last(value):
         out = out.contiguous(memory_format=torch.channels_last)
     return out
-
-
-def _is_exporting() -> bool:
-    """Whether a graph is being made for elsewhere, where there may be no compiled operator: ONNX, torch.export, a trace."""
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
-        return True
-    # torch >= 2.7. Not is_exporting(): for torch.compile that is True in all it traces, not in exports alone.
-    return getattr(torch.compiler, '_is_exporting_flag', False)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
-# torch < 2.4 has a function for each device in place of one that takes the device.
-if hasattr(torch, 'get_autocast_dtype'):
-
-    def _is_autocast_enabled(device_type: str) -> bool:
-        return torch.is_autocast_enabled(device_type)
-
-    def _autocast_dtype(device_type: str) -> torch.dtype:
-        return torch.get_autocast_dtype(device_type)
-else:
-
-    def _is_autocast_enabled(device_type: str) -> bool:
-        return torch.is_autocast_cpu_enabled() if device_type == 'cpu' else torch.is_autocast_enabled()
-
-    def _autocast_dtype(device_type: str) -> torch.dtype:
-        return torch.get_autocast_cpu_dtype() if device_type == 'cpu' else torch.get_autocast_gpu_dtype()
 
 
 def _check_types(tensors: dict[str, Optional[Tensor]], sizes: dict[str, int]) -> None:

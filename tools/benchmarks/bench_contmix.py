@@ -21,16 +21,10 @@ medians, with the first and third quartile.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
 import gc
 import importlib.metadata
 import itertools
 import json
-import os
-import platform
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -41,12 +35,29 @@ from typing import Any, Optional
 import contmix_report
 import torch
 from contmix_shapes import VARIANTS, Shape, shapes_of, work
+from measuring import (
+    DTYPES,
+    Skipped,
+    best_rate,
+    copy_rate,
+    describe_machine,
+    free_memory,
+    image_size,
+    is_out_of_memory,
+    measure,
+    nbytes,
+    peak_memory,
+    positive_int,
+    product_rate,
+    saved_bytes,
+    spread,
+    worst_error,
+    write_json,
+)
 from published import contmix_natten, contmix_published
 
-import overlock_mm
 from overlock_mm.ops import _extension, contmix_reference
 
-DTYPES = {name: getattr(torch, name) for name in ('float32', 'float64', 'float16', 'bfloat16')}
 #: Largest relative error (of Frobenius norms) of an output or a gradient. Others than the operator may have ten times it:
 #: the published computation adds up in half types.
 TOLERANCES = {'float32': 1e-4, 'float64': 1e-10, 'float16': 4e-3, 'bfloat16': 2e-2}
@@ -55,10 +66,6 @@ MODES = contmix_report.MODES
 BASELINES = ['published', 'reference', 'natten']
 #: A measurement repeats a shorter call until it has lasted this long, in seconds.
 LEAST_TIME = 1e-3
-
-
-class Skipped(Exception):
-    """An implementation that does not run here; says why."""
 
 
 # ---------------------------------------------------------------------------------------------------- what is measured
@@ -138,34 +145,6 @@ def run_forward_backward(function: Callable, inputs: dict[str, Any], grad: torch
 RUN = {'forward': run_forward, 'forward_backward': run_forward_backward}
 
 
-def saved_bytes(function: Callable, inputs: dict[str, Any]) -> int:
-    """Bytes of the different storages that a forward keeps for its backward, inputs and output among them."""
-    storages = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = function(**inputs)  # noqa: F841  # while it lives, no storage is freed and its address given again
-    return sum(storages.values())
-
-
-def nbytes(tensors: list[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def worst_error(got: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """The largest relative error; NaN if there is one."""
-    errors = [relative_error(*pair) for pair in zip(got, expected)]
-    return max(errors, key=lambda error: float('inf') if error != error else error)
-
-
 def needed_memory(name: str, shape: Shape, batch: int, itemsize: int) -> int:
     """About how many bytes a baseline keeps: a CPU that runs out of memory ends the process and not the call."""
     positions = batch * shape.height * shape.width
@@ -185,73 +164,7 @@ def check_memory(name: str, shape: Shape, batch: int, itemsize: int, device: tor
         raise Skipped(f'takes about {needed / 2**30:.1f} GiB')
 
 
-def free_memory() -> Optional[int]:
-    """Of the CPU, in bytes, where the system tells."""
-    with contextlib.suppress(OSError):
-        for line in Path('/proc/meminfo').read_text().splitlines():
-            if line.startswith('MemAvailable:'):
-                return int(line.split()[1]) * 1024
-    return None
-
-
-# ------------------------------------------------------------------------------------------------------------- clocks
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-
-
-def measure(call: Callable[[int], Any], calls: int, device: torch.device) -> float:
-    """Seconds a call, of ``calls`` in a row; the first argument of ``call`` counts them."""
-    if calls > 1:
-        call(0)  # a short call would feel the caches as another implementation left them
-    synchronize(device)
-    if device.type == 'cuda':
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for i in range(calls):
-            call(i)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / calls
-    begin = time.perf_counter()
-    for i in range(calls):
-        call(i)
-    return (time.perf_counter() - begin) / calls
-
-
-def peak_memory(call: Callable[[], Any], device: torch.device) -> Optional[int]:
-    """Bytes that a call takes on the GPU at its height, above what is there already."""
-    if device.type != 'cuda':
-        return None
-    synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    out = call()  # noqa: F841
-    synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def spread(samples: list[float]) -> dict[str, float]:
-    first, median, third = statistics.quantiles(samples, n=4, method='inclusive') if len(samples) > 1 else samples * 3
-    return dict(median=median, q1=first, q3=third)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 # ------------------------------------------------------------------------------------------------------------ ceilings
-
-
-def best_rate(amount: float, call: Callable[[], Any], device: torch.device, seconds: float = 0.3) -> float:
-    """``amount`` over the shortest of some calls: a ceiling is what the machine can do, undisturbed."""
-    call()
-    shortest, end = float('inf'), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        shortest = min(shortest, measure(lambda i: call(), 3, device))
-    return amount / shortest
 
 
 def measure_ceilings(options: argparse.Namespace) -> dict[str, Any]:
@@ -263,10 +176,7 @@ def measure_ceilings(options: argparse.Namespace) -> dict[str, Any]:
     on_gpu = device.type == 'cuda'
     ceilings: dict[str, Any] = {}
     if options.bandwidth is None:
-        source = torch.empty((1 << 30 if on_gpu else 1 << 27) // 4, device=device).normal_()
-        target = torch.empty_like(source)
-        ceilings['bytes_per_second'] = best_rate(2 * nbytes([source]), lambda: target.copy_(source), device)
-        del source, target
+        ceilings['bytes_per_second'] = copy_rate(device)
     else:
         ceilings['bytes_per_second'] = options.bandwidth * 1e9
     ceilings['multiply_adds_per_second'] = {}
@@ -274,10 +184,7 @@ def measure_ceilings(options: argparse.Namespace) -> dict[str, Any]:
         if options.flops is None:
             # A CPU's kernels compute half types in float32.
             dtype = DTYPES[name] if on_gpu or name == 'float64' else torch.float32
-            side = 8192 if on_gpu and dtype.itemsize == 2 else 4096 if on_gpu else 1536
-            a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-            rate = best_rate(side**3, lambda a=a, b=b: a @ b, device)
-            del a, b
+            rate = product_rate(device, dtype)
         else:
             rate = options.flops * 1e12 / 2
         ceilings['multiply_adds_per_second'][name] = rate
@@ -476,49 +383,6 @@ def chosen_cases(options: argparse.Namespace) -> tuple[list[tuple[Shape, int, st
     return cases, '+'.join(sorted(sources))
 
 
-def describe_machine(options: argparse.Namespace) -> dict[str, Any]:
-    on_gpu = options.device.type == 'cuda'
-    return dict(
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
-        device=torch.cuda.get_device_name(options.device) if on_gpu else cpu_name(),
-        device_type=options.device.type,
-        compute_capability='.'.join(map(str, torch.cuda.get_device_capability(options.device))) if on_gpu else None,
-        cpu_capability=torch.backends.cpu.get_cpu_capability(),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        cuda=torch.version.cuda,
-        allow_tf32=torch.backends.cuda.matmul.allow_tf32,
-        python=platform.python_version(),
-        overlock_mm=overlock_mm.__version__,
-        compiled_operator=_extension.build_info or dict(missing=_extension.missing),
-        git_commit=git_commit(),
-    )
-
-
-def cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path('/proc/cpuinfo').read_text().splitlines():
-            if line.startswith('model name'):
-                return line.split(':', 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def git_commit() -> Optional[str]:
-    """Of the checkout that this script is in, with '-dirty' where tracked files differ; None outside of one."""
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(['git', '-C', here, *arguments], check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        # A copy that is installed may lie in the checkout of something else.
-        if not (Path(git('rev-parse', '--show-toplevel')) / 'overlock_mm' / 'ops').is_dir():
-            return None
-        return git('rev-parse', 'HEAD') + ('-dirty' if git('status', '--porcelain', '--untracked-files=no') else '')
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def problems_of(record: dict[str, Any]) -> list[str]:
     """Results that are off, and failures of the operator, as lines to print."""
     lines = []
@@ -546,7 +410,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     cases, source = chosen_cases(options)
     record = dict(
-        machine=describe_machine(options),
+        machine=describe_machine(options.device),
         settings={
             key: str(value) if key == 'device' else value
             for key, value in vars(options).items()
@@ -578,30 +442,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.json:
         write_json(record, options.json)
     return record
-
-
-def write_json(record: dict[str, Any], file: str) -> None:
-    """All of it or, if the run ends in the middle, what was there before."""
-    temporary = Path(f'{file}.part')
-    temporary.write_text(json.dumps(record, indent=1) + '\n')
-    os.replace(temporary, file)
-
-
-def image_size(text: str) -> tuple[int, int]:
-    try:
-        height, _, width = text.partition('x')
-        size = int(height), int(width)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'must be HEIGHTxWIDTH, as 800x1344, got {text!r}') from None
-    if min(size) < 1:
-        raise argparse.ArgumentTypeError(f'must be HEIGHTxWIDTH with positive numbers, got {text!r}')
-    return size
-
-
-def positive_int(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'must be a positive integer, got {text!r}')
-    return int(text)
 
 
 def parse_options(arguments: Optional[list[str]] = None) -> argparse.Namespace:

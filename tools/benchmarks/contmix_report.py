@@ -15,20 +15,22 @@ def label(case: dict[str, Any]) -> str:
     return f'{",".join(case["archs"])} stage {shape["stage"]}, {height}x{width}, batch {case["batch"]}, {case["dtype"]}'
 
 
-def heading(record: dict[str, Any]) -> str:
-    machine, ceilings = record['machine'], record['ceilings']
+def machine_line(record: dict[str, Any]) -> str:
+    machine = record['machine']
     where = machine['device']
     if machine['device_type'] == 'cpu':
         where += f', {machine["threads"]} threads, {machine["cpu_capability"]}'
     commit, _, dirty = (machine['git_commit'] or 'unknown').partition('-')
+    return f'{where}; torch {machine["torch"]}; {machine["date"][:10]}; commit {commit[:12]}{dirty and "-" + dirty}'
+
+
+def heading(record: dict[str, Any]) -> str:
+    ceilings = record['ceilings']
     rates = [f'{ceilings["bytes_per_second"] / 1e9:.0f} GB/s']
     rates += [f'{rate * 2 / 1e12:.3g} TFLOP/s {name}' for name, rate in ceilings['multiply_adds_per_second'].items()]
     if ceilings['exponentials_per_second']:
         rates.append(f'{ceilings["exponentials_per_second"] / 1e9:.3g}e9 exponentials/s')
-    return (
-        f'{where}; torch {machine["torch"]}; {machine["date"][:10]}; commit {commit[:12]}{dirty and "-" + dirty}\n'
-        f'ceilings: {", ".join(rates)}'
-    )
+    return f'{machine_line(record)}\nceilings: {", ".join(rates)}'
 
 
 def number(value: float) -> str:

@@ -1,32 +1,23 @@
 // ContMix for tensors on the CPU.
-#include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <torch/library.h>
 
 #include "../build_info.h"
 #include "../contmix_tensors.h"
 #include "contmix_cpu.h"
+#include "dispatch.h"
 
 namespace overlock_mm {
 namespace {
 
-/// The best instruction set of this processor, or what ATEN_CPU_CAPABILITY asks torch to make do with.
+using cpu::in_parallel;
+
 template <typename T>
 const cpu::Kernels<T>& kernels() {
-  static const cpu::Kernels<T>& best = []() -> const cpu::Kernels<T>& {
 #if defined(__x86_64__)
-    const std::string capability = at::get_cpu_capability();
-    if (capability.rfind("AVX512", 0) == 0) return cpu::avx512::kernels<T>();
-    if (capability.rfind("AVX2", 0) == 0) return cpu::avx2::kernels<T>();
+  if (cpu::instruction_set() == cpu::InstructionSet::avx512) return cpu::avx512::kernels<T>();
+  if (cpu::instruction_set() == cpu::InstructionSet::avx2) return cpu::avx2::kernels<T>();
 #endif
-    return cpu::baseline::kernels<T>();
-  }();
-  return best;
-}
-
-template <typename Function>
-void in_parallel(int64_t items, Function function) {
-  at::parallel_for(0, items, 1, function);
+  return cpu::baseline::kernels<T>();
 }
 
 template <typename T>

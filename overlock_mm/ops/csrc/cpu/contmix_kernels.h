@@ -1,8 +1,8 @@
 // ContMix on the CPU. Included once for each instruction set by a file that has set
 //   OVERLOCK_MM_NAMESPACE     the namespace of the instruction set,
 //   OVERLOCK_MM_VECTOR_BYTES  the width of its vectors,
-// has included what is used here, and has switched the compiler to the instruction set. Nothing may be included here: a
-// function of a header that is compiled for AVX-512 could be the one that the linker keeps for everybody.
+// has included what is used here, and has switched the compiler to the instruction set. Nothing but simd.h may be included
+// here: a function of a header that is compiled for AVX-512 could be the one that the linker keeps for everybody.
 //
 // The shape of the computation (docs/contmix.md counts it):
 // - Logits, softmax: the lanes of a vector are slots of one position, k * k of them rounded up to whole vectors. The
@@ -13,145 +13,14 @@
 // Border positions take the same path as all others: a window is always inside the map, and a bias is looked up by
 // offset.
 
-#define OVERLOCK_MM_INLINE inline __attribute__((always_inline))
-#define OVERLOCK_MM_NOINLINE __attribute__((noinline))
-#define OVERLOCK_MM_INLINE_LAMBDA __attribute__((always_inline))
+#include "simd.h"
 
 namespace overlock_mm::cpu::OVERLOCK_MM_NAMESPACE {
 namespace {
 
-constexpr int kVectorBytes = OVERLOCK_MM_VECTOR_BYTES;
 constexpr int kVectors = kVectorBytes == 64 ? 4 : 2;  // of logits in registers for each of kTile positions
 constexpr int kTile = 4;
 constexpr int kChunk = 16;  // positions of a line that are worked on together: their weights stay in the L1 cache
-
-template <typename T>
-struct Simd;
-
-template <>
-struct Simd<float> {
-  static constexpr int lanes = kVectorBytes / sizeof(float);
-  typedef float Vector __attribute__((vector_size(kVectorBytes)));
-  typedef uint32_t Integers __attribute__((vector_size(kVectorBytes)));
-  typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(float)), may_alias));
-  static constexpr float rounder = 12582912.0f;  // 1.5 * 2^23: adding it leaves a float's integral part in its low bits
-  static constexpr int mantissa_bits = 23;
-  static constexpr uint32_t one = 0x3F800000;
-  static constexpr float smallest_exponent = -126.0f;
-  static constexpr float largest = __FLT_MAX__;
-  // 2^r - 1 over r on [-0.5, 0.5], minimax: relative error 2e-9.
-  static constexpr int terms = 6;
-  static constexpr float polynomial[terms] = {0.6931471824645996f,  0.24022647738456726f,   0.055503323674201965f,
-                                              0.00961843691766262f, 0.0013398875016719103f, 0.00015353360504377633f};
-};
-
-template <>
-struct Simd<double> {
-  static constexpr int lanes = kVectorBytes / sizeof(double);
-  typedef double Vector __attribute__((vector_size(kVectorBytes)));
-  typedef uint64_t Integers __attribute__((vector_size(kVectorBytes)));
-  typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(double)), may_alias));
-  static constexpr double rounder = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr int mantissa_bits = 52;
-  static constexpr uint64_t one = 0x3FF0000000000000;
-  static constexpr double smallest_exponent = -1022.0;
-  static constexpr double largest = __DBL_MAX__;
-  // Taylor: relative error 4e-18.
-  static constexpr int terms = 13;
-  static constexpr double polynomial[terms] = {0.6931471805599453,     0.2402265069591007,     0.055504108664821576,
-                                               0.009618129107628477,   0.0013333558146428441,  0.00015403530393381606,
-                                               1.5252733804059838e-05, 1.3215486790144305e-06, 1.0178086009239696e-07,
-                                               7.054911620801121e-09,  4.44553827187081e-10,   2.5678435993488196e-11,
-                                               1.3691488853904124e-12};
-};
-
-template <typename T>
-using Vector = typename Simd<T>::Vector;
-
-constexpr double kLog2E = 1.4426950408889634;
-
-template <typename T>
-inline Vector<T> load(const T* from) {
-  return *reinterpret_cast<const typename Simd<T>::Unaligned*>(from);
-}
-
-template <typename T>
-inline void store(T* to, Vector<T> x) {
-  *reinterpret_cast<typename Simd<T>::Unaligned*>(to) = x;
-}
-
-/// 2^x for x <= 0 (and a little above). NaN stays NaN, what would be denormal is 0.
-template <typename T>
-inline Vector<T> exp2(Vector<T> x) {
-  using S = Simd<T>;
-  typedef typename S::Integers Integers;
-  const Vector<T> shifted = x + S::rounder;
-  const Vector<T> r = x - (shifted - S::rounder);
-  Vector<T> p = r * S::polynomial[S::terms - 1] + S::polynomial[S::terms - 2];
-#pragma GCC unroll 16
-  for (int i = S::terms - 3; i >= 0; --i) p = p * r + S::polynomial[i];
-  p = p * r + T(1);
-  const Vector<T> power = (Vector<T>)(((Integers)shifted << S::mantissa_bits) + S::one);
-  return x < S::smallest_exponent ? Vector<T>{} : p * power;
-}
-
-/// Lane i is lane indices[i] of a and b laid end to end.
-template <typename T>
-OVERLOCK_MM_INLINE Vector<T> shuffle(Vector<T> a, Vector<T> b, typename Simd<T>::Integers indices) {
-#if defined(__clang__)
-  Vector<T> out;
-  for (int i = 0; i < Simd<T>::lanes; ++i)
-    out[i] = indices[i] < Simd<T>::lanes ? a[indices[i]] : b[indices[i] - Simd<T>::lanes];
-  return out;
-#else
-  return __builtin_shuffle(a, b, indices);
-#endif
-}
-
-/// Lanes first, first + 1, ... of a and b laid end to end.
-template <int first, typename T>
-OVERLOCK_MM_INLINE Vector<T> lanes_from(Vector<T> a, Vector<T> b) {
-  typename Simd<T>::Integers indices;
-#pragma GCC unroll 16
-  for (int i = 0; i < Simd<T>::lanes; ++i) indices[i] = first + i;
-  return shuffle<T>(a, b, indices);
-}
-
-struct Add {
-  template <typename V>
-  OVERLOCK_MM_INLINE V operator()(V a, V b) const {
-    return a + b;
-  }
-};
-
-struct Largest {
-  template <typename V>
-  OVERLOCK_MM_INLINE V operator()(V a, V b) const {
-    return a > b ? a : b;
-  }
-};
-
-/// The lanes of x combined, by halves.
-template <typename Combine, typename T, int n = Simd<T>::lanes>
-OVERLOCK_MM_INLINE T combine_lanes(Vector<T> x) {
-  if constexpr (n == 1) {
-    return x[0];
-  } else {
-    return combine_lanes<Combine, T, n / 2>(Combine{}(x, lanes_from<n / 2, T>(x, x)));
-  }
-}
-
-template <typename T>
-inline int64_t round_up(int64_t n) {
-  return (n + Simd<T>::lanes - 1) / Simd<T>::lanes * Simd<T>::lanes;
-}
-
-template <typename T>
-inline const T* const_data(const void* data) {
-  return static_cast<const T*>(data);
-}
-
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /// Sizes in elements. "Padded" is rounded up to whole vectors.
 template <typename T>
@@ -384,28 +253,6 @@ void pack_value_by_channel(const ContMixParams& p, int64_t image, int64_t channe
   }
   for (int64_t i = 0; i < 2 * Simd<T>::lanes; ++i) *to++ = T(0);
 }
-
-/// Memory for one thread.
-template <typename T>
-class Scratch {
- public:
-  explicit Scratch(int64_t elements)
-      : data_(static_cast<T*>(::operator new(elements * sizeof(T), kAlignment))), next_(data_) {}
-  ~Scratch() { ::operator delete(data_, kAlignment); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  T* take(int64_t elements) {
-    T* taken = next_;
-    next_ += elements;
-    return taken;
-  }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  T* data_;
-  T* next_;
-};
 
 /// Slots' biases by their offset from the position, for a line of the map.
 ///

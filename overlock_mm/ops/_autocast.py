@@ -1,0 +1,29 @@
+"""Autocast's state, which torch < 2.4 has a function for per device in place of one that takes the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+if hasattr(torch, 'get_autocast_dtype'):
+
+    def is_autocast_enabled(device_type: str) -> bool:
+        return torch.is_autocast_enabled(device_type)
+
+    def autocast_dtype(device_type: str) -> torch.dtype:
+        return torch.get_autocast_dtype(device_type)
+else:
+
+    def is_autocast_enabled(device_type: str) -> bool:
+        return torch.is_autocast_cpu_enabled() if device_type == 'cpu' else torch.is_autocast_enabled()
+
+    def autocast_dtype(device_type: str) -> torch.dtype:
+        return torch.get_autocast_cpu_dtype() if device_type == 'cpu' else torch.get_autocast_gpu_dtype()
+
+
+def cast_as_autocast(x: Tensor) -> Tensor:
+    """``x`` in autocast's dtype where it is on. As torch's own autocast: float64 is left alone."""
+    # The meta device, of shapes without data, knows no autocast.
+    if x.device.type != 'meta' and x.dtype != torch.float64 and is_autocast_enabled(x.device.type):
+        return x.to(autocast_dtype(x.device.type))
+    return x

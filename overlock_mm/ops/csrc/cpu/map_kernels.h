@@ -1,0 +1,818 @@
+// Static depth-wise convolutions and response norms over channels_last maps on the CPU. Included once for each instruction
+// set, under the rules of contmix_kernels.h. docs/depthwise.md says why they are as they are.
+//
+// The lanes of a vector are channels. Two forms of a convolution:
+// - streamed (3x3, bound by memory): the lines of a strip pass through a ring of three lines with all channels, which
+//   stays in the L2 cache; what enters the ring may go through GELU on the way.
+// - by blocks (large kernels, bound by multiply-adds): one vector of channels of a strip is packed with a border of zeros,
+//   so that no tap asks where it is, and a tile of positions is accumulated in registers over all taps.
+
+#include "simd.h"
+
+namespace overlock_mm::cpu::OVERLOCK_MM_NAMESPACE {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------- channels
+
+/// The channels that a vector holds: `count` from `first` on. The last block of a map begins earlier, so that it is whole,
+/// and its first `skip` lanes repeat channels of the block before.
+struct Block {
+  int64_t first, skip, count;
+};
+
+template <typename T>
+inline int64_t number_of_blocks(int64_t channels) {
+  return (channels + Simd<T>::lanes - 1) / Simd<T>::lanes;
+}
+
+template <typename T>
+inline Block block_of(int64_t channels, int64_t index) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  if (channels < lanes) return {0, 0, channels};
+  const int64_t first = min(index * lanes, channels - lanes);
+  return {first, index * lanes - first, lanes};
+}
+
+/// Channels of the position at `from`.
+template <typename T>
+OVERLOCK_MM_INLINE Vector<T> load_block(const T* from, const Block& block) {
+  if (block.count == Simd<T>::lanes) return load(from + block.first);
+  Vector<T> out{};
+  for (int64_t i = 0; i < block.count; ++i) out[i] = from[i];
+  return out;
+}
+
+template <typename T>
+OVERLOCK_MM_INLINE void store_block(T* to, const Block& block, Vector<T> x) {
+  if (block.skip == 0 && block.count == Simd<T>::lanes) {
+    store(to + block.first, x);
+  } else {
+    for (int64_t i = block.skip; i < block.count; ++i) to[block.first + i] = x[i];
+  }
+}
+
+/// The same where all channels are written by one thread: repeated ones are written twice.
+template <typename T>
+OVERLOCK_MM_INLINE void store_repeated(T* to, const Block& block, Vector<T> x) {
+  if (block.count == Simd<T>::lanes) {
+    store(to + block.first, x);
+  } else {
+    for (int64_t i = 0; i < block.count; ++i) to[i] = x[i];
+  }
+}
+
+/// Weights (C, taps) of a block as (taps, lanes).
+template <typename T>
+void pack_weights(const T* weights, int64_t taps_of_channel, int64_t first_tap, int64_t taps, const Block& block,
+                  bool flipped, T* to) {
+  for (int64_t t = 0; t < taps; ++t) {
+    for (int64_t i = 0; i < Simd<T>::lanes; ++i) {
+      const int64_t tap = first_tap + (flipped ? taps - 1 - t : t);
+      *to++ = i < block.count ? weights[(block.first + i) * taps_of_channel + tap] : T(0);
+    }
+  }
+}
+
+/// Lines [begin, end) of one of `strips` parts of a map.
+struct Lines {
+  int64_t begin, end;
+
+  Lines(int64_t height, int64_t strips, int64_t strip)
+      : begin(strip * height / strips), end((strip + 1) * height / strips) {}
+  int64_t count() const { return end - begin; }
+};
+
+// -------------------------------------------------------------------------------------------------------------- GELU
+
+/// The cumulative distribution function of the normal distribution.
+template <typename T>
+OVERLOCK_MM_INLINE Vector<T> normal_below(Vector<T> x) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    // erf(z) / z over z², rational, minimax on |z| < 3.95, from where on a float's erf is 1: relative error 2e-8.
+    constexpr float limit = 3.95f;
+    const Vector<T> z = x * T(0.7071067811865476);
+    const Vector<T> inside = z > limit ? Vector<T>{} + limit : (z < -limit ? Vector<T>{} - limit : z);
+    const Vector<T> u = inside * inside;
+    Vector<T> p = u * 2.0259068455440413e-06f + 0.0002846884509476973f;
+    p = p * u + 0.0038081843889094f;
+    p = p * u + 0.0528755168876133f;
+    p = p * u + 0.1915508156954838f;
+    p = p * u + 1.1283791437320914f;
+    Vector<T> q = u * 3.783182662903132e-05f + 0.0011707316964231116f;
+    q = q * u + 0.015055135052424248f;
+    q = q * u + 0.1145598358480844f;
+    q = q * u + 0.5030901659239503f;
+    q = q * u + 1.0f;
+    const Vector<T> erf = inside * p / q;
+    const Vector<T> bounded = erf > 1.0f ? Vector<T>{} + 1.0f : (erf < -1.0f ? Vector<T>{} - 1.0f : erf);
+    return bounded * 0.5f + 0.5f;
+  } else {
+    Vector<T> out;
+    for (int i = 0; i < Simd<T>::lanes; ++i) out[i] = T(0.5) * std::erfc(x[i] * T(-0.7071067811865476));
+    return out;
+  }
+}
+
+/// GELU and its derivative.
+template <typename T>
+OVERLOCK_MM_INLINE Vector<T> gelu(Vector<T> x) {
+  return x * normal_below<T>(x);
+}
+
+template <typename T>
+OVERLOCK_MM_INLINE Vector<T> gelu_slope(Vector<T> x, Vector<T> below) {
+  constexpr double density_at_0 = 0.3989422804014327;  // 1 / sqrt(2 pi)
+  return below + x * exp2<T>(x * x * T(-0.5 * kLog2E)) * T(density_at_0);
+}
+
+// ---------------------------------------------------------------------------------------------------------- streamed
+
+constexpr int kStreamed = 3;                                   // kernel size
+constexpr int kStreamTile = kVectorBytes == 64 ? 8 : 4;        // positions of a line in registers
+constexpr int kGradientTile = kVectorBytes == 64 ? 8 : 4;
+
+/// Three lines of a map with all channels, and a position of zeros at either end.
+template <typename T>
+class Ring {
+ public:
+  /// A vector more than the channels, lest the positions of a tile share a few sets of the cache.
+  static int64_t stride(int64_t channels) { return round_up<T>(channels) + Simd<T>::lanes; }
+  static int64_t size(int64_t channels, int64_t width) { return kStreamed * (width + 2) * stride(channels); }
+
+  Ring(Scratch<T>& scratch, int64_t channels, int64_t height, int64_t width)
+      : channels_(channels), height_(height), width_(width), stride_(stride(channels)),
+        data_(scratch.take(size(channels, width))) {
+    for (int64_t i = 0; i < size(channels, width); ++i) data_[i] = T(0);
+  }
+
+  /// Position -1 of line y, if that was pushed last or one or two lines before.
+  T* line(int64_t y) const { return data_ + (y + kStreamed) % kStreamed * (width_ + 2) * stride_; }
+  int64_t stride() const { return stride_; }
+
+  /// Take in line y of an image (H, W, C): function(vector) of it, and zeros for a line outside the map.
+  template <typename Function>
+  OVERLOCK_MM_INLINE void push(const T* image, int64_t y, Function function) {
+    T* to = line(y) + stride_;
+    if (y < 0 || y >= height_) {
+      for (int64_t i = 0; i < width_ * stride_; ++i) to[i] = T(0);
+      return;
+    }
+    const T* from = image + y * width_ * channels_;
+    const int64_t blocks = number_of_blocks<T>(channels_);
+    for (int64_t x = 0; x < width_; ++x, from += channels_, to += stride_) {
+      for (int64_t b = 0; b < blocks; ++b) {
+        const Block block = block_of<T>(channels_, b);
+        store(to + block.first, function(load_block(from, block), x, block));
+      }
+    }
+  }
+
+ private:
+  int64_t channels_, height_, width_, stride_;
+  T* data_;
+};
+
+/// Sums of n positions over the 3x3 taps around them; lines begin at the first position's left neighbour.
+template <typename T, int n>
+OVERLOCK_MM_INLINE void convolve_streamed(const T* const lines[3], int64_t stride, const T* weights, Vector<T> start,
+                                          Vector<T>* sums) {
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) sums[i] = start;
+#pragma GCC unroll 3
+  for (int ky = 0; ky < 3; ++ky) {
+    Vector<T> in[n + 2];
+#pragma GCC unroll 10
+    for (int i = 0; i < n + 2; ++i) in[i] = load(lines[ky] + i * stride);
+#pragma GCC unroll 3
+    for (int kx = 0; kx < 3; ++kx) {
+      const Vector<T> w = load(weights + (3 * ky + kx) * Simd<T>::lanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) sums[i] += w * in[i + kx];
+    }
+  }
+}
+
+/// Call tile(x, width as a constant) for the positions of a line, in tiles of `most`, and of halves of it at the end.
+template <int most, typename Tile>
+OVERLOCK_MM_INLINE void in_tiles(int64_t x, int64_t width, Tile tile) {
+  for (; x + most <= width; x += most) tile.template operator()<most>(x);
+  if constexpr (most > 1) in_tiles<most / 2>(x, width, tile);
+}
+
+/// A line of the ring, convolved. Tiles go through all channels before the next tile: what lies side by side is read and
+/// written together.
+template <typename T, typename Start, typename Finish>
+struct StreamedLine {
+  const T* lines[3];
+  int64_t stride, channels;
+  const T* weights;  ///< (blocks, 9, lanes)
+  Start start;       ///< of a block: what its sums begin with
+  Finish finish;     ///< takes a position, a block and its sum
+
+  template <int n>
+  OVERLOCK_MM_INLINE void operator()(int64_t x) const {
+    const T* block_weights = weights;
+    const int64_t blocks = number_of_blocks<T>(channels);
+    for (int64_t b = 0; b < blocks; ++b, block_weights += kStreamed * kStreamed * Simd<T>::lanes) {
+      const Block block = block_of<T>(channels, b);
+      const T* at[3];
+      for (int ky = 0; ky < 3; ++ky) at[ky] = lines[ky] + x * stride + block.first;
+      Vector<T> sums[n];
+      convolve_streamed<T, n>(at, stride, block_weights, start(block), sums);
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) finish(x + i, block, sums[i]);
+    }
+  }
+};
+
+template <typename T, typename Start, typename Finish>
+OVERLOCK_MM_INLINE void convolve_line(const Ring<T>& ring, int64_t y, int64_t channels, const T* weights, int64_t width,
+                                      Start start, Finish finish) {
+  StreamedLine<T, Start, Finish> line{{}, ring.stride(), channels, weights, start, finish};
+  for (int ky = 0; ky < 3; ++ky) line.lines[ky] = ring.line(y + ky - 1);
+  in_tiles<kStreamTile>(0, width, line);
+}
+
+/// The weights of all blocks, (blocks, 9, lanes), with the residual connection as a 1 on the middle tap.
+template <typename T>
+void pack_streamed_weights(const DepthwiseParams& p, bool flipped, T* to) {
+  constexpr int64_t lanes = Simd<T>::lanes, taps = kStreamed * kStreamed;
+  for (int64_t b = 0; b < number_of_blocks<T>(p.channels); ++b, to += taps * lanes) {
+    pack_weights(const_data<T>(p.weight), taps, 0, taps, block_of<T>(p.channels, b), flipped, to);
+    if (p.residual) {
+      for (int64_t i = 0; i < lanes; ++i) to[taps / 2 * lanes + i] += T(1);
+    }
+  }
+}
+
+template <typename T>
+void stream(const DepthwiseParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Simd<T>::lanes, taps = kStreamed * kStreamed;
+  const int64_t blocks = number_of_blocks<T>(p.channels);
+  Scratch<T> scratch(Ring<T>::size(p.channels, p.width) + blocks * taps * lanes);
+  Ring<T> ring(scratch, p.channels, p.height, p.width);
+  T* const weights = scratch.take(blocks * taps * lanes);
+  pack_streamed_weights(p, /*flipped=*/false, weights);
+  const T* const bias = const_data<T>(p.bias);
+  const int64_t image_size = p.height * p.width * p.channels;
+
+  for (int64_t item = begin; item < end; ++item) {
+    const T* const image = const_data<T>(p.input) + item / p.strips * image_size;
+    T* const output = static_cast<T*>(p.output) + item / p.strips * image_size;
+    const Lines lines(p.height, p.strips, item % p.strips);
+    for (int64_t pushed = lines.begin - 1; pushed <= lines.end; ++pushed) {
+      if (p.gelu) {
+        ring.push(image, pushed, [](Vector<T> x, int64_t, const Block&) OVERLOCK_MM_INLINE_LAMBDA { return gelu<T>(x); });
+      } else {
+        ring.push(image, pushed, [](Vector<T> x, int64_t, const Block&) OVERLOCK_MM_INLINE_LAMBDA { return x; });
+      }
+      const int64_t y = pushed - 1;
+      if (y < lines.begin) continue;
+      T* const to = output + y * p.width * p.channels;
+      convolve_line(
+          ring, y, p.channels, weights, p.width,
+          [&](const Block& block)
+              OVERLOCK_MM_INLINE_LAMBDA { return bias ? load_block(bias, block) : Vector<T>{}; },
+          [&](int64_t x, const Block& block, Vector<T> sum)
+              OVERLOCK_MM_INLINE_LAMBDA { store_repeated(to + x * p.channels, block, sum); });
+    }
+  }
+}
+
+/// Gradients of the taps, and of the bias, at the positions of a line, added up.
+template <typename T>
+struct StreamedGradient {
+  const T* lines[3];  ///< of f(input), from position -1 on
+  const T* grads;     ///< from position 0 on
+  int64_t stride, channels;
+  T* sums;  ///< (blocks, 10, lanes)
+
+  template <int n>
+  OVERLOCK_MM_INLINE void operator()(int64_t x) const {
+    constexpr int lanes = Simd<T>::lanes, taps = kStreamed * kStreamed;
+    T* to = sums;
+    const int64_t blocks = number_of_blocks<T>(channels);
+    for (int64_t b = 0; b < blocks; ++b, to += (taps + 1) * lanes) {
+      const int64_t first = block_of<T>(channels, b).first;
+      Vector<T> grad[n], bias = load(to + taps * lanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) {
+        grad[i] = load(grads + (x + i) * stride + first);
+        bias += grad[i];
+      }
+      store(to + taps * lanes, bias);
+#pragma GCC unroll 3
+      for (int ky = 0; ky < 3; ++ky) {
+        Vector<T> in[n + 2];
+#pragma GCC unroll 10
+        for (int i = 0; i < n + 2; ++i) in[i] = load(lines[ky] + (x + i) * stride + first);
+#pragma GCC unroll 3
+        for (int kx = 0; kx < 3; ++kx) {
+          T* const tap = to + (3 * ky + kx) * lanes;
+          Vector<T> sum = load(tap);
+#pragma GCC unroll 8
+          for (int i = 0; i < n; ++i) sum += grad[i] * in[i + kx];
+          store(tap, sum);
+        }
+      }
+    }
+  }
+};
+
+/// All gradients in one pass over input and grad_output.
+template <typename T>
+void stream_backward(const DepthwiseParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Simd<T>::lanes, taps = kStreamed * kStreamed;
+  const int64_t blocks = number_of_blocks<T>(p.channels);
+  const int64_t ring_size = Ring<T>::size(p.channels, p.width), sums_size = blocks * (taps + 1) * lanes;
+  Scratch<T> scratch((p.gelu ? 3 : 2) * ring_size + blocks * taps * lanes + sums_size);
+  Ring<T> grads(scratch, p.channels, p.height, p.width), inputs(scratch, p.channels, p.height, p.width);
+  // gelu'(input), line by line as the inputs.
+  T* const slopes = p.gelu ? scratch.take(ring_size) : nullptr;
+  T* const weights = scratch.take(blocks * taps * lanes);
+  T* const sums = scratch.take(sums_size);
+  pack_streamed_weights(p, /*flipped=*/true, weights);
+  const int64_t stride = grads.stride(), line_size = (p.width + 2) * stride;
+  const auto slopes_of = [&](int64_t y) { return slopes + (y + kStreamed) % kStreamed * line_size; };
+  const int64_t image_size = p.height * p.width * p.channels;
+
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = item / p.strips;
+    const T* const input = const_data<T>(p.input) + image * image_size;
+    const T* const grad_output = const_data<T>(p.grad_output) + image * image_size;
+    const Lines lines(p.height, p.strips, item % p.strips);
+    for (int64_t i = 0; i < sums_size; ++i) sums[i] = T(0);
+    for (int64_t pushed = lines.begin - 1; pushed <= lines.end; ++pushed) {
+      grads.push(grad_output, pushed, [](Vector<T> g, int64_t, const Block&) OVERLOCK_MM_INLINE_LAMBDA { return g; });
+      if (p.gelu) {
+        T* const to = slopes_of(pushed);
+        inputs.push(input, pushed, [&](Vector<T> x, int64_t column, const Block& block) OVERLOCK_MM_INLINE_LAMBDA {
+          const Vector<T> below = normal_below<T>(x);
+          store(to + column * stride + block.first, gelu_slope<T>(x, below));
+          return x * below;
+        });
+      } else {
+        inputs.push(input, pushed, [](Vector<T> x, int64_t, const Block&) OVERLOCK_MM_INLINE_LAMBDA { return x; });
+      }
+      const int64_t y = pushed - 1;
+      if (y < lines.begin) continue;
+      if (p.grad_input) {
+        T* const to = static_cast<T*>(p.grad_input) + image * image_size + y * p.width * p.channels;
+        const T* const slope = p.gelu ? slopes_of(y) : nullptr;
+        convolve_line(
+            grads, y, p.channels, weights, p.width,
+            [](const Block&) OVERLOCK_MM_INLINE_LAMBDA { return Vector<T>{}; },
+            [&](int64_t x, const Block& block, Vector<T> sum) OVERLOCK_MM_INLINE_LAMBDA {
+              if (slope) sum *= load(slope + x * stride + block.first);
+              store_repeated(to + x * p.channels, block, sum);
+            });
+      }
+      if (p.grad_weight || p.grad_bias) {
+        StreamedGradient<T> gradient{{}, grads.line(y) + stride, stride, p.channels, sums};
+        for (int ky = 0; ky < 3; ++ky) gradient.lines[ky] = inputs.line(y + ky - 1);
+        in_tiles<kGradientTile>(0, p.width, gradient);
+      }
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Block block = block_of<T>(p.channels, b);
+      const T* const from = sums + b * (taps + 1) * lanes;
+      for (int64_t i = 0; i < block.count; ++i) {
+        const int64_t channel = item * p.channels + block.first + i;
+        for (int64_t t = 0; p.grad_weight && t < taps; ++t)
+          static_cast<T*>(p.grad_weight)[channel * taps + t] = from[t * lanes + i];
+        if (p.grad_bias) static_cast<T*>(p.grad_bias)[channel] = from[taps * lanes + i];
+      }
+    }
+  }
+}
+
+// --------------------------------------------------------------------------------------------------------- by blocks
+
+constexpr int kTile = 12;  // positions of a line in registers
+constexpr int kTaps = 9;   // taps of a line of the kernel in registers, for their gradients
+
+/// Lines of one block of channels with a border: position (y, x), counted from the corner of the border, is at
+/// data + (y * width + x) * lanes.
+template <typename T>
+struct Packed {
+  T* data;
+  int64_t width;
+
+  T* at(int64_t y, int64_t x) const { return data + (y * width + x) * Simd<T>::lanes; }
+
+  static int64_t size(int64_t lines, int64_t width, int64_t border) {
+    return (lines + 2 * border) * (width + 2 * border) * Simd<T>::lanes;
+  }
+
+  /// Lines from `first` - border on, of the image (H, W, C), less `shift`.
+  void pack(const T* image, int64_t height, int64_t columns, int64_t channels, const Block& block, int64_t first,
+            int64_t lines, int64_t border, Vector<T> shift) {
+    T* to = data;
+    for (int64_t y = first - border; y < first + lines + border; ++y) {
+      const bool inside = y >= 0 && y < height;
+      const T* from = image + y * columns * channels;
+      for (int64_t x = -border; x < columns + border; ++x, to += Simd<T>::lanes)
+        store(to, inside && x >= 0 && x < columns ? load_block(from + x * channels, block) - shift : Vector<T>{});
+    }
+  }
+};
+
+/// Where the taps of a kernel are, from its first one on, in a packed map.
+template <typename T>
+void tap_offsets(int64_t kernel_size, int64_t dilation, int64_t packed_width, int64_t* offsets) {
+  for (int64_t ky = 0; ky < kernel_size; ++ky) {
+    for (int64_t kx = 0; kx < kernel_size; ++kx) *offsets++ = (ky * packed_width + kx) * dilation * Simd<T>::lanes;
+  }
+}
+
+template <typename T, int n>
+OVERLOCK_MM_NOINLINE void convolve_tile(const T* in, const int64_t* offsets, const T* weights, int64_t taps,
+                                        Vector<T>* sums) {
+  Vector<T> acc[n];
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) acc[i] = sums[i];
+  for (int64_t t = 0; t < taps; ++t) {
+    const Vector<T> w = load(weights + t * Simd<T>::lanes);
+    const T* from = in + offsets[t];
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) acc[i] += w * load(from + i * Simd<T>::lanes);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) sums[i] = acc[i];
+}
+
+/// Add to the sums of n <= kTile positions, of which the first reads its first tap at `in`.
+template <typename T>
+inline void convolve_positions(int64_t n, const T* in, const int64_t* offsets, const T* weights, int64_t taps,
+                               Vector<T>* sums) {
+  using Function = void (*)(const T*, const int64_t*, const T*, int64_t, Vector<T>*);
+  static constexpr Function functions[kTile] = {
+      &convolve_tile<T, 1>, &convolve_tile<T, 2>, &convolve_tile<T, 3>,  &convolve_tile<T, 4>,
+      &convolve_tile<T, 5>, &convolve_tile<T, 6>, &convolve_tile<T, 7>,  &convolve_tile<T, 8>,
+      &convolve_tile<T, 9>, &convolve_tile<T, 10>, &convolve_tile<T, 11>, &convolve_tile<T, 12>};
+  functions[n - 1](in, offsets, weights, taps, sums);
+}
+
+/// Call function(x, n) for tiles of a line, as even as can be: a short one does as much work per load as a long one does.
+template <typename Function>
+OVERLOCK_MM_INLINE void in_even_tiles(int64_t width, Function function) {
+  const int64_t tiles = (width + kTile - 1) / kTile;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t x = i * width / tiles;
+    function(x, (i + 1) * width / tiles - x);
+  }
+}
+
+template <typename T>
+void convolve(const DepthwiseParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  const int64_t blocks = number_of_blocks<T>(p.channels), taps = p.kernel_size * p.kernel_size;
+  const int64_t border = p.kernel_size / 2 * p.dilation;
+  const int64_t most_lines = (p.height + p.strips - 1) / p.strips;
+  Scratch<T> scratch(Packed<T>::size(most_lines, p.width, border) + taps * lanes);
+  Scratch<int64_t> offsets_scratch(taps);
+  const Packed<T> packed{scratch.take(Packed<T>::size(most_lines, p.width, border)), p.width + 2 * border};
+  T* const weights = scratch.take(taps * lanes);
+  int64_t* const offsets = offsets_scratch.take(taps);
+  tap_offsets<T>(p.kernel_size, p.dilation, packed.width, offsets);
+  const int64_t image_size = p.height * p.width * p.channels;
+
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = item / blocks / p.strips;
+    const Block block = block_of<T>(p.channels, item % blocks);
+    const Lines lines(p.height, p.strips, item / blocks % p.strips);
+    Packed<T>(packed).pack(const_data<T>(p.input) + image * image_size, p.height, p.width, p.channels, block,
+                           lines.begin, lines.count(), border, Vector<T>{});
+    pack_weights(const_data<T>(p.weight), taps, 0, taps, block, /*flipped=*/false, weights);
+    if (p.residual) {
+      for (int64_t i = 0; i < lanes; ++i) weights[taps / 2 * lanes + i] += T(1);
+    }
+    const Vector<T> start = p.bias ? load_block(const_data<T>(p.bias), block) : Vector<T>{};
+    for (int64_t y = 0; y < lines.count(); ++y) {
+      T* const to = static_cast<T*>(p.output) + image * image_size + (lines.begin + y) * p.width * p.channels;
+      in_even_tiles(p.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
+        Vector<T> sums[kTile];
+        for (int64_t i = 0; i < n; ++i) sums[i] = start;
+        convolve_positions<T>(n, packed.at(y, x), offsets, weights, taps, sums);
+        for (int64_t i = 0; i < n; ++i) store_block(to + (x + i) * p.channels, block, sums[i]);
+      });
+    }
+  }
+}
+
+/// Add products of gradients and inputs, over positions, to the sums of n taps that are `step` apart.
+template <typename T, int n>
+OVERLOCK_MM_NOINLINE void correlate_tile(const T* grads, const T* in, int64_t positions, int64_t step, T* sums) {
+  Vector<T> acc[n];
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) acc[i] = load(sums + i * Simd<T>::lanes);
+  for (int64_t x = 0; x < positions; ++x, grads += Simd<T>::lanes, in += Simd<T>::lanes) {
+    const Vector<T> grad = load(grads);
+    const T* from = in;
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i, from += step) acc[i] += grad * load(from);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) store(sums + i * Simd<T>::lanes, acc[i]);
+}
+
+/// Add to the gradients of a kernel's taps, (k * k, lanes). `grads` has the lines of the output, `inputs` those that
+/// the first tap reads.
+template <typename T>
+void correlate(const Packed<T>& grads, const Packed<T>& inputs, int64_t lines, int64_t columns, int64_t kernel_size,
+               int64_t dilation, T* sums) {
+  using Function = void (*)(const T*, const T*, int64_t, int64_t, T*);
+  static constexpr Function functions[kTaps] = {&correlate_tile<T, 1>, &correlate_tile<T, 2>, &correlate_tile<T, 3>,
+                                                &correlate_tile<T, 4>, &correlate_tile<T, 5>, &correlate_tile<T, 6>,
+                                                &correlate_tile<T, 7>, &correlate_tile<T, 8>, &correlate_tile<T, 9>};
+  constexpr int64_t lanes = Simd<T>::lanes;
+  const int64_t parts = (kernel_size + kTaps - 1) / kTaps;
+  for (int64_t ky = 0; ky < kernel_size; ++ky) {
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t kx = part * kernel_size / parts, n = (part + 1) * kernel_size / parts - kx;
+      for (int64_t y = 0; y < lines; ++y) {
+        functions[n - 1](grads.at(y, 0), inputs.at(y + ky * dilation, kx * dilation), columns, dilation * lanes,
+                         sums + (ky * kernel_size + kx) * lanes);
+      }
+    }
+  }
+}
+
+/// Gradients (taps, lanes) of a block to (C, taps).
+template <typename T>
+void unpack_gradients(const T* sums, int64_t taps, const Block& block, int64_t taps_of_channel, T* to) {
+  for (int64_t i = block.skip; i < block.count; ++i) {
+    for (int64_t t = 0; t < taps; ++t) to[(block.first + i) * taps_of_channel + t] = sums[t * Simd<T>::lanes + i];
+  }
+}
+
+template <typename T>
+void weight_gradient(const DepthwiseParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  const int64_t blocks = number_of_blocks<T>(p.channels), taps = p.kernel_size * p.kernel_size;
+  const int64_t border = p.kernel_size / 2 * p.dilation;
+  const int64_t most_lines = (p.height + p.strips - 1) / p.strips;
+  const int64_t input_size = Packed<T>::size(most_lines, p.width, border);
+  const int64_t grads_size = Packed<T>::size(most_lines, p.width, 0);
+  Scratch<T> scratch(input_size + grads_size + taps * lanes);
+  Packed<T> inputs{scratch.take(input_size), p.width + 2 * border}, grads{scratch.take(grads_size), p.width};
+  T* const sums = scratch.take(taps * lanes);
+  const int64_t image_size = p.height * p.width * p.channels;
+
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t part = item / blocks, image = part / p.strips;
+    const Block block = block_of<T>(p.channels, item % blocks);
+    const Lines lines(p.height, p.strips, part % p.strips);
+    inputs.pack(const_data<T>(p.input) + image * image_size, p.height, p.width, p.channels, block, lines.begin,
+                lines.count(), border, Vector<T>{});
+    // In place of a bias: what the gradients are counted from.
+    const Vector<T> shift = p.bias ? load_block(const_data<T>(p.bias), block) : Vector<T>{};
+    grads.pack(const_data<T>(p.grad_output) + image * image_size, p.height, p.width, p.channels, block, lines.begin,
+               lines.count(), 0, shift);
+    for (int64_t i = 0; i < taps * lanes; ++i) sums[i] = T(0);
+    correlate(grads, inputs, lines.count(), p.width, p.kernel_size, p.dilation, sums);
+    unpack_gradients(sums, taps, block, taps, static_cast<T*>(p.grad_weight) + part * p.channels * taps);
+  }
+}
+
+// ----------------------------------------------------------------------------------------- branches with batch norms
+
+/// What is known of a branch before its map is read.
+template <typename T>
+struct Branch {
+  int64_t kernel_size, dilation, taps;
+  int64_t first_tap;      ///< in the weights of all branches
+  int64_t corner;         ///< its first tap in the packed map, from the corner of the widest branch on, in elements
+  const int64_t* offsets;
+};
+
+template <typename T>
+class Branches {
+ public:
+  Branches(const BranchParams& p, int64_t packed_width) : offsets_(p.taps()) {
+    int64_t first_tap = 0;
+    for (int i = 0; i < p.branches; ++i) {
+      const int64_t k = p.kernel_size[i], d = p.dilation[i], margin = p.reach - k / 2 * d;
+      int64_t* const offsets = offsets_.take(k * k);
+      tap_offsets<T>(k, d, packed_width, offsets);
+      branches_[i] = {k, d, k * k, first_tap, (margin * packed_width + margin) * Simd<T>::lanes, offsets};
+      first_tap += k * k;
+    }
+  }
+  const Branch<T>& operator[](int i) const { return branches_[i]; }
+
+ private:
+  Scratch<int64_t> offsets_;
+  Branch<T> branches_[BranchParams::kMost];
+};
+
+template <typename T>
+void pack_branch_weights(const BranchParams& p, const Branches<T>& branches, const Block& block, bool flipped, T* to) {
+  for (int i = 0; i < p.branches; ++i) {
+    pack_weights(const_data<T>(p.weights), p.taps(), branches[i].first_tap, branches[i].taps, block, flipped,
+                 to + branches[i].first_tap * Simd<T>::lanes);
+  }
+}
+
+template <typename T>
+void branch_statistics(const BranchParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  const int64_t blocks = number_of_blocks<T>(p.channels);
+  const int64_t most_lines = (p.height + p.strips - 1) / p.strips;
+  const int64_t packed_size = Packed<T>::size(most_lines, p.width, p.reach);
+  Scratch<T> scratch(packed_size + p.taps() * lanes);
+  Packed<T> packed{scratch.take(packed_size), p.width + 2 * p.reach};
+  T* const weights = scratch.take(p.taps() * lanes);
+  const Branches<T> branches(p, packed.width);
+  const int64_t image_size = p.height * p.width * p.channels;
+
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t part = item / blocks;
+    const Block block = block_of<T>(p.channels, item % blocks);
+    const Lines lines(p.height, p.strips, part % p.strips);
+    packed.pack(const_data<T>(p.input) + part / p.strips * image_size, p.height, p.width, p.channels, block,
+                lines.begin, lines.count(), p.reach, Vector<T>{});
+    pack_branch_weights(p, branches, block, /*flipped=*/false, weights);
+    for (int i = 0; i < p.branches; ++i) {
+      const Branch<T>& branch = branches[i];
+      const T* const own_weights = weights + branch.first_tap * lanes;
+      // Counted from the first position's output, lest a large mean eats up the digits of a small variance.
+      Vector<T> shift{}, sum{}, square{};
+      convolve_positions<T>(1, packed.at(0, 0) + branch.corner, branch.offsets, own_weights, branch.taps, &shift);
+      for (int64_t y = 0; y < lines.count(); ++y) {
+        in_even_tiles(p.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
+          Vector<T> out[kTile] = {};
+          convolve_positions<T>(n, packed.at(y, x) + branch.corner, branch.offsets, own_weights, branch.taps, out);
+          for (int64_t j = 0; j < n; ++j) {
+            const Vector<T> distance = out[j] - shift;
+            sum += distance;
+            square += distance * distance;
+          }
+        });
+      }
+      const T count = T(lines.count() * p.width);
+      const Vector<T> mean = sum / count;
+      const int64_t at = (part * p.branches + i) * p.channels;
+      store_block(static_cast<T*>(p.means) + at, block, shift + mean);
+      store_block(static_cast<T*>(p.squares) + at, block, square - sum * mean);
+    }
+  }
+}
+
+template <typename T>
+void branch_gradients(const BranchParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  const int64_t blocks = number_of_blocks<T>(p.channels), taps = p.taps();
+  const int64_t bordered = Packed<T>::size(p.height, p.width, p.reach), plain = Packed<T>::size(p.height, p.width, 0);
+  Scratch<T> scratch(2 * bordered + 2 * plain + 3 * taps * lanes);
+  Packed<T> inputs{scratch.take(bordered), p.width + 2 * p.reach};
+  const Packed<T> of_branch{scratch.take(bordered), inputs.width};  // the gradient of a branch's output
+  Packed<T> grads{scratch.take(plain), p.width};
+  const Packed<T> grad_input{scratch.take(plain), p.width};
+  T* const weights = scratch.take(taps * lanes);
+  T* const flipped = scratch.take(taps * lanes);
+  T* const sums = scratch.take(taps * lanes);
+  const Branches<T> branches(p, inputs.width);
+  const int64_t image_size = p.height * p.width * p.channels;
+  for (int64_t i = 0; i < bordered; ++i) of_branch.data[i] = T(0);
+
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = item / blocks;
+    const Block block = block_of<T>(p.channels, item % blocks);
+    inputs.pack(const_data<T>(p.input) + image * image_size, p.height, p.width, p.channels, block, 0, p.height, p.reach,
+                Vector<T>{});
+    grads.pack(const_data<T>(p.grad_output) + image * image_size, p.height, p.width, p.channels, block, 0, p.height, 0,
+               load_block(const_data<T>(p.grad_mean), block));
+    pack_branch_weights(p, branches, block, /*flipped=*/false, weights);
+    pack_branch_weights(p, branches, block, /*flipped=*/true, flipped);
+    for (int64_t i = 0; i < plain; ++i) grad_input.data[i] = T(0);
+    for (int64_t i = 0; i < taps * lanes; ++i) sums[i] = T(0);
+    for (int i = 0; i < p.branches; ++i) {
+      const Branch<T>& branch = branches[i];
+      const T* const own_weights = weights + branch.first_tap * lanes;
+      const T* const own_flipped = flipped + branch.first_tap * lanes;
+      const Vector<T> mean = load_block(const_data<T>(p.mean) + i * p.channels, block);
+      const Vector<T> scale = load_block(const_data<T>(p.scale) + i * p.channels, block);
+      const Vector<T> slope = load_block(const_data<T>(p.slope) + i * p.channels, block);
+      for (int64_t y = 0; y < p.height; ++y) {
+        in_even_tiles(p.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
+          Vector<T> out[kTile] = {};
+          convolve_positions<T>(n, inputs.at(y, x) + branch.corner, branch.offsets, own_weights, branch.taps, out);
+          const T* const grad = grads.at(y, x);
+          T* const to = of_branch.at(y + p.reach, x + p.reach);
+          for (int64_t j = 0; j < n; ++j)
+            store(to + j * lanes, scale * (load(grad + j * lanes) - slope * (out[j] - mean)));
+        });
+      }
+      const Packed<T> inside{of_branch.at(p.reach, p.reach), of_branch.width};
+      const Packed<T> first_tap{inputs.data + branch.corner, inputs.width};
+      correlate(inside, first_tap, p.height, p.width, branch.kernel_size, branch.dilation,
+                sums + branch.first_tap * lanes);
+      for (int64_t y = 0; y < p.height; ++y) {
+        in_even_tiles(p.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
+          Vector<T> out[kTile];
+          T* const to = grad_input.at(y, x);
+          for (int64_t j = 0; j < n; ++j) out[j] = load(to + j * lanes);
+          convolve_positions<T>(n, of_branch.at(y, x) + branch.corner, branch.offsets, own_flipped, branch.taps, out);
+          for (int64_t j = 0; j < n; ++j) store(to + j * lanes, out[j]);
+        });
+      }
+    }
+    unpack_gradients(sums, taps, block, taps, static_cast<T*>(p.grad_weights) + image * p.channels * taps);
+    T* to = static_cast<T*>(p.grad_input) + image * image_size;
+    for (int64_t i = 0; i < p.height * p.width; ++i, to += p.channels)
+      store_block(to, block, load(grad_input.data + i * lanes));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- response norms
+
+constexpr int kSumBlocks = kVectorBytes == 64 ? 8 : 4;  // vectors of channels that are summed in registers
+
+template <typename T, int n>
+OVERLOCK_MM_INLINE void sum_channels(const T* a, const T* b, int64_t stride, int64_t positions, T* products, T* plain) {
+  Vector<T> product[n] = {}, sum[n] = {};
+  for (int64_t i = 0; i < positions; ++i, a += stride, b += stride) {
+#pragma GCC unroll 8
+    for (int j = 0; j < n; ++j) {
+      const Vector<T> x = load(b + j * Simd<T>::lanes);
+      product[j] += load(a + j * Simd<T>::lanes) * x;
+      if (plain) sum[j] += x;
+    }
+  }
+  for (int j = 0; j < n; ++j) {
+    store(products + j * Simd<T>::lanes, product[j]);
+    if (plain) store(plain + j * Simd<T>::lanes, sum[j]);
+  }
+}
+
+template <typename T>
+void channel_sums(const ResponseNormParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  for (int64_t item = begin; item < end; ++item) {
+    const Lines part(p.positions, p.strips, item % p.strips);
+    const int64_t first = (item / p.strips * p.positions + part.begin) * p.channels;
+    const T* const a = const_data<T>(p.input) + first;
+    const T* const b = p.other ? const_data<T>(p.other) + first : a;
+    T* const products = static_cast<T*>(p.sums) + item * p.channels;
+    T* const plain = p.plain_sums ? static_cast<T*>(p.plain_sums) + item * p.channels : nullptr;
+    int64_t c = 0;
+    for (; c + kSumBlocks * lanes <= p.channels; c += kSumBlocks * lanes) {
+      sum_channels<T, kSumBlocks>(a + c, b + c, p.channels, part.count(), products + c, plain ? plain + c : nullptr);
+    }
+    for (; c + lanes <= p.channels; c += lanes) {
+      sum_channels<T, 1>(a + c, b + c, p.channels, part.count(), products + c, plain ? plain + c : nullptr);
+    }
+    for (; c < p.channels; ++c) {
+      T product = 0, sum = 0;
+      for (int64_t i = 0; i < part.count(); ++i) {
+        product += a[i * p.channels + c] * b[i * p.channels + c];
+        sum += b[i * p.channels + c];
+      }
+      products[c] = product;
+      if (plain) plain[c] = sum;
+    }
+  }
+}
+
+template <typename T>
+void combine(const ResponseNormParams& p, int64_t begin, int64_t end) {
+  const int64_t blocks = number_of_blocks<T>(p.channels);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = item / p.strips;
+    const Lines part(p.positions, p.strips, item % p.strips);
+    const int64_t first = (image * p.positions + part.begin) * p.channels;
+    const T* a = const_data<T>(p.input) + first;
+    const T* b = p.other ? const_data<T>(p.other) + first : nullptr;
+    T* to = static_cast<T*>(p.output) + first;
+    const T* const scale = const_data<T>(p.scale) + image * p.channels;
+    const T* const other_scale = p.other ? const_data<T>(p.other_scale) + image * p.channels : nullptr;
+    for (int64_t i = 0; i < part.count(); ++i) {
+      for (int64_t j = 0; j < blocks; ++j) {
+        const Block block = block_of<T>(p.channels, j);
+        Vector<T> out = load_block(a, block) * load_block(scale, block);
+        if (b) out += load_block(b, block) * load_block(other_scale, block);
+        if (p.shift) out += load_block(const_data<T>(p.shift), block);
+        store_repeated(to, block, out);
+      }
+      a += p.channels;
+      to += p.channels;
+      if (b) b += p.channels;
+    }
+  }
+}
+
+}  // namespace
+
+template <typename T>
+const MapKernels<T>& map_kernels() {
+  static constexpr MapKernels<T> table = {Simd<T>::lanes,        &stream<T>,           &stream_backward<T>, &convolve<T>,
+                                          &weight_gradient<T>,   &branch_statistics<T>, &branch_gradients<T>,
+                                          &channel_sums<T>,      &combine<T>};
+  return table;
+}
+
+template const MapKernels<float>& map_kernels<float>();
+template const MapKernels<double>& map_kernels<double>();
+
+}  // namespace overlock_mm::cpu::OVERLOCK_MM_NAMESPACE

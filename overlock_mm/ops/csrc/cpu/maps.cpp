@@ -1,0 +1,401 @@
+// Static depth-wise convolutions and response norms for tensors on the CPU.
+#include <torch/library.h>
+
+#include "../depthwise_tensors.h"
+#include "dispatch.h"
+#include "maps_cpu.h"
+
+namespace overlock_mm {
+namespace {
+
+using cpu::in_parallel;
+
+template <typename T>
+const cpu::MapKernels<T>& kernels() {
+#if defined(__x86_64__)
+  if (cpu::instruction_set() == cpu::InstructionSet::avx512) return cpu::avx512::map_kernels<T>();
+  if (cpu::instruction_set() == cpu::InstructionSet::avx2) return cpu::avx2::map_kernels<T>();
+#endif
+  return cpu::baseline::map_kernels<T>();
+}
+
+/// Call function(kernels, lanes) for float or double.
+template <typename Function>
+void with_kernels(at::ScalarType dtype, Function function) {
+  if (dtype == at::kDouble) {
+    function(kernels<double>());
+  } else {
+    function(kernels<float>());
+  }
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ------------------------------------------------------------------------------------------------------------ layout
+
+/// Maps as the kernels take them: channels_last, half types through float32.
+Tensor as_input(const Tensor& map) {
+  return map.to(accumulation_type(map)).contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+Tensor empty_output(const Tensor& input) {
+  return at::empty(input.sizes(), input.options(), at::MemoryFormat::ChannelsLast);
+}
+
+/// Results as the meta kernels say: of the dtype and layout of `like`.
+Tensor as_output(const Tensor& map, const Tensor& like) {
+  return map.to(like.scalar_type()).contiguous(memory_format_of(like));
+}
+
+Tensor as_parameter(const Tensor& parameter, const Tensor& input) {
+  return parameter.to(accumulation_type(input)).contiguous();
+}
+
+// -------------------------------------------------------------------------------------------------------- one branch
+
+bool streams(const DepthwiseParams& p) { return p.kernel_size == 3 && p.dilation == 1; }
+
+DepthwiseParams params_of(const Tensor& input, const Tensor& weight, int64_t dilation, bool residual, bool gelu) {
+  DepthwiseParams p{};
+  p.batch = input.size(0);
+  p.channels = input.size(1);
+  p.height = input.size(2);
+  p.width = input.size(3);
+  p.kernel_size = weight.size(2);
+  p.dilation = dilation;
+  p.residual = residual;
+  p.gelu = gelu;
+  p.input = input.data_ptr();
+  p.weight = weight.data_ptr();
+  return p;
+}
+
+/// Parts of an image for sums: their number depends on the shape alone, so that every number of threads adds up in the same
+/// order. `items` there are without parts; a part has `least` lines or more.
+int64_t strips_for_sums(int64_t items, int64_t height, int64_t least) {
+  return std::max<int64_t>(1, std::min(divide_up(32, std::max<int64_t>(items, 1)), height / least));
+}
+
+/// Parts of an image for a forward: enough for all threads, and small enough for a core's cache. No result depends on it.
+int64_t strips_for_outputs(int64_t items, int64_t height, int64_t least, int64_t bytes_of_line, int64_t border) {
+  constexpr int64_t cache = 512 * 1024;
+  const int64_t for_threads = divide_up(4 * at::get_num_threads(), std::max<int64_t>(items, 1));
+  const int64_t lines = std::max(cache / bytes_of_line - 2 * border, std::max<int64_t>(2 * border, 1));
+  return std::max<int64_t>(1, std::min(std::max(for_threads, divide_up(height, lines)), divide_up(height, least)));
+}
+
+/// `input` and `weight` as the kernels take them.
+Tensor convolve(const Tensor& input, const Tensor& weight, const Tensor& bias, int64_t dilation, bool residual,
+                bool gelu) {
+  const Tensor output = empty_output(input);
+  if (input.numel() == 0) return output;
+  DepthwiseParams p = params_of(input, weight, dilation, residual, gelu);
+  p.bias = bias.defined() ? bias.data_ptr() : nullptr;
+  p.output = output.data_ptr();
+  with_kernels(input.scalar_type(), [&](const auto& kernel) {
+    if (streams(p)) {
+      p.strips = std::max<int64_t>(1, std::min(divide_up(4 * at::get_num_threads(), p.batch), divide_up(p.height, 8)));
+      in_parallel(p.batch * p.strips, [&](int64_t begin, int64_t end) { kernel.stream(p, begin, end); });
+      return;
+    }
+    const int64_t blocks = divide_up(p.channels, kernel.lanes), border = p.kernel_size / 2 * p.dilation;
+    const int64_t bytes_of_line = (p.width + 2 * border) * kernel.lanes * input.element_size();
+    p.strips = strips_for_outputs(p.batch * blocks, p.height, 4, bytes_of_line, border);
+    in_parallel(p.batch * p.strips * blocks, [&](int64_t begin, int64_t end) { kernel.convolve(p, begin, end); });
+  });
+  return output;
+}
+
+/// Gradient of a kernel, (C, 1, k, k), with `shift` (C) taken off grad_output first.
+Tensor weight_gradient(const Tensor& grad_output, const Tensor& input, const Tensor& weight, int64_t dilation,
+                       const Tensor& shift) {
+  DepthwiseParams p = params_of(input, weight, dilation, false, false);
+  p.grad_output = grad_output.data_ptr();
+  p.bias = shift.defined() ? shift.data_ptr() : nullptr;
+  Tensor partial;
+  with_kernels(input.scalar_type(), [&](const auto& kernel) {
+    // Of blocks of 16 channels, whatever the lanes.
+    p.strips = strips_for_sums(p.batch * divide_up(p.channels, 16), p.height, p.kernel_size / 2 * p.dilation + 1);
+    partial = at::empty({p.batch * p.strips, p.channels, 1, p.kernel_size, p.kernel_size}, weight.options());
+    p.grad_weight = partial.data_ptr();
+    const int64_t blocks = divide_up(p.channels, kernel.lanes);
+    in_parallel(p.batch * p.strips * blocks,
+                [&](int64_t begin, int64_t end) { kernel.weight_gradient(p, begin, end); });
+  });
+  return partial.sum(0);
+}
+
+Tensor depthwise_conv2d_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, int64_t dilation,
+                            bool residual, bool gelu) {
+  check_depthwise(input, weight, bias, dilation, gelu);
+  const Tensor map = as_input(input);
+  return as_output(convolve(map, as_parameter(weight, input), bias ? as_parameter(*bias, input) : Tensor(), dilation,
+                            residual, gelu),
+                   input);
+}
+
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward_cpu(const Tensor& grad_output, const Tensor& input,
+                                                                 const Tensor& weight, int64_t dilation, bool residual,
+                                                                 bool gelu, std::array<bool, 3> output_mask) {
+  check_depthwise(input, weight, OptionalTensor(), dilation, gelu);
+  check_grad_output(grad_output, input);
+  const Tensor map = as_input(input), grad = as_input(grad_output), kernel_weight = as_parameter(weight, input);
+  Tensor grad_input, grad_weight, grad_bias;
+  if (input.numel() == 0) {
+    if (output_mask[0]) grad_input = empty_output(map);
+    if (output_mask[1]) grad_weight = at::zeros_like(kernel_weight);
+    if (output_mask[2]) grad_bias = at::zeros({weight.size(0)}, kernel_weight.options());
+  } else if (DepthwiseParams p = params_of(map, kernel_weight, dilation, residual, gelu); streams(p)) {
+    p.grad_output = grad.data_ptr();
+    p.strips = strips_for_sums(p.batch, p.height, 8);
+    Tensor partial_weight, partial_bias;
+    if (output_mask[0]) {
+      grad_input = empty_output(map);
+      p.grad_input = grad_input.data_ptr();
+    }
+    if (output_mask[1]) {
+      partial_weight = at::empty({p.batch * p.strips, p.channels, 1, 3, 3}, kernel_weight.options());
+      p.grad_weight = partial_weight.data_ptr();
+    }
+    if (output_mask[2]) {
+      partial_bias = at::empty({p.batch * p.strips, p.channels}, kernel_weight.options());
+      p.grad_bias = partial_bias.data_ptr();
+    }
+    with_kernels(map.scalar_type(), [&](const auto& kernel) {
+      in_parallel(p.batch * p.strips, [&](int64_t begin, int64_t end) { kernel.stream_backward(p, begin, end); });
+    });
+    if (output_mask[1]) grad_weight = partial_weight.sum(0);
+    if (output_mask[2]) grad_bias = partial_bias.sum(0);
+  } else {
+    // The gradient of the input is the convolution with the kernel turned round.
+    if (output_mask[0])
+      grad_input = convolve(grad, kernel_weight.flip({2, 3}), Tensor(), dilation, residual, /*gelu=*/false);
+    if (output_mask[1]) grad_weight = weight_gradient(grad, map, kernel_weight, dilation, Tensor());
+    if (output_mask[2]) grad_bias = grad.sum({0, 2, 3});
+  }
+  if (output_mask[0]) grad_input = as_output(grad_input, input);
+  return {grad_input, grad_weight, grad_bias};
+}
+
+// ----------------------------------------------------------------------------------------- branches with batch norms
+
+BranchParams params_of(const Tensor& input, const Tensor& weights, at::IntArrayRef kernel_sizes,
+                       at::IntArrayRef dilations) {
+  BranchParams p{};
+  p.batch = input.size(0);
+  p.channels = input.size(1);
+  p.height = input.size(2);
+  p.width = input.size(3);
+  p.branches = kernel_sizes.size();
+  for (int i = 0; i < p.branches; ++i) {
+    p.kernel_size[i] = kernel_sizes[i];
+    p.dilation[i] = dilations[i];
+  }
+  p.reach = kernel_sizes[0] / 2;
+  p.input = input.data_ptr();
+  p.weights = weights.data_ptr();
+  return p;
+}
+
+/// Where the taps of a branch are in the widest branch's kernel, (k, k).
+Tensor window(const Tensor& kernel, const BranchParams& p, int branch) {
+  const int64_t k = p.kernel_size[branch], d = p.dilation[branch], margin = p.reach - k / 2 * d;
+  return kernel.slice(-2, margin, margin + (k - 1) * d + 1, d).slice(-1, margin, margin + (k - 1) * d + 1, d);
+}
+
+/// The one kernel (C, 1, K, K) that the sum of branches is, each scaled by (branches, C).
+Tensor fold(const Tensor& weights, const Tensor& scales, const BranchParams& p) {
+  const int64_t side = 2 * p.reach + 1;
+  const Tensor folded = at::zeros({p.channels, 1, side, side}, scales.options());
+  int64_t first = 0;
+  for (int i = 0; i < p.branches; ++i) {
+    const int64_t k = p.kernel_size[i];
+    const Tensor own = weights.slice(1, first, first + k * k).to(scales.scalar_type()).view({p.channels, 1, k, k});
+    window(folded, p, i).add_(own * scales[i].view({-1, 1, 1, 1}));
+    first += k * k;
+  }
+  return folded;
+}
+
+/// Mean and biased variance over parts, (parts, ...), from means and sums of squared distances in parts of given counts.
+std::pair<Tensor, Tensor> statistics_of_parts(const Tensor& means, const Tensor& squares, const Tensor& counts) {
+  const Tensor total = counts.sum(), weight = counts.view({-1, 1, 1});
+  const Tensor mean = (means * weight).sum(0) / total;
+  const Tensor distance = means - mean;
+  return {mean, (squares + distance * distance * weight).sum(0) / total};
+}
+
+std::tuple<Tensor, Tensor, Tensor> branch_norms_cpu(const Tensor& input, const Tensor& weights,
+                                                    const Tensor& norm_weights, const Tensor& norm_biases,
+                                                    at::IntArrayRef kernel_sizes, at::IntArrayRef dilations,
+                                                    double eps) {
+  check_branches(input, weights, norm_weights, kernel_sizes, dilations);
+  check_parameter("norm_biases", norm_biases, input, norm_weights.sym_sizes());
+  const Tensor map = as_input(input), kernels_of_branches = as_parameter(weights, input);
+  TORCH_CHECK_VALUE(map.numel() > 0, "input must not be empty, got shape ", shape_of(input));
+  BranchParams p = params_of(map, kernels_of_branches, kernel_sizes, dilations);
+  p.strips = strips_for_sums(p.batch * divide_up(p.channels, 16), p.height, 2 * p.reach + 1);
+  const Tensor means = at::empty({p.batch * p.strips, p.branches, p.channels}, map.options().memory_format(c10::nullopt)),
+               squares = at::empty_like(means);
+  p.means = means.data_ptr();
+  p.squares = squares.data_ptr();
+  with_kernels(map.scalar_type(), [&](const auto& kernel) {
+    in_parallel(p.batch * p.strips * divide_up(p.channels, kernel.lanes),
+                [&](int64_t begin, int64_t end) { kernel.branch_statistics(p, begin, end); });
+  });
+  std::vector<double> lines;
+  for (int64_t i = 0; i < p.batch * p.strips; ++i) {
+    const int64_t strip = i % p.strips;
+    lines.push_back(double((strip + 1) * p.height / p.strips - strip * p.height / p.strips));
+  }
+  const auto [mean, variance] =
+      statistics_of_parts(means.to(at::kDouble), squares.to(at::kDouble), at::tensor(lines, at::kDouble) * double(p.width));
+  // mean of squares was a sum over lines * width positions.
+  const Tensor scale = norm_weights.to(at::kDouble) * (variance + eps).rsqrt();
+  const Tensor kernel = fold(kernels_of_branches, scale, p).to(map.scalar_type());
+  const Tensor bias = (norm_biases.to(at::kDouble) - mean * scale).sum(0).to(map.scalar_type());
+  const Tensor output = convolve(map, kernel, bias, /*dilation=*/1, /*residual=*/false, /*gelu=*/false);
+  return {as_output(output, input), mean.to(map.scalar_type()), variance.to(map.scalar_type())};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> branch_norms_backward_cpu(const Tensor& grad_output, const Tensor& input,
+                                                                     const Tensor& weights, const Tensor& norm_weights,
+                                                                     const Tensor& mean, const Tensor& variance,
+                                                                     at::IntArrayRef kernel_sizes,
+                                                                     at::IntArrayRef dilations, double eps) {
+  check_branches(input, weights, norm_weights, kernel_sizes, dilations);
+  check_grad_output(grad_output, input);
+  check_parameter("mean", mean, input, norm_weights.sym_sizes());
+  check_parameter("variance", variance, input, norm_weights.sym_sizes());
+  const Tensor map = as_input(input), grad = as_input(grad_output), kernels_of_branches = as_parameter(weights, input);
+  const at::ScalarType dtype = map.scalar_type();
+  BranchParams p = params_of(map, kernels_of_branches, kernel_sizes, dilations);
+  const double positions = double(p.batch) * p.height * p.width;
+  const Tensor grad_mean = grad.mean({0, 2, 3});
+
+  // With g' the gradient less its mean, and G its correlation with the input: the gradient of a norm's weight, the sum of
+  // g' times the normalised output, is its kernel times G. So no branch has to be computed to know how far it goes down.
+  const int64_t side = 2 * p.reach + 1;
+  const Tensor correlation =
+      weight_gradient(grad, map, at::empty({p.channels, 1, side, side}, kernels_of_branches.options()), 1, grad_mean)
+          .to(at::kDouble);
+  const Tensor inverse_deviation = (variance.to(at::kDouble) + eps).rsqrt();
+  const Tensor grad_norm_weights = at::empty({p.branches, p.channels}, correlation.options());
+  int64_t first = 0;
+  for (int i = 0; i < p.branches; ++i) {
+    const int64_t taps = p.kernel_size[i] * p.kernel_size[i];
+    const Tensor own = kernels_of_branches.slice(1, first, first + taps).to(at::kDouble);
+    grad_norm_weights[i].copy_((own * window(correlation, p, i).reshape({p.channels, taps})).sum(1));
+    first += taps;
+  }
+  grad_norm_weights.mul_(inverse_deviation);
+  const Tensor scale = (norm_weights.to(at::kDouble) * inverse_deviation).to(dtype),
+               slope = (grad_norm_weights * inverse_deviation / positions).to(dtype), means = mean.to(dtype).contiguous();
+
+  const Tensor grad_input = empty_output(map),
+               partial = at::empty({p.batch, p.channels, p.taps()}, kernels_of_branches.options());
+  p.grad_output = grad.data_ptr();
+  p.grad_mean = grad_mean.data_ptr();
+  p.mean = means.data_ptr();
+  p.scale = scale.data_ptr();
+  p.slope = slope.data_ptr();
+  p.grad_input = grad_input.data_ptr();
+  p.grad_weights = partial.data_ptr();
+  with_kernels(dtype, [&](const auto& kernel) {
+    in_parallel(p.batch * divide_up(p.channels, kernel.lanes),
+                [&](int64_t begin, int64_t end) { kernel.branch_gradients(p, begin, end); });
+  });
+  const Tensor grad_norm_biases = (grad_mean * positions).expand({p.branches, p.channels}).contiguous();
+  return {as_output(grad_input, input), partial.sum(0), grad_norm_weights.to(dtype), grad_norm_biases};
+}
+
+// ---------------------------------------------------------------------------------------------------- response norms
+
+ResponseNormParams params_of(const Tensor& input) {
+  ResponseNormParams p{};
+  p.batch = input.size(0);
+  p.channels = input.size(1);
+  p.positions = input.size(2) * input.size(3);
+  p.strips = strips_for_sums(p.batch, p.positions, 64);
+  p.input = input.data_ptr();
+  return p;
+}
+
+/// Sums over the map, (B, C): of input * other, and of other.
+std::pair<Tensor, Tensor> channel_sums(const Tensor& input, const Tensor& other) {
+  ResponseNormParams p = params_of(input);
+  const auto options = at::TensorOptions(input.scalar_type());
+  const Tensor sums = at::empty({p.batch, p.strips, p.channels}, options);
+  p.sums = sums.data_ptr();
+  Tensor plain;
+  if (other.defined()) {
+    plain = at::empty_like(sums);
+    p.other = other.data_ptr();
+    p.plain_sums = plain.data_ptr();
+  }
+  with_kernels(input.scalar_type(), [&](const auto& kernel) {
+    in_parallel(p.batch * p.strips, [&](int64_t begin, int64_t end) { kernel.channel_sums(p, begin, end); });
+  });
+  return {sums.sum(1), other.defined() ? plain.sum(1) : Tensor()};
+}
+
+/// input * scale + other * other_scale + shift, with scales (B, C) and shift (C).
+Tensor combine(const Tensor& input, const Tensor& scale, const Tensor& other, const Tensor& other_scale,
+               const Tensor& shift) {
+  const Tensor output = empty_output(input);
+  ResponseNormParams p = params_of(input);
+  p.output = output.data_ptr();
+  p.scale = scale.data_ptr();
+  if (other.defined()) {
+    p.other = other.data_ptr();
+    p.other_scale = other_scale.data_ptr();
+  }
+  if (shift.defined()) p.shift = shift.data_ptr();
+  with_kernels(input.scalar_type(), [&](const auto& kernel) {
+    in_parallel(p.batch * p.strips, [&](int64_t begin, int64_t end) { kernel.combine(p, begin, end); });
+  });
+  return output;
+}
+
+std::tuple<Tensor, Tensor> response_norm_cpu(const Tensor& input, const Tensor& gamma, const Tensor& beta, double eps) {
+  check_map("input", input);
+  check_parameter("gamma", gamma, input, {input.sym_size(1)});
+  check_parameter("beta", beta, input, {input.sym_size(1)});
+  const Tensor map = as_input(input);
+  const Tensor response = channel_sums(map, Tensor()).first.sqrt();
+  const Tensor scale = as_parameter(gamma, input) * (response / (response.mean(1, /*keepdim=*/true) + eps)) + 1;
+  return {as_output(combine(map, scale, Tensor(), Tensor(), as_parameter(beta, input)), input), response};
+}
+
+std::tuple<Tensor, Tensor, Tensor> response_norm_backward_cpu(const Tensor& grad_output, const Tensor& input,
+                                                              const Tensor& gamma, const Tensor& response, double eps) {
+  check_map("input", input);
+  check_grad_output(grad_output, input);
+  check_parameter("gamma", gamma, input, {input.sym_size(1)});
+  check_parameter("response", response, input, {input.sym_size(0), input.sym_size(1)});
+  const Tensor map = as_input(input), grad = as_input(grad_output), weight = as_parameter(gamma, input);
+  const auto [products, sums] = channel_sums(map, grad);
+  const Tensor mean = response.mean(1, /*keepdim=*/true) + eps;
+  const Tensor normed = response / mean;
+  const Tensor of_normed = products * weight;
+  // By the response itself, and by the mean over channels that it is divided by.
+  const Tensor of_response =
+      of_normed / mean - (of_normed * normed).sum(1, /*keepdim=*/true) / (mean * double(map.size(1)));
+  // The norm of a map of zeros has no slope.
+  const Tensor slope = at::where(response > 0, of_response / response, at::zeros_like(response));
+  const Tensor grad_input = combine(grad, weight * normed + 1, map, slope, Tensor());
+  return {as_output(grad_input, input), (products * normed).sum(0), sums.sum(0)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(overlock_mm, CPU, m) {
+  m.impl("_depthwise_conv2d", &depthwise_conv2d_cpu);
+  m.impl("_depthwise_conv2d_backward", &depthwise_conv2d_backward_cpu);
+  m.impl("_branch_norms", &branch_norms_cpu);
+  m.impl("_branch_norms_backward", &branch_norms_backward_cpu);
+  m.impl("_response_norm", &response_norm_cpu);
+  m.impl("_response_norm_backward", &response_norm_backward_cpu);
+}
+
+}  // namespace overlock_mm

@@ -1,0 +1,29 @@
+// Kernels over maps for x86-64 with AVX-512 (F, BW, DQ, VL).
+#include <cmath>
+#include <cstdint>
+#include <new>
+
+#include "maps_cpu.h"
+
+#if defined(__x86_64__)
+
+#define OVERLOCK_MM_NAMESPACE avx512
+#define OVERLOCK_MM_VECTOR_BYTES 64
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+
+#include "map_kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif

@@ -1,0 +1,170 @@
+"""Static depth-wise convolutions, and what OverLoCK has around them, each by the fastest way there is.
+
+On the CPU these are operators of this package where it was built with them (csrc/depthwise.cpp); on other devices, in exports
+and without a binary they are made of PyTorch's own operators. docs/performance.md has the measurements behind the choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _extension
+from ._autocast import cast_as_autocast
+from ._layout import is_channels_last
+
+#: PyTorch's forward on contiguous maps is fast below this kernel size, and falls off a cliff from it on.
+_FAST_IN_PYTORCH = 14
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, dilation: int = 1) -> Tensor:
+    """Depth-wise convolution of stride 1 that keeps the size of the map: zeros around it.
+
+    On the CPU, PyTorch has no fast gradient of a depth-wise kernel, no fast forward for kernels of 14 and more in contiguous
+    maps, and none for dilated ones in either layout. All of it is fast here. Where PyTorch's forward is at least as fast, and no
+    gradient is wanted, it is what runs.
+
+    Args:
+        x (Tensor[B, C, H, W]): a map, contiguous or channels_last. The compiled operator works in channels_last: a contiguous
+            map is copied to and fro.
+        weight (Tensor[C, 1, k, k]): k odd.
+        bias (Tensor[C] | None)
+        dilation: distance of the kernel's taps.
+
+    Returns:
+        Tensor[B, C, H, W]: with the dtype and memory format of ``x``; under autocast, with the autocast dtype.
+
+    Raises:
+        TypeError: an argument is no tensor, or the dtypes do not go together.
+        ValueError: a shape does not fit; the message names the argument and what it got.
+    """
+    _check(x, weight, bias, dilation)
+    if not _compiled(x) or _pytorch_is_as_fast(x, weight, dilation):
+        padding = dilation * (weight.shape[-1] // 2)
+        return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=weight.shape[0])
+    return torch.ops.overlock_mm._depthwise_conv2d(cast_as_autocast(x), weight, bias, dilation, False, False)
+
+
+def residual_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, gelu: bool = False) -> Tensor:
+    """``y + depthwise_conv2d(y, weight, bias)`` with y = x, or y = GELU(x): one pass over the map, forward and backward.
+
+    Args:
+        x (Tensor[B, C, H, W])
+        weight (Tensor[C, 1, k, k]): k odd; 3 if ``gelu``.
+        bias (Tensor[C] | None)
+        gelu: whether x goes through the exact GELU first.
+
+    Returns:
+        Tensor[B, C, H, W]: as :func:`depthwise_conv2d`.
+
+    Raises:
+        TypeError, ValueError: as :func:`depthwise_conv2d`.
+    """
+    _check(x, weight, bias, 1)
+    if gelu and weight.shape[-1] != 3:
+        raise ValueError(f'weight must be (C, 1, 3, 3) with gelu, got {tuple(weight.shape)}')
+    if not _compiled(x):
+        y = F.gelu(x) if gelu else x
+        return y + F.conv2d(y, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    return torch.ops.overlock_mm._depthwise_conv2d(cast_as_autocast(x), weight, bias, 1, True, gelu)
+
+
+def branch_norms(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    dilations: Sequence[int],
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of parallel depth-wise convolutions, each through a batch norm with the statistics of the batch.
+
+    Compiled, it keeps for the backward nothing but ``x``. Given the statistics the branches are one kernel, also in training: a
+    pass over the map for the statistics, and one convolution (paper section 3.2, "Dilated RepConv Layer").
+
+    Args:
+        x (Tensor[B, C, H, W])
+        weights (sequence of Tensor[C, 1, k, k]): a kernel for each branch, k odd; the first reaches as far as any and has no
+            dilation.
+        norm_weights, norm_biases (sequences of Tensor[C]): of the branches' batch norms.
+        dilations: of the branches.
+        eps: of the batch norms.
+
+    Returns:
+        tuple[Tensor[B, C, H, W], Tensor[branches, C], Tensor[branches, C]]: the sum, and of each branch's output the mean and
+        the biased variance, which have no gradient.
+
+    Raises:
+        TypeError, ValueError: as :func:`depthwise_conv2d`; there is no operator for the device of ``x``: see
+        :func:`has_branch_norms`.
+    """
+    if not has_branch_norms(x):
+        raise ValueError(f'x must be on a device that has the compiled operator, got {x.device}')
+    for weight, dilation in zip(weights, dilations):
+        _check(x, weight, None, dilation)
+    return torch.ops.overlock_mm._branch_norms(
+        cast_as_autocast(x),
+        torch.cat([weight.flatten(1) for weight in weights], dim=1),
+        torch.stack(tuple(norm_weights)),
+        torch.stack(tuple(norm_biases)),
+        [weight.shape[-1] for weight in weights],
+        list(dilations),
+        eps,
+    )
+
+
+def has_branch_norms(x: Tensor) -> bool:
+    """Whether :func:`branch_norms` runs where ``x`` is."""
+    return _compiled(x)
+
+
+def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-6) -> Tensor:
+    """Global response normalisation (Woo et al., ConvNeXt V2, eq. 1-3): ``x * (gamma * n + 1) + beta``.
+
+    n is the L2 norm of a channel's map over its mean over the channels. Sums are in float32 at least.
+
+    Args:
+        x (Tensor[B, C, H, W])
+        gamma, beta (Tensor[C])
+        eps: added to the mean.
+
+    Returns:
+        Tensor[B, C, H, W]: with the dtype and memory format of ``x``.
+    """
+    if _compiled(x):
+        return torch.ops.overlock_mm._response_norm(x, gamma, beta, eps)[0]
+    # A sum of squares over a map leaves float16's range at ordinary activations: at least float32 here.
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    response = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=dtype)  # (B, C, 1, 1)
+    response = response / (response.mean(dim=1, keepdim=True) + eps)
+    scale = (gamma.view(1, -1, 1, 1) * response + 1).to(x.dtype)
+    return torch.addcmul(beta.view(1, -1, 1, 1).to(x.dtype), x, scale)
+
+
+def _compiled(x: Tensor) -> bool:
+    return x.device.type == 'cpu' and not _extension.is_exporting() and _extension.compiled_for(x.device)
+
+
+def _pytorch_is_as_fast(x: Tensor, weight: Tensor, dilation: int) -> bool:
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    return dilation == 1 and weight.shape[-1] < _FAST_IN_PYTORCH and not is_channels_last(x)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> None:
+    for name, tensor in (('x', x), ('weight', weight), ('bias', bias)):
+        if not isinstance(tensor, Tensor) and not (name == 'bias' and tensor is None):
+            raise TypeError(f'{name} must be a Tensor{" or None" if name == "bias" else ""}, got {type(tensor).__name__}')
+    if x.ndim != 4:
+        raise ValueError(f'x must have 4 dimensions, got shape {tuple(x.shape)}')
+    channels, size = x.shape[1], weight.shape[-1] if weight.ndim else 0
+    if tuple(weight.shape) != (channels, 1, size, size) or size % 2 == 0:
+        raise ValueError(f'weight must have shape ({channels}, 1, k, k) with k odd, got {tuple(weight.shape)}')
+    if bias is not None and tuple(bias.shape) != (channels,):
+        raise ValueError(f'bias must have shape ({channels},), got {tuple(bias.shape)}')
+    if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
+        raise ValueError(f'dilation must be an int of at least 1, got {dilation!r}')

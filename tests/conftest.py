@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / 'shared'
@@ -115,6 +118,28 @@ def names_with_gradient(model: torch.nn.Module):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class KeptBytes(TorchDispatchMode):
+    """Context that counts the bytes of what PyTorch made in it and what still lives: what a forward keeps for its backward.
+
+    Hooks of saved tensors would not do: a network that has its own hides from them what it makes again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return out
+
+    def count(self) -> int:
+        return sum(size for storage, size in self._storages.values() if not storage.expired())
 
 
 def relative_error(got: torch.Tensor, expected) -> float:

@@ -13,6 +13,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
 from ..ops import contmix
+from .folding import conv_norm, norm_conv
 from .layers import (
     DepthwiseConv,
     GlobalResponseNorm,
@@ -57,15 +58,19 @@ class BasicBlock(nn.Module):
             DropPath(drop_path),
         )
         self.ls = LayerScale(channels) if layer_scale else nn.Identity()
+        self.deploy = deploy
+
+    def switch_to_deploy(self) -> None:
+        self.deploy = True
 
     def forward(self, x: Tensor) -> Tensor:
-        norm, large_conv, batch_norm_, attention, expand, _, mix, response_norm, project, drop_path = self.proj
+        norm, large_conv, second_norm, attention, expand, _, mix, response_norm, project, drop_path = self.proj
         with recomputing() as again:
             x = again(self.dwconv, x)
-            y = large_conv(again(norm, x))
-            y = expand(again(attention, batch_norm(again, batch_norm_, y)))
+            y = dilated_norm(again, large_conv, second_norm, again(norm, x), self.deploy)
+            y = expand(again(attention, y))
             y = again(response_norm, again(partial(mix, gelu=True), y))
-            return add_branch(x, self.ls, project, y, drop_path)
+            return add_branch(x, self.ls, project.weight, project.bias, y, drop_path)
 
 
 class DynamicBlock(nn.Module):
@@ -155,6 +160,10 @@ class DynamicBlock(nn.Module):
         )
         self.ls2 = LayerScale(both)
         self.drop_path = DropPath(drop_path)
+        self.deploy = deploy
+
+    def switch_to_deploy(self) -> None:
+        self.deploy = True
 
     def forward(self, x: Tensor, h: Tensor, prior: Tensor) -> tuple[Tensor, Tensor] | Tensor:
         """Features (B, C, H, W), context and context prior (B, Ch, H, W) to (x, h), or to [x, h] from the last block."""
@@ -162,41 +171,45 @@ class DynamicBlock(nn.Module):
             h = self.x_scale(h) + self.h_scale(prior)
         with recomputing() as again:
             y = again(self.dwconv1, torch.cat([x, h], dim=1))
-            y = add_branch(y, self.ls1, self.proj[1], self._mixer(again, again(self.norm1, y)), self.drop_path)
+            norm, weight, bias = norm_conv(*self.proj, self.deploy)
+            mixed = self._mixer(again, again(self.norm1, y))
+            mixed = mixed if norm is None else batch_norm(again, norm, mixed)
+            y = add_branch(y, self.ls1, weight, bias, mixed, self.drop_path)
             y = again(self.dwconv2, y)
             expand, _, mix, response_norm, project = self.mlp
             z = expand(again(self.norm2, y))
             z = again(response_norm, again(partial(mix, gelu=True), z))
-            y = add_branch(y, self.ls2, project, z, self.drop_path)
+            y = add_branch(y, self.ls2, project.weight, project.bias, z, self.drop_path)
         if self.last:
             return y
         x, h = y.split([self.channels, self.context_channels], dim=1)
         return x, h
 
     def _mixer(self, again: recomputing, normed: Tensor) -> Tensor:
-        """Gated context mixing of a normalised map (B, C + Ch, H, W) to (B, C, H, W), up to the last projection."""
+        """Gated context mixing of a normalised map (B, C + Ch, H, W) to (B, C, H, W), up to the last norm and projection."""
         conv, norm, gelu, project, response_norm = self.fusion
-        fused = project(again(gelu, batch_norm(again, norm, conv(normed))))
+        fused = project(again(gelu, conv_norm(again, conv, norm, normed, self.deploy)))
         fused = again(response_norm, fused)
         mixed = mix_at_fitting_size(partial(self._mix, again), self.kernel_size, fused, normed)
         mixed = again(
             torch.add,
-            batch_norm(again, self.dyconv_proj[1], self.dyconv_proj[0](mixed)),
-            batch_norm(again, self.lepe[1], self.lepe[0](fused)),
+            conv_norm(again, *self.dyconv_proj, mixed, self.deploy),
+            dilated_norm(again, *self.lepe, fused, self.deploy),
         )
-        gate = again(self.gate[2], batch_norm(again, self.gate[1], self.gate[0](fused)))
-        mixed = again(torch.mul, again(self.se_layer, mixed), gate)
-        return batch_norm(again, self.proj[0], mixed)
+        gate_conv, gate_norm, activation = self.gate
+        gate = again(activation, conv_norm(again, gate_conv, gate_norm, fused, self.deploy))
+        return again(torch.mul, again(self.se_layer, mixed), gate)
 
     def _mix(self, again: recomputing, fused: Tensor, normed: Tensor) -> Tensor:
         """Context mixing of ``fused`` (B, C, H, W) by kernels made from ``normed`` (B, C + Ch, H, W)."""
         x = again(lambda normed: normed[:, : self.channels].contiguous(memory_format=torch.channels_last), normed)
         h = again(lambda normed: normed[:, self.channels :], normed)
-        query = batch_norm(again, self.weight_query[1], self.weight_query[0](x))
+        query = conv_norm(again, *self.weight_query, x, self.deploy)
+        pool, key_conv, key_norm = self.weight_key
         return contmix(
             fused,
             again(lambda query: query * self.query_scale, query),
-            self.weight_key(h),
+            conv_norm(again, key_conv, key_norm, pool(h), self.deploy),
             self.weight_proj.weight.flatten(1),
             self.weight_proj.bias,
             self.rpb1,
@@ -207,12 +220,17 @@ class DynamicBlock(nn.Module):
         )
 
 
-def add_branch(x: Tensor, scale: nn.Module, project: nn.Conv2d, y: Tensor, drop_path: DropPath) -> Tensor:
-    """``scale(x) + drop_path(project(y))`` with a LayerScale or nothing for ``scale``."""
+def dilated_norm(again: recomputing, conv: DilatedReparamConv, norm: nn.Module, x: Tensor, deploy: bool) -> Tensor:
+    """``norm(conv(x))``."""
+    return conv_norm(again, conv.lk_origin if conv.deploy else conv, norm, x, deploy)
+
+
+def add_branch(x: Tensor, scale: nn.Module, weight: Tensor, bias: Tensor, y: Tensor, drop_path: DropPath) -> Tensor:
+    """``scale(x) + drop_path(conv2d(y, weight, bias))`` with a LayerScale or nothing for ``scale``."""
     if not isinstance(scale, LayerScale) or (drop_path.training and drop_path.drop_prob > 0):
-        return scale(x) + drop_path(project(y))
+        return scale(x) + drop_path(F.conv2d(y, weight, bias))
     # The scale's shift goes along with the projection's bias, the scaling with the sum.
-    branch = F.conv2d(y, project.weight, project.bias + scale.bias)
+    branch = F.conv2d(y, weight, bias + scale.bias)
     return torch.addcmul(branch, x, scale.weight.view(1, -1, 1, 1).to(x.dtype))
 
 

@@ -57,9 +57,7 @@ class DepthwiseConv(nn.Conv2d):
 
     def __init__(self, channels: int, kernel_size: int, dilation: int = 1, bias: bool = True) -> None:
         padding = dilation * (kernel_size // 2)
-        super().__init__(
-            channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels, bias=bias
-        )
+        super().__init__(channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return depthwise_conv2d(x, self.weight, self.bias, self.dilation[0])
@@ -122,18 +120,3 @@ def batch_norm(again: recomputing, norm: nn.Module, x: Tensor) -> Tensor:
 
 def _normalise(x: Tensor, norm: nn.BatchNorm2d, statistics: tuple, of_batch: bool) -> Tensor:
     return F.batch_norm(x, *statistics, norm.weight, norm.bias, of_batch, 0.0, norm.eps)
-
-
-class ConvSequential(nn.Sequential):
-    """Convolutions with batch norms and activations, which autograd keeps the convolutions' outputs of, and no more."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with recomputing() as again:
-            for layer in self:
-                if isinstance(layer, nn.Conv2d):
-                    x = layer(x)
-                elif isinstance(layer, nn.BatchNorm2d):
-                    x = batch_norm(again, layer, x)
-                else:
-                    x = again(layer, x)
-        return x

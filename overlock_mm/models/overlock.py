@@ -16,7 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..registry import MODELS
 from .blocks import BasicBlock, DynamicBlock
 from .checkpoint import TakesReleasedCheckpoints, check_variant, openmmlab_name
-from .layers import ConvSequential, LayerNorm2d, LayerScale
+from .folding import ConvSequential, forget_folded
+from .layers import LayerNorm2d, LayerScale
 from .recompute import checkpoint_block
 
 #: Published variants. ``num_groups`` is twice the heads that the release lists for a branch.
@@ -34,13 +35,15 @@ STAGES = ('blocks1', 'blocks2', 'blocks3', 'blocks4', 'sub_blocks3', 'sub_blocks
 OUT_TYPES = ('features', 'pyramid', 'pyramid_with_overview')
 
 
-def _downsample(in_channels: int, out_channels: int) -> ConvSequential:
+def _downsample(in_channels: int, out_channels: int, deploy: bool) -> ConvSequential:
     return ConvSequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out_channels)
+        nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        deploy=deploy,
     )
 
 
-def _stem(in_channels: int, out_channels: int) -> ConvSequential:
+def _stem(in_channels: int, out_channels: int, deploy: bool) -> ConvSequential:
     """Image to features at a quarter of its size: four 3x3 convolutions, of strides 2, 1, 2, 1."""
     half = out_channels // 2
     layers: list[nn.Module] = []
@@ -52,16 +55,16 @@ def _stem(in_channels: int, out_channels: int) -> ConvSequential:
     ):
         conv = nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False)
         layers += [conv, nn.BatchNorm2d(outputs), nn.GELU()]
-    return ConvSequential(*layers[:-1])
+    return ConvSequential(*layers[:-1], deploy=deploy)
 
 
 class _ContextDownsample(nn.Module):
     """Features x and context h of stage 3 to half their size, for stage 4."""
 
-    def __init__(self, in_channels: int, out_channels: int, context_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, context_channels: int, deploy: bool) -> None:
         super().__init__()
-        self.x_proj = _downsample(in_channels, out_channels)
-        self.h_proj = _downsample(context_channels, context_channels)
+        self.x_proj = _downsample(in_channels, out_channels, deploy)
+        self.h_proj = _downsample(context_channels, context_channels, deploy)
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         return self.x_proj(x), self.h_proj(h)
@@ -169,12 +172,12 @@ class OverLoCK(TakesReleasedCheckpoints):
                 for rate in rates[stage - 1].tolist()
             )
 
-        self.patch_embed1 = _stem(in_channels, c1)
-        self.patch_embed2 = _downsample(c1, c2)
-        self.patch_embed3 = _downsample(c2, c3)
-        self.patch_embed4 = _downsample(c3, c4)
+        self.patch_embed1 = _stem(in_channels, c1, deploy)
+        self.patch_embed2 = _downsample(c1, c2, deploy)
+        self.patch_embed3 = _downsample(c2, c3, deploy)
+        self.patch_embed4 = _downsample(c3, c4, deploy)
         self.high_level_proj = nn.Conv2d(c4, context, kernel_size=1)
-        self.patch_embedx = _ContextDownsample(c3, c4, context)
+        self.patch_embedx = _ContextDownsample(c3, c4, context, deploy)
         self.blocks1 = basic_stage(1, c1, k1)
         self.blocks2 = basic_stage(2, c2, k2)
         self.blocks3 = basic_stage(3, c3, k3)
@@ -335,11 +338,21 @@ class OverLoCK(TakesReleasedCheckpoints):
 
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
-        """Fold the branches of every dilated re-parameterised convolution, for good: the same function, for inference."""
+        """Fold what is linear at inference: the same function, faster.
+
+        The branches of every dilated re-parameterised convolution are folded into its large kernel for good. Batch norms are
+        folded into the convolutions beside them whenever the model runs in evaluation mode and without gradients; they stay
+        among the parameters, so that the state dict is that of the released re-parameterised checkpoints.
+        """
         for module in self.modules():
             if module is not self and hasattr(module, 'switch_to_deploy'):
                 module.switch_to_deploy()
         self.deploy = True
+
+    def _apply(self, *args, **kwargs) -> OverLoCK:
+        super()._apply(*args, **kwargs)
+        forget_folded(self)
+        return self
 
     def train(self, mode: bool = True) -> OverLoCK:
         """Set training mode, but for frozen stages and, with ``norm_eval``, for batch norms."""

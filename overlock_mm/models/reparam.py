@@ -70,7 +70,9 @@ class DilatedReparamConv(nn.Module):
         plain = all(type(norm) is nn.BatchNorm2d for norm in norms)  # not synchronised with other processes
         if plain and of_batch == {False}:
             # With given statistics the branches are one kernel; autograd goes through its folding.
-            weight, bias = fold_branches({**dict(self.named_parameters()), **dict(self.named_buffers())}, '', self.kernel_size)
+            weight, bias = fold_branches(
+                {**dict(self.named_parameters()), **dict(self.named_buffers())}, '', self.kernel_size
+            )
             return depthwise_conv2d(x, weight, bias)
         if plain and of_batch == {True} and has_branch_norms(x):
             return self._norms_of_the_batch(x)

@@ -628,4 +628,12 @@ def test_a_binary_for_another_torch_is_refused(monkeypatch):
 
 
 def test_exports():
-    assert set(ops.__all__) == {'contmix', 'contmix_reference'}
+    convolutions = {
+        'depthwise_conv2d',
+        'residual_depthwise_conv2d',
+        'branch_norms',
+        'has_branch_norms',
+        'global_response_norm',
+    }
+    assert set(ops.__all__) == {'contmix', 'contmix_reference', *convolutions}
+    assert all(callable(getattr(ops, name)) for name in ops.__all__)

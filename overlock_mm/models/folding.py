@@ -1,0 +1,107 @@
+"""Batch norms folded into the convolutions beside them, for inference.
+
+The parameters stay as they are, so that a folded model saves and loads what the release's re-parameterised one does: what is
+folded is made of them when it is first needed, and kept.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops import depthwise_conv2d
+from .layers import DepthwiseConv, batch_norm
+from .recompute import is_compiling, recomputing
+
+
+def conv_norm(again: recomputing, conv: nn.Conv2d, norm: nn.Module, x: Tensor, deploy: bool) -> Tensor:
+    """``norm(conv(x))``: in a deployed model, at inference, one convolution."""
+    if not (deploy and _is_fixed(norm)):
+        return batch_norm(again, norm, conv(x))
+    weight, bias = _folded(conv, norm, norm_first=False)
+    if isinstance(conv, DepthwiseConv):
+        return depthwise_conv2d(x, weight, bias, conv.dilation[0])
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding)
+
+
+def norm_conv(norm: nn.Module, conv: nn.Conv2d, deploy: bool) -> tuple[Optional[nn.Module], Tensor, Tensor]:
+    """What ``conv(norm(x))``, with a 1x1 convolution, is: a norm to apply or none, and the weight and bias that follow."""
+    if not (deploy and _is_fixed(norm)):
+        return norm, conv.weight, conv.bias
+    return None, *_folded(conv, norm, norm_first=True)
+
+
+def forget_folded(module: nn.Module) -> None:
+    """Have everything folded anew: parameters were replaced, which their versions do not tell."""
+    for child in module.modules():
+        child.__dict__.pop('_folded', None)
+
+
+def _is_fixed(norm: nn.Module) -> bool:
+    """Whether it is a fixed affine map, and no gradient goes through it. torch.compile fuses it by itself."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and not norm.training
+        and norm.running_mean is not None
+        and not torch.is_grad_enabled()
+        and not is_compiling()
+    )
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, norm_first: bool) -> tuple[Tensor, Tensor]:
+    """Weight and bias of convolution and norm in one, kept on the norm until one of the parameters changes."""
+    sources = [conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
+    versions = [None if t is None else (t.data_ptr(), t.dtype, None if t.is_inference() else t._version) for t in sources]
+    kept = norm.__dict__.get('_folded')
+    if kept is None or kept[0] != versions:
+        kept = norm._folded = (versions, *_fold(conv, norm, norm_first))
+    return kept[1:]
+
+
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, norm_first: bool) -> tuple[Tensor, Tensor]:
+    """In float64, rounded once."""
+    scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    shift = norm.bias.double() - norm.running_mean.double() * scale
+    weight = conv.weight.double()
+    bias = torch.zeros_like(weight[:, 0, 0, 0]) if conv.bias is None else conv.bias.double()
+    if norm_first:
+        bias = bias + weight.flatten(1) @ shift
+        weight = weight * scale.view(1, -1, 1, 1)
+    else:
+        bias = bias * scale + shift
+        weight = weight * scale.view(-1, 1, 1, 1)
+    # In the layout that the convolution would bring a 3x3 kernel into at every call.
+    weight = weight.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last)
+    return weight.contiguous() if isinstance(conv, DepthwiseConv) else weight, bias.to(conv.weight.dtype)
+
+
+class ConvSequential(nn.Sequential):
+    """Convolutions with batch norms and activations. Autograd keeps the convolutions' outputs, and no more.
+
+    Args:
+        layers: as of ``nn.Sequential``.
+        deploy: fold the norms at inference.
+    """
+
+    def __init__(self, *layers: nn.Module, deploy: bool = False) -> None:
+        super().__init__(*layers)
+        self.deploy = deploy
+
+    def switch_to_deploy(self) -> None:
+        self.deploy = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        with recomputing() as again:
+            layers = list(self)
+            while layers:
+                layer = layers.pop(0)
+                if isinstance(layer, nn.Conv2d):
+                    norm = layers and isinstance(layers[0], nn.modules.batchnorm._BatchNorm)
+                    x = conv_norm(again, layer, layers.pop(0), x, self.deploy) if norm else layer(x)
+                else:
+                    x = again(layer, x)
+        return x

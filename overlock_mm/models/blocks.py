@@ -22,6 +22,7 @@ from .layers import (
     ResidualDepthwiseConv,
     SqueezeExcitation,
     batch_norm,
+    gelu_mix_norm,
 )
 from .recompute import recomputing
 from .reparam import DilatedReparamConv
@@ -69,7 +70,7 @@ class BasicBlock(nn.Module):
             x = again(self.dwconv, x)
             y = dilated_norm(again, large_conv, second_norm, again(norm, x), self.deploy)
             y = expand(again(attention, y))
-            y = again(response_norm, again(partial(mix, gelu=True), y))
+            y = gelu_mix_norm(again, mix, response_norm, y)
             return add_branch(x, self.ls, project.weight, project.bias, y, drop_path)
 
 
@@ -178,7 +179,7 @@ class DynamicBlock(nn.Module):
             y = again(self.dwconv2, y)
             expand, _, mix, response_norm, project = self.mlp
             z = expand(again(self.norm2, y))
-            z = again(response_norm, again(partial(mix, gelu=True), z))
+            z = gelu_mix_norm(again, mix, response_norm, z)
             y = add_branch(y, self.ls2, project.weight, project.bias, z, self.drop_path)
         if self.last:
             return y

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import depthwise_conv2d, global_response_norm, residual_depthwise_conv2d
+from ..ops import depthwise_conv2d, gelu_depthwise_norm, global_response_norm, residual_depthwise_conv2d
 from .recompute import recomputing
 
 
@@ -106,6 +106,13 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return global_response_norm(x, self.gamma.flatten(), self.beta.flatten(), self.eps)
+
+
+def gelu_mix_norm(again: recomputing, mix: ResidualDepthwiseConv, norm: GlobalResponseNorm, x: Tensor) -> Tensor:
+    """The middle of an MLP: GELU, residual depth-wise convolution, response norm."""
+    if torch.is_grad_enabled():
+        return again(norm, again(partial(mix, gelu=True), x))
+    return gelu_depthwise_norm(x, mix.weight, mix.bias, norm.gamma.flatten(), norm.beta.flatten(), norm.eps)
 
 
 def batch_norm(again: recomputing, norm: nn.Module, x: Tensor) -> Tensor:

@@ -3,13 +3,21 @@
 from . import _extension
 from ._reference import contmix_reference
 from .contmix import contmix
-from .depthwise import branch_norms, depthwise_conv2d, global_response_norm, has_branch_norms, residual_depthwise_conv2d
+from .depthwise import (
+    branch_norms,
+    depthwise_conv2d,
+    gelu_depthwise_norm,
+    global_response_norm,
+    has_branch_norms,
+    residual_depthwise_conv2d,
+)
 
 __all__ = [
     'branch_norms',
     'contmix',
     'contmix_reference',
     'depthwise_conv2d',
+    'gelu_depthwise_norm',
     'global_response_norm',
     'has_branch_norms',
     'residual_depthwise_conv2d',

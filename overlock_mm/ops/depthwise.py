@@ -145,6 +145,31 @@ def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e
     return torch.addcmul(beta.view(1, -1, 1, 1).to(x.dtype), x, scale)
 
 
+def gelu_depthwise_norm(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], gamma: Tensor, beta: Tensor, eps: float = 1e-6
+) -> Tensor:
+    """``global_response_norm(residual_depthwise_conv2d(x, weight, bias, gelu=True), gamma, beta, eps)``.
+
+    Without gradients, compiled, the norm takes place in the convolution's output, whose squares were summed on the way.
+
+    Args:
+        x (Tensor[B, C, H, W])
+        weight (Tensor[C, 1, 3, 3])
+        bias (Tensor[C] | None)
+        gamma, beta (Tensor[C]), eps: of the norm.
+
+    Returns:
+        Tensor[B, C, H, W]: as :func:`depthwise_conv2d`.
+
+    Raises:
+        TypeError, ValueError: as :func:`depthwise_conv2d`.
+    """
+    if torch.is_grad_enabled() or not _compiled(x):
+        return global_response_norm(residual_depthwise_conv2d(x, weight, bias, gelu=True), gamma, beta, eps)
+    _check(x, weight, bias, 1)
+    return torch.ops.overlock_mm._gelu_depthwise_norm(cast_as_autocast(x), weight, bias, gamma, beta, eps)
+
+
 def _compiled(x: Tensor) -> bool:
     return x.device.type == 'cpu' and not _extension.is_exporting() and _extension.compiled_for(x.device)
 

@@ -108,6 +108,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_norms_backward_meta(const Tens
           at::empty_symint(norm_weights.sym_sizes(), options), at::empty_symint(norm_weights.sym_sizes(), options)};
 }
 
+Tensor gelu_depthwise_norm_meta(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                const Tensor& gamma, const Tensor& beta, double) {
+  check_depthwise(input, weight, bias, 1, true);
+  check_parameter("gamma", gamma, input, {input.sym_size(1)});
+  check_parameter("beta", beta, input, {input.sym_size(1)});
+  return empty_like_map(input);
+}
+
 std::tuple<Tensor, Tensor> response_norm_meta(const Tensor& input, const Tensor& gamma, const Tensor& beta, double) {
   check_map("input", input);
   check_parameter("gamma", gamma, input, {input.sym_size(1)});
@@ -146,6 +154,9 @@ TORCH_LIBRARY_FRAGMENT(overlock_mm, m) {
   m.def(
       "_branch_norms_backward(Tensor grad_output, Tensor input, Tensor weights, Tensor norm_weights, Tensor mean, "
       "Tensor variance, int[] kernel_sizes, int[] dilations, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+  // response_norm(gelu(input) + conv(gelu(input), weight) + bias), for inference: it has no derivative.
+  m.def(
+      "_gelu_depthwise_norm(Tensor input, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) -> Tensor");
   // response: (B, C), the norm over the map.
   m.def(
       "_response_norm(Tensor input, Tensor gamma, Tensor beta, float eps) -> (Tensor output, Tensor response)");
@@ -160,6 +171,7 @@ TORCH_LIBRARY_IMPL(overlock_mm, Meta, m) {
   m.impl("_depthwise_conv2d_backward", &depthwise_conv2d_backward_meta);
   m.impl("_branch_norms", &branch_norms_meta);
   m.impl("_branch_norms_backward", &branch_norms_backward_meta);
+  m.impl("_gelu_depthwise_norm", &gelu_depthwise_norm_meta);
   m.impl("_response_norm", &response_norm_meta);
   m.impl("_response_norm_backward", &response_norm_backward_meta);
 }

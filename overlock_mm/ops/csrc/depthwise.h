@@ -19,6 +19,7 @@ struct DepthwiseParams {
   const void* weight;  ///< (C, k, k) contiguous
   const void* bias;    ///< (C), or null
   void* output;        ///< map
+  void* squares;       ///< (B, strips, C): sums of the output's squares, or null; for the streamed form
 
   // Backward only.
   const void* grad_output;  ///< map

@@ -208,6 +208,7 @@ struct StreamedLine {
   const T* weights;  ///< (blocks, 9, lanes)
   Start start;       ///< of a block: what its sums begin with
   Finish finish;     ///< takes a position, a block and its sum
+  T* squares;        ///< (blocks, lanes), of the sums, or null
 
   template <int n>
   OVERLOCK_MM_INLINE void operator()(int64_t x) const {
@@ -221,14 +222,21 @@ struct StreamedLine {
       convolve_streamed<T, n>(at, stride, block_weights, start(block), sums);
 #pragma GCC unroll 8
       for (int i = 0; i < n; ++i) finish(x + i, block, sums[i]);
+      if (squares) {
+        T* const to = squares + b * Simd<T>::lanes;
+        Vector<T> square = load(to);
+#pragma GCC unroll 8
+        for (int i = 0; i < n; ++i) square += sums[i] * sums[i];
+        store(to, square);
+      }
     }
   }
 };
 
 template <typename T, typename Start, typename Finish>
 OVERLOCK_MM_INLINE void convolve_line(const Ring<T>& ring, int64_t y, int64_t channels, const T* weights, int64_t width,
-                                      Start start, Finish finish) {
-  StreamedLine<T, Start, Finish> line{{}, ring.stride(), channels, weights, start, finish};
+                                      Start start, Finish finish, T* squares = nullptr) {
+  StreamedLine<T, Start, Finish> line{{}, ring.stride(), channels, weights, start, finish, squares};
   for (int ky = 0; ky < 3; ++ky) line.lines[ky] = ring.line(y + ky - 1);
   in_tiles<kStreamTile>(0, width, line);
 }
@@ -249,9 +257,10 @@ template <typename T>
 void stream(const DepthwiseParams& p, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<T>::lanes, taps = kStreamed * kStreamed;
   const int64_t blocks = number_of_blocks<T>(p.channels);
-  Scratch<T> scratch(Ring<T>::size(p.channels, p.width) + blocks * taps * lanes);
+  Scratch<T> scratch(Ring<T>::size(p.channels, p.width) + blocks * (taps + 1) * lanes);
   Ring<T> ring(scratch, p.channels, p.height, p.width);
   T* const weights = scratch.take(blocks * taps * lanes);
+  T* const squares = p.squares ? scratch.take(blocks * lanes) : nullptr;
   pack_streamed_weights(p, /*flipped=*/false, weights);
   const T* const bias = const_data<T>(p.bias);
   const int64_t image_size = p.height * p.width * p.channels;
@@ -260,6 +269,7 @@ void stream(const DepthwiseParams& p, int64_t begin, int64_t end) {
     const T* const image = const_data<T>(p.input) + item / p.strips * image_size;
     T* const output = static_cast<T*>(p.output) + item / p.strips * image_size;
     const Lines lines(p.height, p.strips, item % p.strips);
+    for (int64_t i = 0; squares && i < blocks * lanes; ++i) squares[i] = T(0);
     for (int64_t pushed = lines.begin - 1; pushed <= lines.end; ++pushed) {
       if (p.gelu) {
         ring.push(image, pushed, [](Vector<T> x, int64_t, const Block&) OVERLOCK_MM_INLINE_LAMBDA { return gelu<T>(x); });
@@ -274,8 +284,11 @@ void stream(const DepthwiseParams& p, int64_t begin, int64_t end) {
           [&](const Block& block)
               OVERLOCK_MM_INLINE_LAMBDA { return bias ? load_block(bias, block) : Vector<T>{}; },
           [&](int64_t x, const Block& block, Vector<T> sum)
-              OVERLOCK_MM_INLINE_LAMBDA { store_repeated(to + x * p.channels, block, sum); });
+              OVERLOCK_MM_INLINE_LAMBDA { store_repeated(to + x * p.channels, block, sum); },
+          squares);
     }
+    for (int64_t b = 0; squares && b < blocks; ++b)
+      store_repeated(static_cast<T*>(p.squares) + item * p.channels, block_of<T>(p.channels, b), load(squares + b * lanes));
   }
 }
 

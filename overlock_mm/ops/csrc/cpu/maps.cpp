@@ -84,9 +84,9 @@ int64_t strips_for_outputs(int64_t items, int64_t height, int64_t least, int64_t
   return std::max<int64_t>(1, std::min(std::max(for_threads, divide_up(height, lines)), divide_up(height, least)));
 }
 
-/// `input` and `weight` as the kernels take them.
+/// `input` and `weight` as the kernels take them. `squares`, where it is asked for, are sums over the output's map, (B, C).
 Tensor convolve(const Tensor& input, const Tensor& weight, const Tensor& bias, int64_t dilation, bool residual,
-                bool gelu) {
+                bool gelu, Tensor* squares = nullptr) {
   const Tensor output = empty_output(input);
   if (input.numel() == 0) return output;
   DepthwiseParams p = params_of(input, weight, dilation, residual, gelu);
@@ -95,7 +95,14 @@ Tensor convolve(const Tensor& input, const Tensor& weight, const Tensor& bias, i
   with_kernels(input.scalar_type(), [&](const auto& kernel) {
     if (streams(p)) {
       p.strips = std::max<int64_t>(1, std::min(divide_up(4 * at::get_num_threads(), p.batch), divide_up(p.height, 8)));
+      Tensor partial;
+      if (squares) {
+        p.strips = strips_for_sums(p.batch, p.height, 8);
+        partial = at::empty({p.batch, p.strips, p.channels}, weight.options());
+        p.squares = partial.data_ptr();
+      }
       in_parallel(p.batch * p.strips, [&](int64_t begin, int64_t end) { kernel.stream(p, begin, end); });
+      if (squares) *squares = partial.sum(1);
       return;
     }
     const int64_t blocks = divide_up(p.channels, kernel.lanes), border = p.kernel_size / 2 * p.dilation;
@@ -339,10 +346,9 @@ std::pair<Tensor, Tensor> channel_sums(const Tensor& input, const Tensor& other)
   return {sums.sum(1), other.defined() ? plain.sum(1) : Tensor()};
 }
 
-/// input * scale + other * other_scale + shift, with scales (B, C) and shift (C).
+/// input * scale + other * other_scale + shift, with scales (B, C) and shift (C), in `output`, which may be the input.
 Tensor combine(const Tensor& input, const Tensor& scale, const Tensor& other, const Tensor& other_scale,
-               const Tensor& shift) {
-  const Tensor output = empty_output(input);
+               const Tensor& shift, const Tensor& output) {
   ResponseNormParams p = params_of(input);
   p.output = output.data_ptr();
   p.scale = scale.data_ptr();
@@ -357,14 +363,33 @@ Tensor combine(const Tensor& input, const Tensor& scale, const Tensor& other, co
   return output;
 }
 
+Tensor response_scale(const Tensor& response, const Tensor& gamma, double eps) {
+  return gamma * (response / (response.mean(1, /*keepdim=*/true) + eps)) + 1;
+}
+
+Tensor gelu_depthwise_norm_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                               const Tensor& gamma, const Tensor& beta, double eps) {
+  check_depthwise(input, weight, bias, 1, /*gelu=*/true);
+  check_parameter("gamma", gamma, input, {input.sym_size(1)});
+  check_parameter("beta", beta, input, {input.sym_size(1)});
+  const Tensor map = as_input(input);
+  Tensor squares;
+  const Tensor mixed = convolve(map, as_parameter(weight, input), bias ? as_parameter(*bias, input) : Tensor(), 1,
+                                /*residual=*/true, /*gelu=*/true, &squares);
+  if (input.numel() == 0) return as_output(mixed, input);
+  const Tensor scale = response_scale(squares.sqrt(), as_parameter(gamma, input), eps);
+  return as_output(combine(mixed, scale, Tensor(), Tensor(), as_parameter(beta, input), mixed), input);
+}
+
 std::tuple<Tensor, Tensor> response_norm_cpu(const Tensor& input, const Tensor& gamma, const Tensor& beta, double eps) {
   check_map("input", input);
   check_parameter("gamma", gamma, input, {input.sym_size(1)});
   check_parameter("beta", beta, input, {input.sym_size(1)});
   const Tensor map = as_input(input);
   const Tensor response = channel_sums(map, Tensor()).first.sqrt();
-  const Tensor scale = as_parameter(gamma, input) * (response / (response.mean(1, /*keepdim=*/true) + eps)) + 1;
-  return {as_output(combine(map, scale, Tensor(), Tensor(), as_parameter(beta, input)), input), response};
+  const Tensor scale = response_scale(response, as_parameter(gamma, input), eps);
+  return {as_output(combine(map, scale, Tensor(), Tensor(), as_parameter(beta, input), empty_output(map)), input),
+          response};
 }
 
 std::tuple<Tensor, Tensor, Tensor> response_norm_backward_cpu(const Tensor& grad_output, const Tensor& input,
@@ -383,7 +408,7 @@ std::tuple<Tensor, Tensor, Tensor> response_norm_backward_cpu(const Tensor& grad
       of_normed / mean - (of_normed * normed).sum(1, /*keepdim=*/true) / (mean * double(map.size(1)));
   // The norm of a map of zeros has no slope.
   const Tensor slope = at::where(response > 0, of_response / response, at::zeros_like(response));
-  const Tensor grad_input = combine(grad, weight * normed + 1, map, slope, Tensor());
+  const Tensor grad_input = combine(grad, weight * normed + 1, map, slope, Tensor(), empty_output(map));
   return {as_output(grad_input, input), (products * normed).sum(0), sums.sum(0)};
 }
 
@@ -394,6 +419,7 @@ TORCH_LIBRARY_IMPL(overlock_mm, CPU, m) {
   m.impl("_depthwise_conv2d_backward", &depthwise_conv2d_backward_cpu);
   m.impl("_branch_norms", &branch_norms_cpu);
   m.impl("_branch_norms_backward", &branch_norms_backward_cpu);
+  m.impl("_gelu_depthwise_norm", &gelu_depthwise_norm_cpu);
   m.impl("_response_norm", &response_norm_cpu);
   m.impl("_response_norm_backward", &response_norm_backward_cpu);
 }

@@ -187,7 +187,7 @@ class DynamicBlock(nn.Module):
         return x, h
 
     def _mixer(self, again: recomputing, normed: Tensor) -> Tensor:
-        """Gated context mixing of a normalised map (B, C + Ch, H, W) to (B, C, H, W), up to the last norm and projection."""
+        """Gated context mixing of a normalised map (B, C + Ch, H, W) to (B, C, H, W), up to the last norm."""
         conv, norm, gelu, project, response_norm = self.fusion
         fused = project(again(gelu, conv_norm(again, conv, norm, normed, self.deploy)))
         fused = again(response_norm, fused)

@@ -1,7 +1,7 @@
 """Batch norms folded into the convolutions beside them, for inference.
 
-The parameters stay as they are, so that a folded model saves and loads what the release's re-parameterised one does: what is
-folded is made of them when it is first needed, and kept.
+The parameters stay as they are, so that a folded model saves and loads what the release's re-parameterised one does: what
+is folded is made of them when it is first needed, and kept.
 """
 
 from __future__ import annotations

@@ -340,9 +340,9 @@ class OverLoCK(TakesReleasedCheckpoints):
     def switch_to_deploy(self) -> None:
         """Fold what is linear at inference: the same function, faster.
 
-        The branches of every dilated re-parameterised convolution are folded into its large kernel for good. Batch norms are
-        folded into the convolutions beside them whenever the model runs in evaluation mode and without gradients; they stay
-        among the parameters, so that the state dict is that of the released re-parameterised checkpoints.
+        The branches of every dilated re-parameterised convolution are folded into its large kernel for good. Batch norms
+        are folded into the convolutions beside them whenever the model runs in evaluation mode and without gradients; they
+        stay among the parameters, so that the state dict is that of the released re-parameterised checkpoints.
         """
         for module in self.modules():
             if module is not self and hasattr(module, 'switch_to_deploy'):

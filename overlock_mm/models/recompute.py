@@ -31,9 +31,10 @@ _state = _State()
 class recomputing:
     """Context in which autograd does not keep tensors that are cheap to make again.
 
-    ``with recomputing() as again: y = again(function, x)`` runs ``function(x)``. If an operation in the context wants to keep
-    ``y`` for its backward, it keeps ``x`` instead, and ``y`` is made again of it; x may come from ``again`` itself. What is
-    not made by ``again`` is kept as ever. Functions must be pure: the second run gives the same, and has no effects.
+    ``with recomputing() as again: y = again(function, x)`` runs ``function(x)``. If an operation in the context wants to
+    keep ``y`` for its backward, it keeps ``x`` instead, and ``y`` is made again of it; x may come from ``again`` itself.
+    What is not made by ``again`` is kept as ever. Functions must be pure: the second run gives the same, and has no
+    effects.
 
     Nothing is recomputed without gradients, under torch.compile, whose partitioner decides for itself, and in blocks that
     :func:`checkpoint_block` runs, which keep nothing at all.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -76,9 +75,11 @@ class DilatedReparamConv(nn.Module):
             return depthwise_conv2d(x, weight, bias)
         if plain and of_batch == {True} and has_branch_norms(x):
             return self._norms_of_the_batch(x)
-        out: Any = 0
-        with recomputing() as again:  # one branch at a time
-            for conv, norm in self._branches():
+        (large_conv, large_norm), *dilated = self._branches()
+        # The large convolution's output is kept, it is dear; those of the others are made again, one at a time.
+        out = large_norm(large_conv(x))
+        with recomputing() as again:
+            for conv, norm in dilated:
                 out = out + norm(again(conv, x))
         return out
 

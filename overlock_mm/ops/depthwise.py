@@ -1,7 +1,7 @@
 """Static depth-wise convolutions, and what OverLoCK has around them, each by the fastest way there is.
 
-On the CPU these are operators of this package where it was built with them (csrc/depthwise.cpp); on other devices, in exports
-and without a binary they are made of PyTorch's own operators. docs/performance.md has the measurements behind the choice.
+On the CPU these are operators of this package where it was built with them (csrc/depthwise.cpp); on other devices, in
+exports and without a binary they are made of PyTorch's own. docs/performance.md has the measurements behind the choice.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _FAST_IN_PYTORCH = 14
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, dilation: int = 1) -> Tensor:
     """Depth-wise convolution of stride 1 that keeps the size of the map: zeros around it.
 
-    On the CPU, PyTorch has no fast gradient of a depth-wise kernel, no fast forward for kernels of 14 and more in contiguous
-    maps, and none for dilated ones in either layout. All of it is fast here. Where PyTorch's forward is at least as fast, and no
-    gradient is wanted, it is what runs.
+    On the CPU, PyTorch has no fast gradient of a depth-wise kernel, no fast forward for kernels of 14 and more in
+    contiguous maps, and none for dilated ones in either layout. All of it is fast here. Where PyTorch's forward is at
+    least as fast, and no gradient is wanted, it is what runs.
 
     Args:
-        x (Tensor[B, C, H, W]): a map, contiguous or channels_last. The compiled operator works in channels_last: a contiguous
-            map is copied to and fro.
+        x (Tensor[B, C, H, W]): a map, contiguous or channels_last. The compiled operator works in channels_last: a
+            contiguous map is copied to and fro.
         weight (Tensor[C, 1, k, k]): k odd.
         bias (Tensor[C] | None)
         dilation: distance of the kernel's taps.
@@ -83,20 +83,20 @@ def branch_norms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of parallel depth-wise convolutions, each through a batch norm with the statistics of the batch.
 
-    Compiled, it keeps for the backward nothing but ``x``. Given the statistics the branches are one kernel, also in training: a
-    pass over the map for the statistics, and one convolution (paper section 3.2, "Dilated RepConv Layer").
+    It keeps for the backward nothing but ``x``. Given the statistics the branches are one kernel, also in training: a pass
+    over the map for the statistics, and one convolution (paper section 3.2, "Dilated RepConv Layer").
 
     Args:
         x (Tensor[B, C, H, W])
-        weights (sequence of Tensor[C, 1, k, k]): a kernel for each branch, k odd; the first reaches as far as any and has no
-            dilation.
+        weights (sequence of Tensor[C, 1, k, k]): a kernel for each branch, k odd; the first reaches as far as any and has
+            no dilation.
         norm_weights, norm_biases (sequences of Tensor[C]): of the branches' batch norms.
         dilations: of the branches.
         eps: of the batch norms.
 
     Returns:
-        tuple[Tensor[B, C, H, W], Tensor[branches, C], Tensor[branches, C]]: the sum, and of each branch's output the mean and
-        the biased variance, which have no gradient.
+        tuple[Tensor[B, C, H, W], Tensor[branches, C], Tensor[branches, C]]: the sum, and of each branch's output the mean
+        and the biased variance, which have no gradient.
 
     Raises:
         TypeError, ValueError: as :func:`depthwise_conv2d`; there is no operator for the device of ``x``: see

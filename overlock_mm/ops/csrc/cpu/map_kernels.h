@@ -1,5 +1,5 @@
 // Static depth-wise convolutions and response norms over channels_last maps on the CPU. Included once for each instruction
-// set, under the rules of contmix_kernels.h. docs/depthwise.md says why they are as they are.
+// set, under the rules of contmix_kernels.h. docs/performance.md says why they are as they are.
 //
 // The lanes of a vector are channels. Two forms of a convolution:
 // - streamed (3x3, bound by memory): the lines of a strip pass through a ring of three lines with all channels, which

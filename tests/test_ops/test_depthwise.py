@@ -1,0 +1,909 @@
+"""The static depth-wise operators against plain PyTorch in float64, and their contract."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import NamedTuple, Optional
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import KeptBytes, autocast_dtypes, relative_error
+from torch import Tensor
+
+from overlock_mm.ops import (
+    _extension,
+    branch_norms,
+    depthwise_conv2d,
+    gelu_depthwise_norm,
+    global_response_norm,
+    has_branch_norms,
+    residual_depthwise_conv2d,
+)
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get('OVERLOCK_MM_WITH_OPS') == '0', reason='OVERLOCK_MM_WITH_OPS=0: built without the compiled operator'
+)
+
+TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
+
+
+# The operators with all their tensors as keywords, what they are in plain PyTorch, and arguments for them.
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def make_convolution(batch=2, channels=5, height=6, width=9, kernel_size=3, bias=True, **settings) -> dict:
+    return dict(
+        x=random(batch, channels, height, width),
+        weight=random(channels, 1, kernel_size, kernel_size) / kernel_size,
+        bias=random(channels) if bias else None,
+        **settings,
+    )
+
+
+def plain_convolution(x, weight, bias, dilation=1):
+    padding = dilation * (weight.shape[-1] // 2)
+    return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=weight.shape[0])
+
+
+def plain_residual(x, weight, bias, gelu=False):
+    y = F.gelu(x) if gelu else x
+    return y + plain_convolution(y, weight, bias)
+
+
+def make_response_norm(batch=2, channels=5, height=6, width=9) -> dict:
+    return dict(x=random(batch, channels, height, width), gamma=random(channels), beta=random(channels))
+
+
+def plain_response_norm(x, gamma, beta, eps=1e-6):
+    norm = x.square().sum(dim=(2, 3), keepdim=True).sqrt()
+    norm = norm / (norm.mean(dim=1, keepdim=True) + eps)
+    return x * (gamma.view(1, -1, 1, 1) * norm + 1) + beta.view(1, -1, 1, 1)
+
+
+def make_gelu_norm(**settings) -> dict:
+    arguments = make_convolution(**settings)
+    channels = arguments['x'].shape[1]
+    return dict(**arguments, gamma=random(channels), beta=random(channels))
+
+
+def plain_gelu_norm(x, weight, bias, gamma, beta, eps=1e-6):
+    return plain_response_norm(plain_residual(x, weight, bias, gelu=True), gamma, beta, eps)
+
+
+def make_branches(batch=2, channels=5, height=6, width=9, branches=((5, 1), (3, 1), (3, 2))) -> dict:
+    arguments = dict(x=random(batch, channels, height, width), dilations=[dilation for _, dilation in branches])
+    for i, (k, _) in enumerate(branches):
+        arguments[f'weight{i}'] = random(channels, 1, k, k) / k
+    for i in range(len(branches)):
+        arguments[f'norm_weight{i}'] = random(channels)
+    for i in range(len(branches)):
+        arguments[f'norm_bias{i}'] = random(channels)
+    return arguments
+
+
+def lists_of(dilations: list, tensors: dict) -> list:
+    return [[tensors[f'{name}{i}'] for i in range(len(dilations))] for name in ('weight', 'norm_weight', 'norm_bias')]
+
+
+def all_of_branches(x, dilations, eps=1e-5, **tensors):
+    return branch_norms(x, *lists_of(dilations, tensors), dilations, eps)
+
+
+def compiled_branches(x, dilations, eps=1e-5, **tensors):
+    return all_of_branches(x, dilations, eps, **tensors)[0]
+
+
+def plain_branches(x, dilations, eps=1e-5, **tensors):
+    out = 0
+    for weight, norm_weight, norm_bias, dilation in zip(*lists_of(dilations, tensors), dilations):
+        y = plain_convolution(x, weight, None, dilation)
+        out = out + F.batch_norm(y, None, None, norm_weight, norm_bias, training=True, eps=eps)
+    return out
+
+
+class Operator(NamedTuple):
+    run: Callable
+    plain: Callable
+    make: Callable
+
+
+def residual_gelu(x, weight, bias):
+    return residual_depthwise_conv2d(x, weight, bias, gelu=True)
+
+
+def plain_residual_gelu(x, weight, bias):
+    return plain_residual(x, weight, bias, gelu=True)
+
+
+OPERATORS = {
+    'convolution': Operator(depthwise_conv2d, plain_convolution, make_convolution),
+    'residual': Operator(residual_depthwise_conv2d, plain_residual, make_convolution),
+    'gelu': Operator(residual_gelu, plain_residual_gelu, make_convolution),
+    'gelu_norm': Operator(gelu_depthwise_norm, plain_gelu_norm, make_gelu_norm),
+    'response_norm': Operator(global_response_norm, plain_response_norm, make_response_norm),
+    'branches': Operator(compiled_branches, plain_branches, make_branches),
+}
+operators = pytest.mark.parametrize('name', OPERATORS)
+
+#: One setting of each kernel that an operator has: streamed and by blocks.
+CASES = [
+    ('convolution', dict()),
+    ('convolution', dict(kernel_size=7)),
+    ('convolution', dict(kernel_size=3, dilation=2)),
+    ('residual', dict()),
+    ('residual', dict(kernel_size=5)),
+    ('gelu', dict()),
+    ('gelu_norm', dict()),
+    ('response_norm', dict()),
+    ('branches', dict()),
+]
+cases = pytest.mark.parametrize('name, settings', CASES, ids=str)
+
+LAYOUTS = {
+    'contiguous': Tensor.contiguous,
+    'channels_last': lambda x: x.contiguous(memory_format=torch.channels_last),
+    'slice': lambda x: torch.cat([x, x, x], dim=1)[:, x.shape[1] : 2 * x.shape[1]],
+    'slice of channels_last': lambda x: (
+        torch.cat([x, x], dim=1).contiguous(memory_format=torch.channels_last)[:, x.shape[1] :]
+    ),
+    'strided': lambda x: torch.stack([x, x], dim=-1)[..., 0],
+    'transposed': lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+def to(arguments: dict, dtype: torch.dtype, *names: str) -> dict:
+    """Tensors, all or those of the names, in the dtype."""
+    return {
+        name: value.to(dtype) if isinstance(value, Tensor) and (not names or name in names) else value
+        for name, value in arguments.items()
+    }
+
+
+def with_gradients(
+    function: Callable, arguments: dict, grad_output: Tensor, wanted: Optional[tuple] = None
+) -> dict[str, Tensor]:
+    """The output, and the gradients of all tensors among the arguments, or of those that are wanted."""
+    leaves = {
+        name: value.detach().requires_grad_(wanted is None or name in wanted)
+        for name, value in arguments.items()
+        if isinstance(value, Tensor)
+    }
+    out = function(**{**arguments, **leaves})
+    asked = [name for name, leaf in leaves.items() if leaf.requires_grad]
+    grads = torch.autograd.grad(out, [leaves[name] for name in asked], grad_output.to(out.dtype))
+    return dict(output=out.detach(), **dict(zip(asked, grads)))
+
+
+def errors(got: dict, expected: dict, least: float) -> dict[str, float]:
+    """Of each, the norm of the difference over that of the expected; where it cancels to little, over ``least``."""
+    return {
+        name: ((got[name].double() - y.double()).norm() / max(y.double().norm().item(), least)).item()
+        for name, y in expected.items()
+    }
+
+
+def check(name: str, arguments: dict, dtype: torch.dtype, tolerance: float, layout: str = 'contiguous') -> None:
+    """Output, with and without gradients, and all gradients, in the layout."""
+    operator = OPERATORS[name]
+    arguments = to(arguments, dtype)
+    arguments['x'] = LAYOUTS[layout](arguments['x'])
+    grad_output = LAYOUTS[layout](torch.randn_like(arguments['x'], memory_format=torch.contiguous_format))
+    exact = to(arguments, torch.float64)
+    expected = with_gradients(operator.plain, exact, grad_output)
+    got = with_gradients(operator.run, arguments, grad_output)
+    with torch.no_grad():
+        inference = operator.run(**arguments)
+    least = 0.1 * grad_output.double().norm().item()
+    limits = dict.fromkeys(expected, tolerance)
+    if name == 'branches' and dtype == torch.float32:
+        # A small variance amplifies every rounding: also that of PyTorch in this dtype.
+        plain = errors(with_gradients(operator.plain, arguments, grad_output), expected, least)
+        limits = {each: max(tolerance, 4 * error) for each, error in plain.items()}
+    for each, error in errors(got, expected, least).items():
+        assert error < limits[each], (each, error)
+        shape, own = (grad_output.shape, dtype) if each == 'output' else (arguments[each].shape, arguments[each].dtype)
+        assert (got[each].shape, got[each].dtype) == (shape, own), each
+    assert errors(dict(output=inference), dict(output=expected['output']), least)['output'] < limits['output']
+    for out in (got['output'], inference):
+        assert out.dtype == dtype
+        if layout in ('contiguous', 'channels_last'):
+            assert out.stride() == LAYOUTS[layout](out).stride()
+
+
+@operators
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=str)
+def test_random_shapes(name, dtype, tolerance):
+    """Fewer channels than a vector, other than whole vectors, maps smaller than the kernel and of one position."""
+    hypothesis = pytest.importorskip('hypothesis', reason='hypothesis is not installed (requirements/dev.txt)')
+    st = hypothesis.strategies
+    integers = st.integers
+    shapes = dict(
+        batch=integers(1, 3),
+        channels=st.sampled_from([1, 2, 3, 7, 8, 9, 15, 16, 17, 20, 31, 32, 33, 40, 129, 150]),
+        height=integers(1, 24),
+        width=integers(1, 30),
+    )
+    if name == 'convolution':
+        shapes.update(kernel_size=st.sampled_from([1, *range(3, 33, 2)]), dilation=integers(1, 4), bias=st.booleans())
+    elif name == 'residual':
+        shapes.update(kernel_size=st.sampled_from([1, 3, 3, 5, 7, 13]), bias=st.booleans())
+    elif name.startswith('gelu'):
+        shapes.update(bias=st.booleans())
+    elif name == 'branches':
+        choices = [((1, 1),), ((3, 1), (1, 3)), ((7, 1), (5, 1), (3, 2), (3, 3)), ((13, 1), (7, 2), (3, 5), (5, 3))]
+        shapes.update(branches=st.sampled_from(choices), height=integers(2, 24), width=integers(3, 30))
+
+    @hypothesis.settings(
+        max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), print_blob=True, database=None
+    )
+    @hypothesis.given(shape=st.fixed_dictionaries(shapes), layout=st.sampled_from(sorted(LAYOUTS)), seed=integers(0, 2**31))
+    def check_one(shape, layout, seed):
+        torch.manual_seed(seed)
+        check(name, OPERATORS[name].make(**shape), dtype, tolerance, layout)
+
+    check_one()
+
+
+@pytest.mark.parametrize('kernel_size', range(1, 32, 2))
+def test_every_kernel_size(kernel_size):
+    for settings in (dict(height=5, width=7), dict(batch=1, channels=18, height=40, width=13)):
+        check('convolution', make_convolution(kernel_size=kernel_size, **settings), torch.float32, 2e-6)
+        check('convolution', make_convolution(kernel_size=kernel_size, **settings), torch.float64, 1e-12, 'channels_last')
+
+
+@cases
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_layouts(name, settings, layout):
+    for shape in (dict(channels=20, height=10, width=11), dict(batch=3, channels=4, height=3, width=3)):
+        check(name, OPERATORS[name].make(**shape, **settings), torch.float64, 1e-12, layout)
+
+
+def test_strided_parameters():
+    """And a grad_output that is one number, expanded, which is what sum() sends back."""
+    for name, settings in CASES:
+        operator = OPERATORS[name]
+        arguments = operator.make(**settings, channels=9)
+        grad_output = torch.ones((), dtype=torch.float64).expand_as(arguments['x'])
+        expected = with_gradients(operator.plain, arguments, grad_output)
+        for each, value in arguments.items():
+            if isinstance(value, Tensor) and each != 'x':
+                arguments[each] = torch.stack([value, value], dim=-1)[..., 0]
+        least = grad_output.norm().item()
+        assert max(errors(with_gradients(operator.run, arguments, grad_output), expected, least).values()) < 1e-12
+
+
+@cases
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)], ids=str)
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+def test_half_types(name, settings, dtype, tolerance, layout):
+    check(name, OPERATORS[name].make(channels=18, height=12, width=13, **settings), dtype, tolerance, layout)
+
+
+@cases
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)], ids=str)
+def test_float32_parameters_beside_half_maps(name, settings, layout, dtype, tolerance):
+    """As autocast leaves them: their gradients are not rounded to half. With gradients and without."""
+    operator = OPERATORS[name]
+    arguments = to(operator.make(channels=18, height=12, width=13, **settings), torch.float32)
+    arguments['x'] = LAYOUTS[layout](arguments['x'].to(dtype))
+    grad_output = LAYOUTS[layout](torch.randn_like(arguments['x']))
+    expected = with_gradients(operator.plain, to(arguments, torch.float64), grad_output)
+    got = with_gradients(operator.run, arguments, grad_output)
+    for each, error in errors(got, expected, 0.1 * grad_output.double().norm().item()).items():
+        assert error < tolerance, (each, error)
+        assert got[each].dtype == (dtype if each in ('output', 'x') else torch.float32), each
+    with torch.no_grad():
+        inference = operator.run(**arguments)
+    assert inference.dtype == dtype
+    assert relative_error(inference, expected['output']) < tolerance
+
+
+@cases
+def test_gradcheck(name, settings):
+    operator = OPERATORS[name]
+    arguments = operator.make(batch=2, channels=3, height=4, width=5, **settings)
+    tensors = {each: value.requires_grad_() for each, value in arguments.items() if isinstance(value, Tensor)}
+
+    def run(*inputs):
+        return operator.run(**{**arguments, **dict(zip(tensors, inputs))})
+
+    assert torch.autograd.gradcheck(run, list(tensors.values()), fast_mode=True)
+
+
+@cases
+def test_only_the_gradients_asked_for(name, settings):
+    operator = OPERATORS[name]
+    arguments = operator.make(channels=18, height=18, width=21, **settings)
+    grad_output = torch.randn_like(arguments['x'])
+    expected = with_gradients(operator.plain, arguments, grad_output)
+    tensors = [each for each, value in arguments.items() if isinstance(value, Tensor)]
+    for wanted in (*((each,) for each in tensors), ('x', tensors[-1]), tuple(tensors[1:])):
+        got = with_gradients(operator.run, arguments, grad_output, wanted)
+        assert set(got) == {'output', *wanted}
+        for each, value in got.items():
+            assert relative_error(value, expected[each]) < 1e-11, (wanted, each)
+
+
+@pytest.mark.parametrize('kernel_size', [3, 7])
+@pytest.mark.parametrize('mask', [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 0, 0)], ids=str)
+def test_the_backward_computes_what_is_asked(kernel_size, mask):
+    arguments = make_convolution(kernel_size=kernel_size)
+    out = torch.ops.overlock_mm._depthwise_conv2d_backward(
+        torch.randn_like(arguments['x']), arguments['x'], arguments['weight'], 1, False, False, list(map(bool, mask))
+    )
+    assert [value is not None and value.numel() > 0 for value in out] == list(map(bool, mask))
+
+
+@pytest.mark.parametrize(
+    'name, kept', [('convolution', 0), ('residual', 0), ('gelu', 0), ('response_norm', 0), ('branches', 0)]
+)
+def test_keeps_its_input_only(name, kept):
+    """Beside its output, which is not kept but held by who asked for it."""
+    operator = OPERATORS[name]
+    arguments = to(operator.make(batch=1, channels=16, height=60, width=60), torch.float32)
+    arguments = {
+        each: LAYOUTS['channels_last'](value).requires_grad_() if isinstance(value, Tensor) and value.ndim == 4 else value
+        for each, value in arguments.items()
+    }
+    with KeptBytes() as storages:
+        out = operator.run(**arguments)
+        assert storages.count() <= out.nbytes * 1.1
+
+
+SETS = [('default', 'baseline'), ('avx2', 'avx2'), ('avx512', 'avx512')]
+
+
+@pytest.mark.parametrize('capability, instruction_set', SETS)
+def test_every_instruction_set(capability, instruction_set):
+    """The one binary, on processors that know less: torch's own switch plays them."""
+    known = {'baseline': 0, 'avx2': 1, 'avx512': 2}
+    if known[instruction_set] > known[_extension.build_info['cpu']]:
+        pytest.skip(f'this processor has no {instruction_set}')
+    code = f"""
+import sys
+sys.path[:0] = [{os.path.dirname(__file__)!r}, {os.path.dirname(os.path.dirname(__file__))!r}]
+import torch
+from test_depthwise import CASES, OPERATORS, _extension, check, check_gelu
+assert _extension.build_info['cpu'] == {instruction_set!r}, _extension.build_info
+failed = []
+for name, settings in (*CASES, ('convolution', dict(kernel_size=31)), ('convolution', dict(kernel_size=13, dilation=2))):
+    for channels in (1, 3, 4, 5, 8, 11, 16, 20, 37, 80):
+        arguments = OPERATORS[name].make(channels=channels, height=17, width=23, **settings)
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+            try:
+                check(name, arguments, dtype, tolerance, 'channels_last')
+            except AssertionError as error:
+                failed.append((name, settings, channels, dtype, str(error)[:100]))
+check_gelu(torch.float32, 1.2e-6)
+check_gelu(torch.float64, 1e-14)
+for each in failed:
+    print(*each, file=sys.stderr)
+assert not failed, len(failed)
+"""
+    environment = {**os.environ, 'ATEN_CPU_CAPABILITY': capability, 'CUDA_VISIBLE_DEVICES': ''}
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def check_gelu(dtype: torch.dtype, tolerance: float) -> None:
+    """GELU alone, which is the residual convolution with a kernel of zeros, and its derivative."""
+    x = torch.linspace(-12, 12, 1000 * 101, dtype=torch.float64).view(1, 1, 1000, 101).to(dtype).requires_grad_()
+    out = residual_depthwise_conv2d(x, torch.zeros(1, 1, 3, 3, dtype=dtype), None, gelu=True)
+    (slope,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    exact = x.detach().double().requires_grad_()
+    expected = F.gelu(exact)
+    (expected_slope,) = torch.autograd.grad(expected, exact, torch.ones_like(expected))
+    assert (out.detach().double() - expected.detach()).abs().max() < tolerance
+    assert (slope.double() - expected_slope).abs().max() < tolerance
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1.2e-6), (torch.float64, 1e-14)], ids=str)
+def test_gelu_is_accurate(dtype, tolerance):
+    check_gelu(dtype, tolerance)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+def test_gelu_of_huge_numbers(dtype):
+    """Copies what is large, ends what is small, and so does its derivative; infinities and NaN as PyTorch has them."""
+    most = torch.finfo(dtype).max
+    numbers = [20.0, 40.0, 1e3, 1e10, 1e19, 1e30, most / 2, most]
+    x = torch.tensor([*numbers, *(-each for each in numbers), -torch.inf, torch.inf, torch.nan], dtype=dtype)
+    x = x.view(-1, 1, 1, 1).requires_grad_()
+    results = []
+    for function in (residual_gelu, plain_residual_gelu):
+        out = function(x, torch.zeros(1, 1, 3, 3, dtype=dtype), None)
+        results += [out.detach().flatten(), torch.autograd.grad(out, x, torch.ones_like(out))[0].flatten()]
+    finite = slice(0, 2 * len(numbers))
+    assert torch.allclose(results[0][finite], results[2][finite], rtol=1e-6, atol=1e-6)
+    assert torch.allclose(results[1][finite], results[3][finite], rtol=1e-6, atol=1e-6)
+    assert torch.equal(results[0][-2:].isnan(), torch.tensor([False, True]))
+    assert not results[0][-3].isfinite() or results[0][-3] == 0
+
+
+def bits_with_threads(function: Callable, numbers=(1, 2, 3)) -> list[dict]:
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in numbers:
+            torch.set_num_threads(threads)
+            results.append(function())
+    finally:
+        torch.set_num_threads(before)
+    return results
+
+
+SHAPES = [
+    dict(batch=1, channels=1, height=250, width=200),
+    dict(batch=2, channels=20, height=61, width=57),
+    dict(batch=1, channels=37, height=64, width=40),
+    dict(batch=3, channels=113, height=33, width=20),
+    dict(batch=1, channels=1030, height=9, width=8),
+    dict(batch=1, channels=208, height=40, width=12),
+]
+
+
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@cases
+def test_numbers_of_threads_give_the_same_bits(name, settings, shape):
+    operator = OPERATORS[name]
+    arguments = to(operator.make(**shape, **settings), torch.float32)
+    arguments['x'] = LAYOUTS['channels_last'](arguments['x'])
+    grad_output = torch.randn_like(arguments['x'])
+
+    def run():
+        with torch.no_grad():
+            inference = operator.run(**arguments)
+        return dict(inference=inference, **with_gradients(operator.run, arguments, grad_output))
+
+    first, *others = bits_with_threads(run)
+    for other in others:
+        assert [each for each in first if not torch.equal(first[each], other[each])] == []
+
+
+@operators
+def test_repeats_itself_to_the_bit(name):
+    operator = OPERATORS[name]
+    arguments = to(operator.make(channels=37, height=30, width=45), torch.float32)
+    grad_output = torch.randn_like(arguments['x'])
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (with_gradients(operator.run, arguments, grad_output) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first[each], second[each]) for each in first)
+
+
+def internal_arguments(name: str, dtype=torch.float32, layout='contiguous') -> list:
+    """Those of an operator of the binary."""
+    if 'branch' in name:
+        arguments = to(make_branches(), dtype)
+        dilations = arguments['dilations']
+        weights, norm_weights, norm_biases = lists_of(dilations, arguments)
+        inputs = [
+            torch.cat([weight.flatten(1) for weight in weights], dim=1),
+            torch.stack(norm_weights),
+            torch.stack(norm_biases),
+        ]
+        sizes = [[weight.shape[-1] for weight in weights], dilations, 1e-5]
+    else:
+        arguments = to(make_gelu_norm(), dtype)
+    x = LAYOUTS[layout](arguments['x'])
+    gamma, beta, convolution = (
+        arguments.get('gamma'),
+        arguments.get('beta'),
+        [arguments.get('weight'), arguments.get('bias')],
+    )
+    grad_output = LAYOUTS[layout](torch.randn_like(x))
+    if name == '_depthwise_conv2d':
+        return [x, *convolution, 1, True, True]
+    if name == '_depthwise_conv2d_backward':
+        return [grad_output, x, convolution[0], 1, True, True, [True, False, True]]
+    if name == '_gelu_depthwise_norm':
+        return [x, *convolution, gamma, beta, 1e-6]
+    if name == '_response_norm':
+        return [x, gamma, beta, 1e-6]
+    if name == '_response_norm_backward':
+        return [grad_output, x, gamma, torch.ops.overlock_mm._response_norm(x, gamma, beta, 1e-6)[1], 1e-6]
+    if name == '_branch_norms':
+        return [x, *inputs, *sizes]
+    _, mean, variance = torch.ops.overlock_mm._branch_norms(x, *inputs, *sizes)
+    return [grad_output, x, *inputs[:2], mean, variance, *sizes]
+
+
+FORWARDS = ['_depthwise_conv2d', '_branch_norms', '_response_norm']
+BACKWARDS = [f'{name}_backward' for name in FORWARDS]
+
+
+@pytest.mark.skipif(TORCH < (2, 4), reason='torch < 2.4 has no torch.library.opcheck')
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last', 'slice of channels_last', 'transposed'])
+@pytest.mark.parametrize('name', [*FORWARDS, *BACKWARDS, '_gelu_depthwise_norm'])
+def test_opcheck(name, layout):
+    inputs = internal_arguments(name, layout=layout)
+    torch.library.opcheck(getattr(torch.ops.overlock_mm, name).default, inputs)
+    if name in FORWARDS:
+        inputs = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in inputs]
+        checks = ['test_schema', 'test_faketensor', 'test_autograd_registration']
+        if name == '_depthwise_conv2d':  # the others have an output without a gradient
+            checks.append('test_aot_dispatch_dynamic')
+        torch.library.opcheck(getattr(torch.ops.overlock_mm, name).default, inputs, test_utils=checks)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('name', [*FORWARDS, *BACKWARDS, '_gelu_depthwise_norm'])
+def test_meta_has_the_layout_of_the_real_one(name, layout, dtype):
+    inputs = internal_arguments(name, dtype, layout)
+    on_meta = [
+        torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device='meta') if isinstance(x, Tensor) else x
+        for x in inputs
+    ]
+    operator = getattr(torch.ops.overlock_mm, name)
+    real, meta = operator(*inputs), operator(*on_meta)
+    for x, y in zip(*((each,) if isinstance(each, Tensor) else each for each in (real, meta))):
+        if x is None or not x.numel():
+            assert y is None or not y.numel()
+        else:
+            assert (y.shape, y.dtype, y.stride()) == (x.shape, x.dtype, x.stride())
+
+
+@cases
+def test_torch_compile(name, settings):
+    """Into one graph, also of other sizes, with the compiled operator in it."""
+    operator = OPERATORS[name]
+    calls = []
+
+    def backend(module, inputs):
+        calls.extend(str(node.target) for node in module.graph.nodes if node.op == 'call_function')
+        return module.forward
+
+    torch._dynamo.reset()
+    arguments = operator.make(**settings)
+    grad_output = torch.randn_like(arguments['x'])
+    with_gradients(torch.compile(operator.run, fullgraph=True, backend=backend), arguments, grad_output)
+    assert any('overlock_mm' in call for call in calls)
+    torch._dynamo.reset()
+    compiled = torch.compile(operator.run, fullgraph=True, dynamic=True, backend='aot_eager')
+    for shape in (dict(), dict(batch=3, height=11, width=7)):
+        arguments = operator.make(**shape, **settings)
+        grad_output = torch.randn_like(arguments['x'])
+        expected = with_gradients(operator.plain, arguments, grad_output)
+        got = with_gradients(compiled, arguments, grad_output)
+        assert max(errors(got, expected, grad_output.norm().item()).values()) < 1e-12
+        with torch.no_grad():
+            assert relative_error(compiled(**arguments), expected['output']) < 1e-12
+
+
+@pytest.mark.skipif(TORCH < (2, 7), reason='torch < 2.7 does not say that it exports')
+@pytest.mark.parametrize('name', [name for name in OPERATORS if name != 'branches'])
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+def test_a_graph_for_elsewhere_has_no_compiled_operator(name, layout):
+    operator = OPERATORS[name]
+    arguments = to(operator.make(), torch.float32)
+    arguments['x'] = LAYOUTS[layout](arguments['x'])
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors):
+            return operator.run(**dict(zip(arguments, tensors)))
+
+    tensors = tuple(arguments.values())
+    expected = operator.plain(**to(arguments, torch.float64))
+    for graph_of_inference in (False, True):
+        with torch.set_grad_enabled(not graph_of_inference):
+            exported = torch.export.export(Module(), tensors)
+            traced = torch.jit.trace(Module(), tensors, check_trace=False)
+        assert not any('overlock_mm' in str(node.target) for node in exported.graph.nodes)
+        assert not any('overlock_mm' in node.kind() for node in traced.inlined_graph.nodes())
+        assert relative_error(exported.module()(*tensors), expected) < 2e-6
+        assert relative_error(traced(*tensors), expected) < 2e-6
+
+
+def test_branches_say_where_they_are_not():
+    arguments = make_branches()
+    assert has_branch_norms(arguments['x'])
+    assert not has_branch_norms(arguments['x'].to('meta'))
+    with pytest.raises(ValueError, match='x must be on a device that has the compiled operator, got meta'):
+        compiled_branches(**{**arguments, 'x': arguments['x'].to('meta')})
+
+
+@operators
+def test_without_the_binary(name, monkeypatch):
+    monkeypatch.setattr(_extension, 'missing', 'not built')
+    monkeypatch.setattr(_extension, '_announce_fallback', lambda device_type: None)
+    operator = OPERATORS[name]
+    arguments = operator.make()
+    if name == 'branches':
+        with pytest.raises(ValueError, match='x must be on a device that has the compiled operator'):
+            operator.run(**arguments)
+        return
+    grad_output = torch.randn_like(arguments['x'])
+    expected = with_gradients(operator.plain, arguments, grad_output)
+    assert max(errors(with_gradients(operator.run, arguments, grad_output), expected, 1e-3).values()) < 1e-13
+
+
+@autocast_dtypes
+@cases
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+def test_autocast(dtype, name, settings, layout):
+    """Maps are cast, parameters are not rounded, gradients have the dtype of what they belong to."""
+    operator = OPERATORS[name]
+    arguments = to(operator.make(channels=18, height=12, width=13, **settings), torch.float32)
+    arguments['x'] = LAYOUTS[layout](arguments['x'])
+    grad_output = torch.randn_like(arguments['x'])
+    expected = with_gradients(operator.plain, to(arguments, torch.float64), grad_output)
+    with torch.autocast('cpu', dtype=dtype):
+        got = with_gradients(operator.run, arguments, grad_output)
+        with torch.no_grad():
+            inference = operator.run(**arguments)
+    tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    for each, error in errors(got, expected, 0.1 * grad_output.norm().item()).items():
+        assert error < tolerance, (each, error)
+    for out in (got['output'], inference):
+        assert out.dtype == (torch.float32 if name == 'response_norm' else dtype)
+        assert relative_error(out, expected['output']) < tolerance
+    assert all(got[each].dtype == torch.float32 for each in got if each != 'output')
+
+
+@cases
+def test_autocast_leaves_double_alone(name, settings):
+    operator = OPERATORS[name]
+    arguments = operator.make(**settings)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        out = operator.run(**arguments)
+    assert out.dtype == torch.float64
+    assert relative_error(out, operator.plain(**arguments)) < 1e-12
+
+
+@cases
+def test_inference_mode(name, settings):
+    operator = OPERATORS[name]
+    arguments = operator.make(channels=20, **settings)
+    expected = operator.plain(**arguments)
+    with torch.inference_mode():
+        assert relative_error(operator.run(**arguments), expected) < 1e-12
+
+
+@cases
+def test_empty_batch(name, settings):
+    operator = OPERATORS[name]
+    arguments = operator.make(batch=0, **settings)
+    if name == 'branches':
+        with pytest.raises(ValueError, match=r'must not be empty, got shape \(0, 5, 6, 9\)'):
+            operator.run(**arguments)
+        return
+    got = with_gradients(operator.run, arguments, arguments['x'])
+    assert got['output'].shape == got['x'].shape == (0, 5, 6, 9)
+    assert all(not value.any() and value.shape == arguments[each].shape for each, value in got.items() if each != 'output')
+    with torch.no_grad():
+        assert operator.run(**arguments).shape == (0, 5, 6, 9)
+
+
+@cases
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('channels', [3, 20])
+def test_nan_stays_where_it_goes_in_plain_operators(name, settings, dtype, channels):
+    """In the map: its window and its channel. In what comes back: the same, and its channel's parameters."""
+    operator = OPERATORS[name]
+    arguments = to(operator.make(channels=channels, height=12, width=30, **settings), dtype)
+    grad_output = torch.randn_like(arguments['x'])
+    broken = arguments['x'].clone()
+    broken[0, 1, 5, 14] = torch.nan
+    broken_grad = grad_output.clone()
+    broken_grad[0, 1, 5, 14] = torch.nan
+    for x, grad in ((broken, grad_output), (arguments['x'], broken_grad)):
+        for layout in ('contiguous', 'channels_last'):
+            inputs = {**arguments, 'x': LAYOUTS[layout](x)}
+            got = with_gradients(operator.run, inputs, grad)
+            expected = with_gradients(operator.plain, to(inputs, torch.float64), grad)
+            for each, value in got.items():
+                assert torch.equal(value.isnan(), expected[each].isnan()), each
+            with torch.no_grad():
+                assert torch.equal(operator.run(**inputs).isnan(), expected['output'].isnan())
+
+
+@cases
+@pytest.mark.parametrize('channels', [3, 20])
+def test_nan_in_a_kernel_stays_in_its_channel(name, settings, channels):
+    operator = OPERATORS[name]
+    arguments = to(operator.make(channels=channels, height=12, width=30, **settings), torch.float32)
+    if name in ('response_norm', 'gelu_norm'):
+        pytest.skip('the norm goes over the channels')
+    weight = 'weight1' if name == 'branches' else 'weight'
+    arguments[weight][1, 0, 0, 0] = torch.nan
+    got = with_gradients(operator.run, arguments, torch.randn_like(arguments['x']))
+    for value in (got['output'], got['x']):
+        assert value[:, 0].isfinite().all()
+        assert value[:, 2:].isfinite().all()
+        assert value[:, 1].isnan().any()
+
+
+@pytest.mark.parametrize(
+    'shape', [dict(), dict(batch=1, channels=20, height=40, width=33), dict(channels=3, height=13, width=9)], ids=str
+)
+@pytest.mark.parametrize(
+    'dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.float16, 2e-6)], ids=str
+)
+def test_statistics_of_branches(shape, dtype, tolerance):
+    arguments = to(make_branches(**shape), dtype)
+    dilations = arguments['dilations']
+    for each in ('x', *(f'weight{i}' for i in range(len(dilations)))):
+        arguments[each].requires_grad_()
+    _, mean, variance = all_of_branches(**arguments)
+    assert not mean.requires_grad
+    assert not variance.requires_grad
+    assert mean.dtype == variance.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    weights = lists_of(dilations, arguments)[0]
+    for i, (weight, dilation) in enumerate(zip(weights, dilations)):
+        y = plain_convolution(arguments['x'].double(), weight.double(), None, dilation).detach()
+        assert relative_error(variance[i], y.var(dim=(0, 2, 3), unbiased=False)) < tolerance
+        assert (mean[i].double() - y.mean(dim=(0, 2, 3))).abs().max() < tolerance * y.abs().max()
+
+
+@pytest.mark.parametrize('kernels', ['positive', 'random', 'identity'])
+@pytest.mark.parametrize(
+    'shape', [dict(batch=4, channels=20, height=14, width=14), dict(channels=37, height=100, width=90)]
+)
+def test_large_means_and_small_variances(kernels, shape):
+    """A map of mean 1e3 and deviation 1 in float32: sums of squares in one pass would have no digit left."""
+    arguments = make_branches(**shape, branches=((5, 1), (1, 1), (3, 2)))
+    arguments['x'] = (1e3 + arguments['x']).float()
+    for i in range(3):
+        weight = arguments[f'weight{i}']
+        if kernels == 'positive':
+            weight = weight.abs()
+        elif kernels == 'identity':
+            weight = torch.zeros_like(weight)
+            weight[..., weight.shape[-1] // 2, weight.shape[-1] // 2] = 1
+        arguments[f'weight{i}'] = weight
+    arguments = to(arguments, torch.float32)
+    dilations = arguments['dilations']
+    _, mean, variance = all_of_branches(**arguments)
+    weights = lists_of(dilations, arguments)[0]
+    for i, (weight, dilation) in enumerate(zip(weights, dilations)):
+        y = plain_convolution(arguments['x'].double(), weight.double(), None, dilation)
+        expected = y.var(dim=(0, 2, 3), unbiased=False)
+        plain = plain_convolution(arguments['x'], weight, None, dilation)
+        of_torch = ((plain.var(dim=(0, 2, 3), unbiased=False).double() - expected) / expected).abs().max().item()
+        assert ((variance[i].double() - expected) / expected).abs().max() < max(1e-3, 2 * of_torch), i
+        assert relative_error(mean[i], y.mean(dim=(0, 2, 3))) < 1e-6
+    # Digits of the map that are lost before the norm are lost to PyTorch too.
+    expected = plain_branches(**to(arguments, torch.float64))
+    error = relative_error(compiled_branches(**arguments), expected)
+    assert error < max(2e-6, 4 * relative_error(plain_branches(**arguments), expected))
+
+
+@cases
+def test_second_derivatives_are_refused(name, settings):
+    """Rather than wrong."""
+    operator = OPERATORS[name]
+    arguments = operator.make(**settings)
+    tensors = {each: value.requires_grad_() for each, value in arguments.items() if isinstance(value, Tensor)}
+    for asked in tensors:
+        out = operator.run(**arguments)
+        (grad,) = torch.autograd.grad(out.pow(2).sum(), tensors[asked], create_graph=True)
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(grad.pow(2).sum(), list(tensors.values()), allow_unused=True)
+
+
+def replaced(**changes: Callable) -> Callable:
+    return lambda arguments: {**arguments, **{name: change(arguments[name]) for name, change in changes.items()}}
+
+
+def call_branches(x, weights, norm_weights, norm_biases, dilations):
+    return branch_norms(x, weights, norm_weights, norm_biases, dilations)
+
+
+def make_lists() -> dict:
+    arguments = make_branches()
+    lists = zip(('weights', 'norm_weights', 'norm_biases'), lists_of(arguments['dilations'], arguments))
+    return dict(x=arguments['x'], **dict(lists), dilations=arguments['dilations'])
+
+
+CONVOLUTION = (depthwise_conv2d, lambda: make_convolution(dilation=1))
+RESIDUAL = (residual_depthwise_conv2d, make_convolution)
+GELU_NORM = (gelu_depthwise_norm, make_gelu_norm)
+NORM = (global_response_norm, make_response_norm)
+BRANCHES = (call_branches, make_lists)
+
+
+# ruff: noqa: E501 (a table)
+@pytest.mark.parametrize('path', ['compiled', 'with gradients', 'as fast in PyTorch'])
+@pytest.mark.parametrize(
+    'operator, change, error, message',
+    [
+        *(
+            (operator, change, error, message)
+            for operator in (CONVOLUTION, RESIDUAL, GELU_NORM)
+            for change, error, message in (
+                (replaced(x=Tensor.tolist), TypeError, 'x must be a Tensor, got list'),
+                (replaced(weight=Tensor.tolist), TypeError, 'weight must be a Tensor, got list'),
+                (replaced(bias=lambda x: 1.0), TypeError, 'bias must be a Tensor or None, got float'),
+                (replaced(x=lambda x: x[0]), ValueError, r'x must have 4 dimensions, got shape \(5, 6, 9\)'),
+                (replaced(weight=lambda x: x[1:]), ValueError, r'weight must have shape \(5, 1, k, k\) with k odd, got \(4, 1, 3, 3\)'),
+                (replaced(weight=lambda x: x[..., :2, :2]), ValueError, r'weight must have shape \(5, 1, k, k\) .* got \(5, 1, 2, 2\)'),
+                (replaced(weight=lambda x: x[..., :2]), ValueError, r'weight must have shape \(5, 1, k, k\) .* got \(5, 1, 3, 2\)'),
+                (replaced(weight=lambda x: x.sum()), ValueError, r'weight must have shape \(5, 1, k, k\) .* got \(\)'),
+                (replaced(bias=lambda x: x[1:]), ValueError, r'bias must have shape \(5,\), got \(4,\)'),
+                (replaced(bias=lambda x: x[None]), ValueError, r'bias must have shape \(5,\), got \(1, 5\)'),
+                (replaced(x=lambda x: x.int()), TypeError, '(x|input) must be float16, .* got torch.int32'),
+                (replaced(weight=lambda x: x.float()), TypeError, 'weight must have dtype torch.float64.* got torch.float32'),
+                (replaced(bias=lambda x: x.float()), TypeError, 'bias must have dtype torch.float64.* got torch.float32'),
+                (replaced(weight=lambda x: x.to('meta')), ValueError, 'weight must be on the device of (x|input|value), cpu, got meta'),
+                (replaced(bias=lambda x: x.to('meta')), ValueError, 'bias must be on the device of (x|input|value), cpu, got meta'),
+            )
+        ),
+        (CONVOLUTION, replaced(dilation=lambda x: 0), ValueError, 'dilation must be an int of at least 1, got 0'),
+        (CONVOLUTION, replaced(dilation=lambda x: True), ValueError, 'dilation must be an int of at least 1, got True'),
+        (CONVOLUTION, replaced(dilation=lambda x: 1.5), ValueError, 'dilation must be an int of at least 1, got 1.5'),
+        ((residual_gelu, make_convolution), replaced(weight=lambda x: x[..., :1, :1]), ValueError, r'weight must be \(C, 1, 3, 3\) with gelu, got \(5, 1, 1, 1\)'),
+        (GELU_NORM, replaced(weight=lambda x: x[..., :1, :1]), ValueError, r'(weight must be \(C, 1, 3, 3\)|gelu goes with a 3 x 3 kernel).* got \(5, 1, 1, 1\)'),
+        *(
+            (operator, change, error, message)
+            for operator in (NORM, GELU_NORM)
+            for change, error, message in (
+                (replaced(gamma=lambda x: x[1:]), ValueError, r'gamma must have shape .*5.* got \(4,\)'),
+                (replaced(beta=lambda x: x[1:]), ValueError, r'beta must have shape .*5.* got \(4,\)'),
+                (replaced(gamma=lambda x: x.float()), TypeError, 'gamma must have dtype torch.float64.* got torch.float32'),
+                (replaced(beta=lambda x: x.float()), TypeError, 'beta must have dtype torch.float64.* got torch.float32'),
+                (replaced(gamma=lambda x: x.to('meta')), ValueError, 'gamma must be on the device of (x|input|value), cpu, got meta'),
+            )
+        ),
+        (NORM, replaced(x=Tensor.tolist), TypeError, 'x must be a Tensor, got list'),
+        (NORM, replaced(x=lambda x: x[0]), ValueError, r'(x|input) must have 4 dimensions, got shape \(5, 6, 9\)'),
+        (NORM, replaced(x=lambda x: x.int()), TypeError, '(x|input) must be float16, .* got torch.int32'),
+        (BRANCHES, replaced(x=Tensor.tolist), TypeError, 'x must be a Tensor, got list'),
+        (BRANCHES, replaced(x=lambda x: x[0]), ValueError, r'x must have 4 dimensions, got shape \(5, 6, 9\)'),
+        (BRANCHES, replaced(weights=lambda x: [x[0], x[1][1:], x[2]]), ValueError, r'weight.* must have shape \(5, 1, k, k\) .* got \(4, 1, 3, 3\)'),
+        (BRANCHES, replaced(weights=lambda x: [x[1], x[0], x[2]]), ValueError, r'the first branch must reach as far as any, got kernel_sizes \[3, 5, 3\] and dilations \[1, 1, 2\]'),
+        (BRANCHES, replaced(weights=lambda x: x[1:], norm_weights=lambda x: x[1:], norm_biases=lambda x: x[1:], dilations=lambda x: [2, 2]), ValueError, r'the first branch must have no dilation, got dilations \[2, 2\]'),
+        (BRANCHES, replaced(dilations=lambda x: [1, 0, 2]), ValueError, 'dilation.* must be .* at least 1, got 0'),
+        (BRANCHES, replaced(dilations=lambda x: x[:2]), ValueError, r'dilations must be .* got \[5, 3, 3\] and \[1, 1\]'),
+        (BRANCHES, replaced(weights=lambda x: x[:2]), ValueError, r'dilations must be .* got \[5, 3\] and \[1, 1, 2\]'),
+        (BRANCHES, replaced(weights=lambda x: x[:1] * 9, norm_weights=lambda x: x[:1] * 9, norm_biases=lambda x: x[:1] * 9, dilations=lambda x: [1] * 9), ValueError, r'must be 1 to 8 numbers each, got \[5, 5, 5, 5, 5, 5, 5, 5, 5\]'),
+        (BRANCHES, replaced(weights=lambda x: [], norm_weights=lambda x: [], norm_biases=lambda x: [], dilations=lambda x: []), ValueError, r'must be 1 to 8 .*got \[\]'),
+        (BRANCHES, replaced(norm_weights=lambda x: x[:2]), ValueError, r'norm_weights must have shape .*3, 5.* got \(2, 5\)'),
+        (BRANCHES, replaced(norm_biases=lambda x: x[:2]), ValueError, r'norm_biases must have shape .*3, 5.* got \(2, 5\)'),
+        (BRANCHES, replaced(norm_biases=lambda x: [x[0], x[1][1:], x[2]]), ValueError, r'norm_biases must .* got .*\(4,\)'),
+        (BRANCHES, replaced(norm_weights=lambda x: [each.float() for each in x]), TypeError, 'norm_weights must have dtype torch.float64.* got torch.float32'),
+        (BRANCHES, replaced(weights=lambda x: [each.float() for each in x]), TypeError, 'weights must have dtype torch.float64.* got torch.float32'),
+        (BRANCHES, replaced(x=lambda x: x.int()), TypeError, '(x|input) must be float16, .* got torch.int32'),
+    ],
+)  # fmt: skip
+def test_bad_arguments(operator, change, error, message, path):
+    """Whichever checks them: the compiled operator, or the Python before it, whichever way the arguments would go."""
+    function, make = operator
+    arguments = make()
+    if path == 'compiled':
+        arguments['x'] = LAYOUTS['channels_last'](arguments['x'])
+    elif path == 'with gradients':
+        arguments = to(arguments, torch.float64)
+        arguments['x'].requires_grad_()
+    with torch.set_grad_enabled(path == 'with gradients'), pytest.raises(error) as raised:
+        function(**change(arguments))
+    assert re.search(message, str(raised.value))
+
+
+@pytest.mark.parametrize('name', [*FORWARDS, *BACKWARDS, '_gelu_depthwise_norm'])
+def test_bad_internal_arguments(name):
+    """Maps and what comes back, in every operator of the binary that has them."""
+    inputs = internal_arguments(name)
+    operator = getattr(torch.ops.overlock_mm, name)
+    position = 1 if name in BACKWARDS else 0
+    with pytest.raises(ValueError, match=r'must have 4 dimensions, got shape \(5, 6, 9\)'):
+        operator(*inputs[:position], inputs[position][0], *inputs[position + 1 :])
+    if name not in BACKWARDS:
+        return
+    for change, error, message in (
+        (lambda x: x[:1], ValueError, r'grad_output must have the shape of input, \(2, 5, 6, 9\), got \(1, 5, 6, 9\)'),
+        (lambda x: x.double(), TypeError, 'grad_output must have dtype torch.float32.* got torch.float64'),
+        (lambda x: x.to('meta'), ValueError, 'grad_output must be on the device of'),
+    ):
+        with pytest.raises(error, match=message):
+            operator(change(inputs[0]), *inputs[1:])

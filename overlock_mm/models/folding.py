@@ -6,6 +6,7 @@ is folded is made of them when it is first needed, and kept.
 
 from __future__ import annotations
 
+import weakref
 from typing import Optional
 
 import torch
@@ -35,10 +36,14 @@ def norm_conv(norm: nn.Module, conv: nn.Conv2d, deploy: bool) -> tuple[Optional[
     return None, *_folded(conv, norm, norm_first=True)
 
 
+#: Of each norm: what was folded, and of which versions of which tensors.
+_kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
 def forget_folded(module: nn.Module) -> None:
-    """Have everything folded anew: parameters were replaced, which their versions do not tell."""
+    """Have everything folded anew. A change through ``.data`` is not seen without it."""
     for child in module.modules():
-        child.__dict__.pop('_folded', None)
+        _kept.pop(child, None)
 
 
 def _is_fixed(norm: nn.Module) -> bool:
@@ -53,13 +58,19 @@ def _is_fixed(norm: nn.Module) -> bool:
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, norm_first: bool) -> tuple[Tensor, Tensor]:
-    """Weight and bias of convolution and norm in one, kept on the norm until one of the parameters changes."""
+    """Weight and bias of convolution and norm in one, kept until one of the tensors behind them changes."""
     sources = [conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
-    versions = [None if t is None else (t.data_ptr(), t.dtype, None if t.is_inference() else t._version) for t in sources]
-    kept = norm.__dict__.get('_folded')
+    sources.append(norm.num_batches_tracked)  # training changes the statistics without telling their versions
+    sources = [source for source in sources if source is not None]
+    if any(source.is_inference() for source in sources):  # these have no versions
+        return _fold(conv, norm, norm_first)
+    versions = [(source.data_ptr(), source.dtype, source._version) for source in sources]
+    kept = _kept.get(norm)
     if kept is None or kept[0] != versions:
-        kept = norm._folded = (versions, *_fold(conv, norm, norm_first))
-    return kept[1:]
+        # The sources are held, lest others come to lie where they were.
+        held = [source.detach() for source in sources]
+        kept = _kept[norm] = (versions, held, _fold(conv, norm, norm_first))
+    return kept[2]
 
 
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, norm_first: bool) -> tuple[Tensor, Tensor]:

@@ -357,6 +357,7 @@ class OverLoCK(TakesReleasedCheckpoints):
     def train(self, mode: bool = True) -> OverLoCK:
         """Set training mode, but for frozen stages and, with ``norm_eval``, for batch norms."""
         super().train(mode)
+        forget_folded(self)
         self._freeze_stages()
         if mode and self.norm_eval:
             for module in self.modules():

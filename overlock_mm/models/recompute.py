@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -23,6 +23,7 @@ except ImportError:  # torch < 2.3
 
 class _State(threading.local):
     inside_checkpoint = False
+    current: Optional[recomputing] = None
 
 
 _state = _State()
@@ -34,57 +35,89 @@ class recomputing:
     ``with recomputing() as again: y = again(function, x)`` runs ``function(x)``. If an operation in the context wants to
     keep ``y`` for its backward, it keeps ``x`` instead, and ``y`` is made again of it; x may come from ``again`` itself.
     What is not made by ``again`` is kept as ever. Functions must be pure: the second run gives the same, and has no
-    effects.
+    effects. Contexts nest.
 
-    Nothing is recomputed without gradients, under torch.compile, whose partitioner decides for itself, and in blocks that
-    :func:`checkpoint_block` runs, which keep nothing at all.
+    Nothing is recomputed without gradients, under torch.compile, whose partitioner decides for itself, in blocks that
+    :func:`checkpoint_block` runs, which keep nothing at all, and under hooks of somebody else, such as
+    ``torch.utils.checkpoint``, which are to see what is kept.
     """
 
     def __init__(self) -> None:
         # Tensors stay alive in the context, lest another one is taken for them at the same address.
         self._made: dict[tuple, tuple[Tensor, _Remade]] = {}
+        self._outer: Optional[recomputing] = None
         self._hooks: Any = None
 
     def __enter__(self) -> recomputing:
-        if torch.is_grad_enabled() and not is_compiling() and not _state.inside_checkpoint:
+        if torch.is_grad_enabled() and not is_compiling() and not _state.inside_checkpoint and not _under_foreign_hooks():
             self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
             self._hooks.__enter__()
+            self._outer, _state.current = _state.current, self
         return self
 
     def __exit__(self, *error: Any) -> None:
         if self._hooks is not None:
             self._hooks.__exit__(*error)
+            _state.current = self._outer
             self._made.clear()
 
     def __call__(self, function: Callable[..., Tensor], *inputs: Tensor, again: Optional[Callable] = None) -> Tensor:
         """``function(*inputs)``, to be made again by ``again`` where that is given, else by the same function."""
         out = function(*inputs)
         if self._hooks is not None and out.requires_grad:
-            made = [self._made.get(_place(tensor)) for tensor in inputs]
-            sources = [tensor.detach() if found is None else found[1] for tensor, found in zip(inputs, made)]
+            sources = [self._find(tensor) or _Kept(tensor) for tensor in inputs]
             self._made[_place(out)] = (out, _Remade(again or function, sources, out.device.type))
         return out
 
-    def _pack(self, tensor: Tensor) -> Any:
+    def _find(self, tensor: Tensor) -> Optional[_Remade]:
         found = self._made.get(_place(tensor))
-        if found is None:
-            return tensor.detach()  # the tensor itself could hold the node that holds this
-        found[1].want()
-        return found[1]
+        if found is not None:
+            return found[1]
+        return None if self._outer is None else self._outer._find(tensor)
+
+    def _pack(self, tensor: Tensor) -> Union[_Remade, _Kept]:
+        kept = self._find(tensor) or _Kept(tensor)
+        kept.want()
+        return kept
 
 
-def _unpack(kept: Any) -> Tensor:
-    return kept.take() if isinstance(kept, _Remade) else kept
+def _unpack(kept: Union[_Remade, _Kept]) -> Tensor:
+    return kept.take()
 
 
 def _place(tensor: Tensor) -> tuple:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
+def _under_foreign_hooks() -> bool:
+    top = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)  # not in old versions of torch
+    return _state.current is None and top is not None and top(True) is not None
+
+
+class _Kept:
+    """A tensor that is kept, and must not change until the backward: with hooks, autograd does not see to it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor.detach()  # the tensor itself could hold the node that holds this
+        self._version = None if tensor.is_inference() else tensor._version
+
+    def want(self) -> None:
+        pass
+
+    def take(self) -> Tensor:
+        if self._version is not None and self._tensor._version != self._version:
+            raise RuntimeError(
+                'one of the variables needed for gradient computation has been modified by an inplace operation: a tensor '
+                f'of shape {tuple(self._tensor.shape)} is at version {self._tensor._version}; expected version '
+                f'{self._version} instead'
+            )
+        return self._tensor
+
+
 class _Remade:
     """A tensor that was not kept: how to make it again, of tensors that were kept or are made again themselves."""
 
-    def __init__(self, function: Callable[..., Tensor], sources: list, device_type: str) -> None:
+    def __init__(self, function: Callable[..., Tensor], sources: list[Union[_Remade, _Kept]], device_type: str) -> None:
         self._function = function
         self._sources = sources
         self._autocast: Any = contextlib.nullcontext()
@@ -99,15 +132,14 @@ class _Remade:
     def want(self) -> None:
         if self._wanted == 0:
             for source in self._sources:
-                if isinstance(source, _Remade):
-                    source.want()
+                source.want()
         self._wanted += 1
         self._pending += 1
 
     def take(self) -> Tensor:
         """The value, which is made for the first that asks and let go with the last."""
         if self._value is None:
-            sources = [source.take() if isinstance(source, _Remade) else source for source in self._sources]
+            sources = [source.take() for source in self._sources]
             with torch.no_grad(), self._autocast:
                 self._value = self._function(*sources)
         value = self._value

@@ -17,8 +17,8 @@ from . import _extension
 from ._autocast import cast_as_autocast
 from ._layout import is_channels_last
 
-#: PyTorch's forward on contiguous maps is fast below this kernel size, and falls off a cliff from it on.
-_FAST_IN_PYTORCH = 14
+#: PyTorch's forward on contiguous maps is fast for kernels that reach over so many positions, and falls off a cliff beyond.
+_FAST_EXTENT = 13
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, dilation: int = 1) -> Tensor:
@@ -44,8 +44,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, d
     """
     _check(x, weight, bias, dilation)
     if not _compiled(x) or _pytorch_is_as_fast(x, weight, dilation):
-        padding = dilation * (weight.shape[-1] // 2)
-        return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=weight.shape[0])
+        return _conv2d(cast_as_autocast(x), weight, bias, dilation)
     return torch.ops.overlock_mm._depthwise_conv2d(cast_as_autocast(x), weight, bias, dilation, False, False)
 
 
@@ -69,7 +68,7 @@ def residual_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] 
         raise ValueError(f'weight must be (C, 1, 3, 3) with gelu, got {tuple(weight.shape)}')
     if not _compiled(x):
         y = F.gelu(x) if gelu else x
-        return y + F.conv2d(y, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+        return y + _conv2d(y, weight, bias, 1)
     return torch.ops.overlock_mm._depthwise_conv2d(cast_as_autocast(x), weight, bias, 1, True, gelu)
 
 
@@ -102,10 +101,10 @@ def branch_norms(
         TypeError, ValueError: as :func:`depthwise_conv2d`; there is no operator for the device of ``x``: see
         :func:`has_branch_norms`.
     """
+    _check_map(x)
     if not has_branch_norms(x):
         raise ValueError(f'x must be on a device that has the compiled operator, got {x.device}')
-    for weight, dilation in zip(weights, dilations):
-        _check(x, weight, None, dilation)
+    _check_branches(x, weights, norm_weights, norm_biases, dilations)
     return torch.ops.overlock_mm._branch_norms(
         cast_as_autocast(x),
         torch.cat([weight.flatten(1) for weight in weights], dim=1),
@@ -134,7 +133,13 @@ def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e
 
     Returns:
         Tensor[B, C, H, W]: with the dtype and memory format of ``x``.
+
+    Raises:
+        TypeError, ValueError: as :func:`depthwise_conv2d`.
     """
+    _check_map(x)
+    for name, parameter in (('gamma', gamma), ('beta', beta)):
+        _check_parameter(name, parameter, x, (x.shape[1],))
     if _compiled(x):
         return torch.ops.overlock_mm._response_norm(x, gamma, beta, eps)[0]
     # A sum of squares over a map leaves float16's range at ordinary activations: at least float32 here.
@@ -164,9 +169,9 @@ def gelu_depthwise_norm(
     Raises:
         TypeError, ValueError: as :func:`depthwise_conv2d`.
     """
+    _check(x, weight, bias, 1)
     if torch.is_grad_enabled() or not _compiled(x):
         return global_response_norm(residual_depthwise_conv2d(x, weight, bias, gelu=True), gamma, beta, eps)
-    _check(x, weight, bias, 1)
     return torch.ops.overlock_mm._gelu_depthwise_norm(cast_as_autocast(x), weight, bias, gamma, beta, eps)
 
 
@@ -174,22 +179,104 @@ def _compiled(x: Tensor) -> bool:
     return x.device.type == 'cpu' and not _extension.is_exporting() and _extension.compiled_for(x.device)
 
 
+def _conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> Tensor:
+    """PyTorch's, which wants parameters in the dtype of the map."""
+    padding = dilation * (weight.shape[-1] // 2)
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.conv2d(x, weight.to(x.dtype), bias, padding=padding, dilation=dilation, groups=weight.shape[0])
+
+
 def _pytorch_is_as_fast(x: Tensor, weight: Tensor, dilation: int) -> bool:
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    """Of contiguous maps: the compiled operator takes channels_last ones, and chooses there by itself."""
+    if is_channels_last(x):
         return False
-    return dilation == 1 and weight.shape[-1] < _FAST_IN_PYTORCH and not is_channels_last(x)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return weight.shape[-1] == 3 and dilation == 1
+    return (weight.shape[-1] - 1) * dilation < _FAST_EXTENT
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> None:
-    for name, tensor in (('x', x), ('weight', weight), ('bias', bias)):
-        if not isinstance(tensor, Tensor) and not (name == 'bias' and tensor is None):
-            raise TypeError(f'{name} must be a Tensor{" or None" if name == "bias" else ""}, got {type(tensor).__name__}')
+    # What is right is seen to be right first: on a small map, asking takes as long as the convolution.
+    if isinstance(x, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor)):
+        shape = weight.shape
+        if (
+            x.ndim == len(shape) == 4
+            and shape[0] == x.shape[1]
+            and shape[1] == 1
+            and shape[2] == shape[3]
+            and shape[2] % 2 == 1
+            and x.dtype == weight.dtype
+            and x.dtype in _DTYPES
+            and x.device == weight.device
+            and (bias is None or (bias.shape == shape[:1] and bias.dtype == weight.dtype and bias.device == weight.device))
+            and type(dilation) is int
+            and dilation >= 1
+        ):
+            return
+    _check_map(x)
+    _check_kernel('weight', x, weight)
+    if bias is not None:
+        _check_parameter('bias', bias, x, (x.shape[1],), optional=True)
+    _check_dilation(dilation)
+
+
+def _check_map(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f'x must be a Tensor, got {type(x).__name__}')
     if x.ndim != 4:
         raise ValueError(f'x must have 4 dimensions, got shape {tuple(x.shape)}')
-    channels, size = x.shape[1], weight.shape[-1] if weight.ndim else 0
-    if tuple(weight.shape) != (channels, 1, size, size) or size % 2 == 0:
-        raise ValueError(f'weight must have shape ({channels}, 1, k, k) with k odd, got {tuple(weight.shape)}')
-    if bias is not None and tuple(bias.shape) != (channels,):
-        raise ValueError(f'bias must have shape ({channels},), got {tuple(bias.shape)}')
+    if x.dtype not in _DTYPES:
+        raise TypeError(f'x must be float16, bfloat16, float32 or float64, got {x.dtype}')
+
+
+def _check_kernel(name: str, x: Tensor, weight: Tensor) -> None:
+    if isinstance(weight, Tensor):
+        channels, size = x.shape[1], weight.shape[-1] if weight.ndim else 0
+        if tuple(weight.shape) != (channels, 1, size, size) or size % 2 == 0:
+            raise ValueError(f'{name} must have shape ({channels}, 1, k, k) with k odd, got {tuple(weight.shape)}')
+    _check_parameter(name, weight, x)
+
+
+def _check_parameter(
+    name: str, parameter: Tensor, x: Tensor, shape: Optional[tuple[int, ...]] = None, optional: bool = False
+) -> None:
+    if not isinstance(parameter, Tensor):
+        raise TypeError(f'{name} must be a Tensor{" or None" if optional else ""}, got {type(parameter).__name__}')
+    if shape is not None and tuple(parameter.shape) != shape:
+        raise ValueError(f'{name} must have shape {shape}, got {tuple(parameter.shape)}')
+    if parameter.device != x.device:
+        raise ValueError(f'{name} must be on the device of x, {x.device}, got {parameter.device}')
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if parameter.dtype != x.dtype and not (half and parameter.dtype == torch.float32):
+        wanted = f'{x.dtype} or torch.float32' if half else x.dtype
+        raise TypeError(f'{name} must have dtype {wanted} with a map of {x.dtype}, got {parameter.dtype}')
+
+
+def _check_dilation(dilation: int) -> None:
     if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
         raise ValueError(f'dilation must be an int of at least 1, got {dilation!r}')
+
+
+def _check_branches(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    dilations: Sequence[int],
+) -> None:
+    for weight in weights:
+        _check_kernel('weights', x, weight)
+    for dilation in dilations:
+        _check_dilation(dilation)
+    number, channels = len(weights), x.shape[1]
+    if not 1 <= number <= 8 or len(dilations) != number:
+        sizes = [weight.shape[-1] for weight in weights]
+        raise ValueError(f'weights and dilations must be 1 to 8 numbers each, got {sizes} and {list(dilations)}')
+    for name, parameters in (('norm_weights', norm_weights), ('norm_biases', norm_biases)):
+        if len(parameters) != number:
+            raise ValueError(f'{name} must have shape {(number, channels)}, got {(len(parameters), channels)}')
+        for parameter in parameters:
+            _check_parameter(name, parameter, x, (channels,))

@@ -1,5 +1,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -146,8 +147,12 @@ std::tuple<Tensor, Tensor> response_norm_autograd(const Tensor& input, const Ten
 
 }  // namespace
 
-// The backwards have no derivative of their own: torch says so if one is asked for.
 TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) {
+  // These have no derivative, and say so if one is asked for.
+  for (const char* name : {"_depthwise_conv2d_backward", "_branch_norms_backward", "_response_norm_backward",
+                           "_gelu_depthwise_norm"}) {
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
   m.impl("_depthwise_conv2d", &depthwise_conv2d_autograd);
   m.impl("_branch_norms", &branch_norms_autograd);
   m.impl("_response_norm", &response_norm_autograd);

@@ -806,7 +806,7 @@ void combine(const ResponseNormParams& p, int64_t begin, int64_t end) {
         Vector<T> out = load_block(a, block) * load_block(scale, block);
         if (b) out += load_block(b, block) * load_block(other_scale, block);
         if (p.shift) out += load_block(const_data<T>(p.shift), block);
-        store_repeated(to, block, out);
+        store_block(to, block, out);  // no channel twice: the output may be the input
       }
       a += p.channels;
       to += p.channels;

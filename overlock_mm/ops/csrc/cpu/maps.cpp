@@ -1,4 +1,5 @@
 // Static depth-wise convolutions and response norms for tensors on the CPU.
+#include <ATen/Context.h>
 #include <torch/library.h>
 
 #include "../depthwise_tensors.h"
@@ -51,6 +52,45 @@ Tensor as_parameter(const Tensor& parameter, const Tensor& input) {
   return parameter.to(accumulation_type(input)).contiguous();
 }
 
+// -------------------------------------------------------------------------------------------------------------- sums
+
+/// Parts of an image for sums: their number depends on the shape alone, so that every number of threads adds up in the same
+/// order. `items` there are without parts; a part has `least` lines or more.
+int64_t strips_for_sums(int64_t items, int64_t height, int64_t least) {
+  return std::max<int64_t>(1, std::min(divide_up(32, std::max<int64_t>(items, 1)), height / least));
+}
+
+ResponseNormParams params_of(const Tensor& input) {
+  ResponseNormParams p{};
+  p.batch = input.size(0);
+  p.channels = input.size(1);
+  p.positions = input.size(2) * input.size(3);
+  p.strips = strips_for_sums(p.batch, p.positions, 64);
+  p.input = input.data_ptr();
+  return p;
+}
+
+/// Sums over the map, (B, C): of input * other, and of other.
+std::pair<Tensor, Tensor> channel_sums(const Tensor& input, const Tensor& other) {
+  ResponseNormParams p = params_of(input);
+  const auto options = at::TensorOptions(input.scalar_type());
+  const Tensor sums = at::empty({p.batch, p.strips, p.channels}, options);
+  p.sums = sums.data_ptr();
+  Tensor plain;
+  if (other.defined()) {
+    plain = at::empty_like(sums);
+    p.other = other.data_ptr();
+    p.plain_sums = plain.data_ptr();
+  }
+  with_kernels(input.scalar_type(), [&](const auto& kernel) {
+    in_parallel(p.batch * p.strips, [&](int64_t begin, int64_t end) { kernel.channel_sums(p, begin, end); });
+  });
+  return {sums.sum(1), other.defined() ? plain.sum(1) : Tensor()};
+}
+
+/// Sums over images and positions, (C). (Those of ATen depend on the number of threads.)
+Tensor sum_of_channels(const Tensor& map) { return channel_sums(map, map).second.sum(0); }
+
 // -------------------------------------------------------------------------------------------------------- one branch
 
 bool streams(const DepthwiseParams& p) { return p.kernel_size == 3 && p.dilation == 1; }
@@ -70,12 +110,6 @@ DepthwiseParams params_of(const Tensor& input, const Tensor& weight, int64_t dil
   return p;
 }
 
-/// Parts of an image for sums: their number depends on the shape alone, so that every number of threads adds up in the same
-/// order. `items` there are without parts; a part has `least` lines or more.
-int64_t strips_for_sums(int64_t items, int64_t height, int64_t least) {
-  return std::max<int64_t>(1, std::min(divide_up(32, std::max<int64_t>(items, 1)), height / least));
-}
-
 /// Parts of an image for a forward: enough for all threads, and small enough for a core's cache. No result depends on it.
 int64_t strips_for_outputs(int64_t items, int64_t height, int64_t least, int64_t bytes_of_line, int64_t border) {
   constexpr int64_t cache = 512 * 1024;
@@ -84,12 +118,39 @@ int64_t strips_for_outputs(int64_t items, int64_t height, int64_t least, int64_t
   return std::max<int64_t>(1, std::min(std::max(for_threads, divide_up(height, lines)), divide_up(height, least)));
 }
 
+/// Whether oneDNN's forward, which is PyTorch's, is as fast as the kernels here, or faster (tools/benchmarks/bench_depthwise.py):
+/// it has one that is, in channels_last, for small kernels that reach no further than 13 positions, and another for large
+/// ones. Between them, and on small maps, it is up to three times slower.
+bool library_is_fast(const Tensor& input, const DepthwiseParams& p) {
+  if (input.scalar_type() != at::kFloat || !at::globalContext().userEnabledMkldnn() || p.height * p.width < 512) {
+    return false;
+  }
+  const int64_t extent = (p.kernel_size - 1) * p.dilation + 1;
+  return (p.kernel_size <= 8 && extent <= 13) || (p.kernel_size >= 14 && p.dilation == 1);
+}
+
+Tensor convolve_by_library(const Tensor& input, const Tensor& weight, const Tensor& bias, int64_t dilation,
+                           bool residual) {
+  // It is called with what autocast has been through already.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCPU);
+  Tensor kernel = weight;
+  const int64_t middle = weight.size(2) / 2;
+  if (residual) {
+    kernel = weight.clone();
+    kernel.select(3, middle).select(2, middle).add_(1);
+  }
+  const OptionalTensor shift = bias.defined() ? OptionalTensor(bias) : OptionalTensor();
+  return at::conv2d(input, kernel, shift, 1, middle * dilation, dilation, input.size(1))
+      .contiguous(at::MemoryFormat::ChannelsLast);
+}
+
 /// `input` and `weight` as the kernels take them. `squares`, where it is asked for, are sums over the output's map, (B, C).
 Tensor convolve(const Tensor& input, const Tensor& weight, const Tensor& bias, int64_t dilation, bool residual,
                 bool gelu, Tensor* squares = nullptr) {
-  const Tensor output = empty_output(input);
-  if (input.numel() == 0) return output;
+  if (input.numel() == 0) return empty_output(input);
   DepthwiseParams p = params_of(input, weight, dilation, residual, gelu);
+  if (!gelu && library_is_fast(input, p)) return convolve_by_library(input, weight, bias, dilation, residual);
+  const Tensor output = empty_output(input);
   p.bias = bias.defined() ? bias.data_ptr() : nullptr;
   p.output = output.data_ptr();
   with_kernels(input.scalar_type(), [&](const auto& kernel) {
@@ -178,7 +239,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward_cpu(const Tensor& g
     if (output_mask[0])
       grad_input = convolve(grad, kernel_weight.flip({2, 3}), Tensor(), dilation, residual, /*gelu=*/false);
     if (output_mask[1]) grad_weight = weight_gradient(grad, map, kernel_weight, dilation, Tensor());
-    if (output_mask[2]) grad_bias = grad.sum({0, 2, 3});
+    if (output_mask[2]) grad_bias = sum_of_channels(grad);
   }
   if (output_mask[0]) grad_input = as_output(grad_input, input);
   return {grad_input, grad_weight, grad_bias};
@@ -278,7 +339,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_norms_backward_cpu(const Tenso
   const at::ScalarType dtype = map.scalar_type();
   BranchParams p = params_of(map, kernels_of_branches, kernel_sizes, dilations);
   const double positions = double(p.batch) * p.height * p.width;
-  const Tensor grad_mean = grad.mean({0, 2, 3});
+  const Tensor grad_mean = sum_of_channels(grad) / positions;
 
   // With g' the gradient less its mean, and G its correlation with the input: the gradient of a norm's weight, the sum of
   // g' times the normalised output, is its kernel times G. So no branch has to be computed to know how far it goes down.
@@ -317,34 +378,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_norms_backward_cpu(const Tenso
 }
 
 // ---------------------------------------------------------------------------------------------------- response norms
-
-ResponseNormParams params_of(const Tensor& input) {
-  ResponseNormParams p{};
-  p.batch = input.size(0);
-  p.channels = input.size(1);
-  p.positions = input.size(2) * input.size(3);
-  p.strips = strips_for_sums(p.batch, p.positions, 64);
-  p.input = input.data_ptr();
-  return p;
-}
-
-/// Sums over the map, (B, C): of input * other, and of other.
-std::pair<Tensor, Tensor> channel_sums(const Tensor& input, const Tensor& other) {
-  ResponseNormParams p = params_of(input);
-  const auto options = at::TensorOptions(input.scalar_type());
-  const Tensor sums = at::empty({p.batch, p.strips, p.channels}, options);
-  p.sums = sums.data_ptr();
-  Tensor plain;
-  if (other.defined()) {
-    plain = at::empty_like(sums);
-    p.other = other.data_ptr();
-    p.plain_sums = plain.data_ptr();
-  }
-  with_kernels(input.scalar_type(), [&](const auto& kernel) {
-    in_parallel(p.batch * p.strips, [&](int64_t begin, int64_t end) { kernel.channel_sums(p, begin, end); });
-  });
-  return {sums.sum(1), other.defined() ? plain.sum(1) : Tensor()};
-}
 
 /// input * scale + other * other_scale + shift, with scales (B, C) and shift (C), in `output`, which may be the input.
 Tensor combine(const Tensor& input, const Tensor& scale, const Tensor& other, const Tensor& other_scale,

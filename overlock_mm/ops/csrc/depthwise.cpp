@@ -1,5 +1,6 @@
-// Static depth-wise convolutions, their sums through batch norms, and global response norms: schemas, checks, and shapes for
-// the meta device. There are kernels for the CPU only; overlock_mm/ops/depthwise.py says what other devices run.
+// Static depth-wise convolutions, their sums through batch norms, and global response norms: schemas, checks, and
+// shapes for the meta device. There are kernels for the CPU only; overlock_mm/ops/depthwise.py says what other devices
+// run.
 #include <torch/library.h>
 
 #include "depthwise_tensors.h"
@@ -36,17 +37,18 @@ void check_depthwise(const Tensor& input, const Tensor& weight, const OptionalTe
   check_dtype("weight", weight, input);
   TORCH_CHECK_VALUE(dilation >= 1, "dilation must be at least 1, got ", dilation);
   TORCH_CHECK_VALUE(!gelu || (weight.sym_size(2) == 3 && dilation == 1),
-                    "gelu goes with a 3 x 3 kernel without dilation, got ", shape_of(weight), " and dilation ", dilation);
+                    "gelu goes with a 3 x 3 kernel without dilation, got ", shape_of(weight), " and dilation ",
+                    dilation);
   if (bias) check_parameter("bias", *bias, input, {input.sym_size(1)});
 }
 
-void check_branches(const Tensor& input, const Tensor& weights, const Tensor& norm_weights, at::IntArrayRef kernel_sizes,
-                    at::IntArrayRef dilations) {
+void check_branches(const Tensor& input, const Tensor& weights, const Tensor& norm_weights,
+                    at::IntArrayRef kernel_sizes, at::IntArrayRef dilations) {
   check_map("input", input);
   const int64_t branches = kernel_sizes.size();
   TORCH_CHECK_VALUE(branches >= 1 && branches <= BranchParams::kMost && dilations.size() == kernel_sizes.size(),
-                    "kernel_sizes and dilations must be 1 to ", BranchParams::kMost, " numbers each, got ", kernel_sizes,
-                    " and ", dilations);
+                    "kernel_sizes and dilations must be 1 to ", BranchParams::kMost, " numbers each, got ",
+                    kernel_sizes, " and ", dilations);
   int64_t taps = 0;
   for (int64_t i = 0; i < branches; ++i) {
     TORCH_CHECK_VALUE(kernel_sizes[i] >= 1 && kernel_sizes[i] % 2 == 1, "kernel_sizes must be odd, got ", kernel_sizes);
@@ -145,8 +147,8 @@ TORCH_LIBRARY_FRAGMENT(overlock_mm, m) {
   m.def(
       "_depthwise_conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, int dilation, bool residual, "
       "bool gelu, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
-  // Sum over branches of batch_norm(conv(input)), with the statistics of the batch. weights: (C, sum of k²), norm_weights
-  // and norm_biases: (branches, C). variance is the biased one.
+  // Sum over branches of batch_norm(conv(input)), with the statistics of the batch. weights: (C, sum of k²),
+  // norm_weights and norm_biases: (branches, C). variance is the biased one.
   m.def(
       "_branch_norms(Tensor input, Tensor weights, Tensor norm_weights, Tensor norm_biases, int[] kernel_sizes, "
       "int[] dilations, float eps) -> (Tensor output, Tensor mean, Tensor variance)");
@@ -156,10 +158,10 @@ TORCH_LIBRARY_FRAGMENT(overlock_mm, m) {
       "Tensor variance, int[] kernel_sizes, int[] dilations, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
   // response_norm(gelu(input) + conv(gelu(input), weight) + bias), for inference: it has no derivative.
   m.def(
-      "_gelu_depthwise_norm(Tensor input, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) -> Tensor");
+      "_gelu_depthwise_norm(Tensor input, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) -> "
+      "Tensor");
   // response: (B, C), the norm over the map.
-  m.def(
-      "_response_norm(Tensor input, Tensor gamma, Tensor beta, float eps) -> (Tensor output, Tensor response)");
+  m.def("_response_norm(Tensor input, Tensor gamma, Tensor beta, float eps) -> (Tensor output, Tensor response)");
   // Gradients of input, gamma, beta.
   m.def(
       "_response_norm_backward(Tensor grad_output, Tensor input, Tensor gamma, Tensor response, float eps) -> "

@@ -1,14 +1,15 @@
 // What the kernels of static depth-wise convolutions are given: plain numbers and pointers, nothing of torch.
 //
-// Maps are (B, C, H, W) laid out channels_last: the channels of a position lie side by side, positions row-major. Strides
-// are 1, positions outside the map are 0, and outputs have the map of the input.
+// Maps are (B, C, H, W) laid out channels_last: the channels of a position lie side by side, positions row-major.
+// Strides are 1, positions outside the map are 0, and outputs have the map of the input.
 #pragma once
 
 #include <cstdint>
 
 namespace overlock_mm {
 
-/// One convolution, of f(input), where f is GELU or nothing: output = conv(f(input)) + bias, and + f(input) if residual.
+/// One convolution, of f(input), where f is GELU or nothing: output = conv(f(input)) + bias, and + f(input) if
+/// residual.
 struct DepthwiseParams {
   int64_t batch, channels, height, width;
   int64_t kernel_size, dilation;  ///< kernel_size odd
@@ -28,8 +29,8 @@ struct DepthwiseParams {
   void* grad_bias;          ///< (B, strips, C), likewise
 };
 
-/// Parallel convolutions of one map, each followed by a batch norm over the batch, summed. Weights of all branches lie side
-/// by side: (C, taps) with taps the sum of k * k. No branch reaches further than `reach` positions.
+/// Parallel convolutions of one map, each followed by a batch norm over the batch, summed. Weights of all branches lie
+/// side by side: (C, taps) with taps the sum of k * k. No branch reaches further than `reach` positions.
 struct BranchParams {
   static constexpr int kMost = 8;
 
@@ -47,11 +48,11 @@ struct BranchParams {
   void* squares;  ///< likewise
 
   // Backward: with y a branch's output, the gradient of y is scale * (grad_output - grad_mean - slope * (y - mean)).
-  const void* grad_output;                  ///< map
-  const void* grad_mean;                    ///< (C): the mean of grad_output
-  const void *mean, *scale, *slope;         ///< (branches, C)
-  void* grad_input;                         ///< map
-  void* grad_weights;                       ///< (B, C, taps), to be summed over the first
+  const void* grad_output;           ///< map
+  const void* grad_mean;             ///< (C): the mean of grad_output
+  const void *mean, *scale, *slope;  ///< (branches, C)
+  void* grad_input;                  ///< map
+  void* grad_weights;                ///< (B, C, taps), to be summed over the first
 
   int64_t taps() const {
     int64_t sum = 0;
@@ -63,10 +64,10 @@ struct BranchParams {
 /// Global response normalisation: output = input * (gamma * response + 1) + beta.
 struct ResponseNormParams {
   int64_t batch, channels, positions, strips;
-  const void* input;   ///< map
-  const void* other;   ///< map, or null: of what products are summed with the input
-  void* sums;          ///< (B, strips, C): of input * other
-  void* plain_sums;    ///< (B, strips, C): of other, or null
+  const void* input;  ///< map
+  const void* other;  ///< map, or null: of what products are summed with the input
+  void* sums;         ///< (B, strips, C): of input * other
+  void* plain_sums;   ///< (B, strips, C): of other, or null
   // output = input * scale + other * other_scale + shift, per image and channel.
   const void *scale, *other_scale, *shift;  ///< (B, C), (B, C) or null with other, (C) or null
   void* output;

@@ -42,8 +42,9 @@ class DepthwiseConv2d : public torch::autograd::Function<DepthwiseConv2d> {
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto saved = context->get_saved_variables();
-    static const auto op = operator_named<Three(const Tensor&, const Tensor&, const Tensor&, int64_t, bool, bool,
-                                                std::array<bool, 3>)>("overlock_mm::_depthwise_conv2d_backward");
+    static const auto op =
+        operator_named<Three(const Tensor&, const Tensor&, const Tensor&, int64_t, bool, bool, std::array<bool, 3>)>(
+            "overlock_mm::_depthwise_conv2d_backward");
     const int64_t bias_dtype = context->saved_data["bias_dtype"].toInt();
     const bool has_bias = bias_dtype >= 0;
     const std::array<bool, 3> wanted{context->needs_input_grad(0), context->needs_input_grad(1),
@@ -90,8 +91,12 @@ class BranchNorms : public torch::autograd::Function<BranchNorms> {
         op.call(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], kernel_sizes, dilations,
                 context->saved_data["eps"].toDouble());
     const auto bias_dtype = static_cast<at::ScalarType>(context->saved_data["bias_dtype"].toInt());
-    return {input,      weights.to(saved[1].scalar_type()), norm_weights.to(saved[2].scalar_type()),
-            norm_biases.to(bias_dtype), Variable(),         Variable(),
+    return {input,
+            weights.to(saved[1].scalar_type()),
+            norm_weights.to(saved[2].scalar_type()),
+            norm_biases.to(bias_dtype),
+            Variable(),
+            Variable(),
             Variable()};
   }
 };
@@ -116,9 +121,8 @@ class ResponseNorm : public torch::autograd::Function<ResponseNorm> {
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto saved = context->get_saved_variables();
-    static const auto op =
-        operator_named<Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double)>(
-            "overlock_mm::_response_norm_backward");
+    static const auto op = operator_named<Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double)>(
+        "overlock_mm::_response_norm_backward");
     const auto [input, gamma, beta] =
         op.call(grads[0], saved[0], saved[1], saved[2], context->saved_data["eps"].toDouble());
     const auto beta_dtype = static_cast<at::ScalarType>(context->saved_data["beta_dtype"].toInt());
@@ -134,8 +138,7 @@ Tensor depthwise_conv2d_autograd(const Tensor& input, const Tensor& weight, cons
 Three branch_norms_autograd(const Tensor& input, const Tensor& weights, const Tensor& norm_weights,
                             const Tensor& norm_biases, at::IntArrayRef kernel_sizes, at::IntArrayRef dilations,
                             double eps) {
-  const variable_list out =
-      BranchNorms::apply(input, weights, norm_weights, norm_biases, kernel_sizes, dilations, eps);
+  const variable_list out = BranchNorms::apply(input, weights, norm_weights, norm_biases, kernel_sizes, dilations, eps);
   return {out[0], out[1], out[2]};
 }
 
@@ -149,8 +152,8 @@ std::tuple<Tensor, Tensor> response_norm_autograd(const Tensor& input, const Ten
 
 TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) {
   // These have no derivative, and say so if one is asked for.
-  for (const char* name : {"_depthwise_conv2d_backward", "_branch_norms_backward", "_response_norm_backward",
-                           "_gelu_depthwise_norm"}) {
+  for (const char* name :
+       {"_depthwise_conv2d_backward", "_branch_norms_backward", "_response_norm_backward", "_gelu_depthwise_norm"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
   m.impl("_depthwise_conv2d", &depthwise_conv2d_autograd);

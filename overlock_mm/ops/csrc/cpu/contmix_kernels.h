@@ -1,8 +1,9 @@
 // ContMix on the CPU. Included once for each instruction set by a file that has set
 //   OVERLOCK_MM_NAMESPACE     the namespace of the instruction set,
 //   OVERLOCK_MM_VECTOR_BYTES  the width of its vectors,
-// has included what is used here, and has switched the compiler to the instruction set. Nothing but simd.h may be included
-// here: a function of a header that is compiled for AVX-512 could be the one that the linker keeps for everybody.
+// has included what is used here, and has switched the compiler to the instruction set. Nothing but simd.h may be
+// included here: a function of a header that is compiled for AVX-512 could be the one that the linker keeps for
+// everybody.
 //
 // The shape of the computation (docs/contmix.md counts it):
 // - Logits, softmax: the lanes of a vector are slots of one position, k * k of them rounded up to whole vectors. The

@@ -1,10 +1,11 @@
-// Static depth-wise convolutions and response norms over channels_last maps on the CPU. Included once for each instruction
-// set, under the rules of contmix_kernels.h. docs/performance.md says why they are as they are.
+// Static depth-wise convolutions and response norms over channels_last maps on the CPU. Included once for each
+// instruction set, under the rules of contmix_kernels.h. docs/performance.md says why they are as they are.
 //
 // The lanes of a vector are channels. Two forms of a convolution:
 // - streamed (3x3, bound by memory): the lines of a strip pass through a ring of three lines with all channels, which
 //   stays in the L2 cache; what enters the ring may go through GELU on the way.
-// - by blocks (large kernels, bound by multiply-adds): one vector of channels of a strip is packed with a border of zeros,
+// - by blocks (large kernels, bound by multiply-adds): one vector of channels of a strip is packed with a border of
+// zeros,
 //   so that no tap asks where it is, and a tile of positions is accumulated in registers over all taps.
 
 #include "simd.h"
@@ -14,8 +15,8 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------------------- channels
 
-/// The channels that a vector holds: `count` from `first` on. The last block of a map begins earlier, so that it is whole,
-/// and its first `skip` lanes repeat channels of the block before.
+/// The channels that a vector holds: `count` from `first` on. The last block of a map begins earlier, so that it is
+/// whole, and its first `skip` lanes repeat channels of the block before.
 struct Block {
   int64_t first, skip, count;
 };
@@ -127,8 +128,8 @@ OVERLOCK_MM_INLINE Vector<T> gelu_slope(Vector<T> x, Vector<T> below) {
 
 // ---------------------------------------------------------------------------------------------------------- streamed
 
-constexpr int kStreamed = 3;                                   // kernel size
-constexpr int kStreamTile = kVectorBytes == 64 ? 8 : 4;        // positions of a line in registers
+constexpr int kStreamed = 3;                             // kernel size
+constexpr int kStreamTile = kVectorBytes == 64 ? 8 : 4;  // positions of a line in registers
 constexpr int kGradientTile = kVectorBytes == 64 ? 8 : 4;
 
 /// Three lines of a map with all channels, and a position of zeros at either end.
@@ -140,7 +141,10 @@ class Ring {
   static int64_t size(int64_t channels, int64_t width) { return kStreamed * (width + 2) * stride(channels); }
 
   Ring(Scratch<T>& scratch, int64_t channels, int64_t height, int64_t width)
-      : channels_(channels), height_(height), width_(width), stride_(stride(channels)),
+      : channels_(channels),
+        height_(height),
+        width_(width),
+        stride_(stride(channels)),
         data_(scratch.take(size(channels, width))) {
     for (int64_t i = 0; i < size(channels, width); ++i) data_[i] = T(0);
   }
@@ -199,8 +203,8 @@ OVERLOCK_MM_INLINE void in_tiles(int64_t x, int64_t width, Tile tile) {
   if constexpr (most > 1) in_tiles<most / 2>(x, width, tile);
 }
 
-/// A line of the ring, convolved. Tiles go through all channels before the next tile: what lies side by side is read and
-/// written together.
+/// A line of the ring, convolved. Tiles go through all channels before the next tile: what lies side by side is read
+/// and written together.
 template <typename T, typename Start, typename Finish>
 struct StreamedLine {
   const T* lines[3];
@@ -272,7 +276,8 @@ void stream(const DepthwiseParams& p, int64_t begin, int64_t end) {
     for (int64_t i = 0; squares && i < blocks * lanes; ++i) squares[i] = T(0);
     for (int64_t pushed = lines.begin - 1; pushed <= lines.end; ++pushed) {
       if (p.gelu) {
-        ring.push(image, pushed, [](Vector<T> x, int64_t, const Block&) OVERLOCK_MM_INLINE_LAMBDA { return gelu<T>(x); });
+        ring.push(image, pushed,
+                  [](Vector<T> x, int64_t, const Block&) OVERLOCK_MM_INLINE_LAMBDA { return gelu<T>(x); });
       } else {
         ring.push(image, pushed, [](Vector<T> x, int64_t, const Block&) OVERLOCK_MM_INLINE_LAMBDA { return x; });
       }
@@ -281,14 +286,14 @@ void stream(const DepthwiseParams& p, int64_t begin, int64_t end) {
       T* const to = output + y * p.width * p.channels;
       convolve_line(
           ring, y, p.channels, weights, p.width,
-          [&](const Block& block)
-              OVERLOCK_MM_INLINE_LAMBDA { return bias ? load_block(bias, block) : Vector<T>{}; },
+          [&](const Block& block) OVERLOCK_MM_INLINE_LAMBDA { return bias ? load_block(bias, block) : Vector<T>{}; },
           [&](int64_t x, const Block& block, Vector<T> sum)
               OVERLOCK_MM_INLINE_LAMBDA { store_repeated(to + x * p.channels, block, sum); },
           squares);
     }
     for (int64_t b = 0; squares && b < blocks; ++b)
-      store_repeated(static_cast<T*>(p.squares) + item * p.channels, block_of<T>(p.channels, b), load(squares + b * lanes));
+      store_repeated(static_cast<T*>(p.squares) + item * p.channels, block_of<T>(p.channels, b),
+                     load(squares + b * lanes));
   }
 }
 
@@ -373,8 +378,7 @@ void stream_backward(const DepthwiseParams& p, int64_t begin, int64_t end) {
         T* const to = static_cast<T*>(p.grad_input) + image * image_size + y * p.width * p.channels;
         const T* const slope = p.gelu ? slopes_of(y) : nullptr;
         convolve_line(
-            grads, y, p.channels, weights, p.width,
-            [](const Block&) OVERLOCK_MM_INLINE_LAMBDA { return Vector<T>{}; },
+            grads, y, p.channels, weights, p.width, [](const Block&) OVERLOCK_MM_INLINE_LAMBDA { return Vector<T>{}; },
             [&](int64_t x, const Block& block, Vector<T> sum) OVERLOCK_MM_INLINE_LAMBDA {
               if (slope) sum *= load(slope + x * stride + block.first);
               store_repeated(to + x * p.channels, block, sum);
@@ -459,14 +463,15 @@ template <typename T>
 inline void convolve_positions(int64_t n, const T* in, const int64_t* offsets, const T* weights, int64_t taps,
                                Vector<T>* sums) {
   using Function = void (*)(const T*, const int64_t*, const T*, int64_t, Vector<T>*);
-  static constexpr Function functions[kTile] = {
-      &convolve_tile<T, 1>, &convolve_tile<T, 2>, &convolve_tile<T, 3>,  &convolve_tile<T, 4>,
-      &convolve_tile<T, 5>, &convolve_tile<T, 6>, &convolve_tile<T, 7>,  &convolve_tile<T, 8>,
-      &convolve_tile<T, 9>, &convolve_tile<T, 10>, &convolve_tile<T, 11>, &convolve_tile<T, 12>};
+  static constexpr Function functions[kTile] = {&convolve_tile<T, 1>,  &convolve_tile<T, 2>,  &convolve_tile<T, 3>,
+                                                &convolve_tile<T, 4>,  &convolve_tile<T, 5>,  &convolve_tile<T, 6>,
+                                                &convolve_tile<T, 7>,  &convolve_tile<T, 8>,  &convolve_tile<T, 9>,
+                                                &convolve_tile<T, 10>, &convolve_tile<T, 11>, &convolve_tile<T, 12>};
   functions[n - 1](in, offsets, weights, taps, sums);
 }
 
-/// Call function(x, n) for tiles of a line, as even as can be: a short one does as much work per load as a long one does.
+/// Call function(x, n) for tiles of a line, as even as can be: a short one does as much work per load as a long one
+/// does.
 template <typename Function>
 OVERLOCK_MM_INLINE void in_even_tiles(int64_t width, Function function) {
   const int64_t tiles = (width + kTile - 1) / kTile;
@@ -594,8 +599,8 @@ void weight_gradient(const DepthwiseParams& p, int64_t begin, int64_t end) {
 template <typename T>
 struct Branch {
   int64_t kernel_size, dilation, taps;
-  int64_t first_tap;      ///< in the weights of all branches
-  int64_t corner;         ///< its first tap in the packed map, from the corner of the widest branch on, in elements
+  int64_t first_tap;  ///< in the weights of all branches
+  int64_t corner;     ///< its first tap in the packed map, from the corner of the widest branch on, in elements
   const int64_t* offsets;
 };
 
@@ -819,9 +824,9 @@ void combine(const ResponseNormParams& p, int64_t begin, int64_t end) {
 
 template <typename T>
 const MapKernels<T>& map_kernels() {
-  static constexpr MapKernels<T> table = {Simd<T>::lanes,        &stream<T>,           &stream_backward<T>, &convolve<T>,
-                                          &weight_gradient<T>,   &branch_statistics<T>, &branch_gradients<T>,
-                                          &channel_sums<T>,      &combine<T>};
+  static constexpr MapKernels<T> table = {Simd<T>::lanes,       &stream<T>,          &stream_backward<T>,
+                                          &convolve<T>,         &weight_gradient<T>, &branch_statistics<T>,
+                                          &branch_gradients<T>, &channel_sums<T>,    &combine<T>};
   return table;
 }
 

@@ -35,9 +35,7 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // ------------------------------------------------------------------------------------------------------------ layout
 
 /// Maps as the kernels take them: channels_last, half types through float32.
-Tensor as_input(const Tensor& map) {
-  return map.to(accumulation_type(map)).contiguous(at::MemoryFormat::ChannelsLast);
-}
+Tensor as_input(const Tensor& map) { return map.to(accumulation_type(map)).contiguous(at::MemoryFormat::ChannelsLast); }
 
 Tensor empty_output(const Tensor& input) {
   return at::empty(input.sizes(), input.options(), at::MemoryFormat::ChannelsLast);
@@ -54,8 +52,8 @@ Tensor as_parameter(const Tensor& parameter, const Tensor& input) {
 
 // -------------------------------------------------------------------------------------------------------------- sums
 
-/// Parts of an image for sums: their number depends on the shape alone, so that every number of threads adds up in the same
-/// order. `items` there are without parts; a part has `least` lines or more.
+/// Parts of an image for sums: their number depends on the shape alone, so that every number of threads adds up in the
+/// same order. `items` there are without parts; a part has `least` lines or more.
 int64_t strips_for_sums(int64_t items, int64_t height, int64_t least) {
   return std::max<int64_t>(1, std::min(divide_up(32, std::max<int64_t>(items, 1)), height / least));
 }
@@ -110,7 +108,8 @@ DepthwiseParams params_of(const Tensor& input, const Tensor& weight, int64_t dil
   return p;
 }
 
-/// Parts of an image for a forward: enough for all threads, and small enough for a core's cache. No result depends on it.
+/// Parts of an image for a forward: enough for all threads, and small enough for a core's cache. No result depends on
+/// it.
 int64_t strips_for_outputs(int64_t items, int64_t height, int64_t least, int64_t bytes_of_line, int64_t border) {
   constexpr int64_t cache = 512 * 1024;
   const int64_t for_threads = divide_up(4 * at::get_num_threads(), std::max<int64_t>(items, 1));
@@ -118,9 +117,9 @@ int64_t strips_for_outputs(int64_t items, int64_t height, int64_t least, int64_t
   return std::max<int64_t>(1, std::min(std::max(for_threads, divide_up(height, lines)), divide_up(height, least)));
 }
 
-/// Whether oneDNN's forward, which is PyTorch's, is as fast as the kernels here, or faster (tools/benchmarks/bench_depthwise.py):
-/// it has one that is, in channels_last, for small kernels that reach no further than 13 positions, and another for large
-/// ones. Between them, and on small maps, it is up to three times slower.
+/// Whether oneDNN's forward, which is PyTorch's, is as fast as the kernels here, or faster
+/// (tools/benchmarks/bench_depthwise.py): it has one that is, in channels_last, for small kernels that reach no further
+/// than 13 positions, and another for large ones. Between them, and on small maps, it is up to three times slower.
 bool library_is_fast(const Tensor& input, const DepthwiseParams& p) {
   if (input.scalar_type() != at::kFloat || !at::globalContext().userEnabledMkldnn() || p.height * p.width < 512) {
     return false;
@@ -144,7 +143,8 @@ Tensor convolve_by_library(const Tensor& input, const Tensor& weight, const Tens
       .contiguous(at::MemoryFormat::ChannelsLast);
 }
 
-/// `input` and `weight` as the kernels take them. `squares`, where it is asked for, are sums over the output's map, (B, C).
+/// `input` and `weight` as the kernels take them. `squares`, where it is asked for, are sums over the output's map, (B,
+/// C).
 Tensor convolve(const Tensor& input, const Tensor& weight, const Tensor& bias, int64_t dilation, bool residual,
                 bool gelu, Tensor* squares = nullptr) {
   if (input.numel() == 0) return empty_output(input);
@@ -285,7 +285,8 @@ Tensor fold(const Tensor& weights, const Tensor& scales, const BranchParams& p) 
   return folded;
 }
 
-/// Mean and biased variance over parts, (parts, ...), from means and sums of squared distances in parts of given counts.
+/// Mean and biased variance over parts, (parts, ...), from means and sums of squared distances in parts of given
+/// counts.
 std::pair<Tensor, Tensor> statistics_of_parts(const Tensor& means, const Tensor& squares, const Tensor& counts) {
   const Tensor total = counts.sum(), weight = counts.view({-1, 1, 1});
   const Tensor mean = (means * weight).sum(0) / total;
@@ -303,7 +304,8 @@ std::tuple<Tensor, Tensor, Tensor> branch_norms_cpu(const Tensor& input, const T
   TORCH_CHECK_VALUE(map.numel() > 0, "input must not be empty, got shape ", shape_of(input));
   BranchParams p = params_of(map, kernels_of_branches, kernel_sizes, dilations);
   p.strips = strips_for_sums(p.batch * divide_up(p.channels, 16), p.height, 2 * p.reach + 1);
-  const Tensor means = at::empty({p.batch * p.strips, p.branches, p.channels}, map.options().memory_format(c10::nullopt)),
+  const Tensor means =
+                   at::empty({p.batch * p.strips, p.branches, p.channels}, map.options().memory_format(c10::nullopt)),
                squares = at::empty_like(means);
   p.means = means.data_ptr();
   p.squares = squares.data_ptr();
@@ -316,8 +318,8 @@ std::tuple<Tensor, Tensor, Tensor> branch_norms_cpu(const Tensor& input, const T
     const int64_t strip = i % p.strips;
     lines.push_back(double((strip + 1) * p.height / p.strips - strip * p.height / p.strips));
   }
-  const auto [mean, variance] =
-      statistics_of_parts(means.to(at::kDouble), squares.to(at::kDouble), at::tensor(lines, at::kDouble) * double(p.width));
+  const auto [mean, variance] = statistics_of_parts(means.to(at::kDouble), squares.to(at::kDouble),
+                                                    at::tensor(lines, at::kDouble) * double(p.width));
   // mean of squares was a sum over lines * width positions.
   const Tensor scale = norm_weights.to(at::kDouble) * (variance + eps).rsqrt();
   const Tensor kernel = fold(kernels_of_branches, scale, p).to(map.scalar_type());
@@ -341,8 +343,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_norms_backward_cpu(const Tenso
   const double positions = double(p.batch) * p.height * p.width;
   const Tensor grad_mean = sum_of_channels(grad) / positions;
 
-  // With g' the gradient less its mean, and G its correlation with the input: the gradient of a norm's weight, the sum of
-  // g' times the normalised output, is its kernel times G. So no branch has to be computed to know how far it goes down.
+  // With g' the gradient less its mean, and G its correlation with the input: the gradient of a norm's weight, the sum
+  // of g' times the normalised output, is its kernel times G. So no branch has to be computed to know how far it goes
+  // down.
   const int64_t side = 2 * p.reach + 1;
   const Tensor correlation =
       weight_gradient(grad, map, at::empty({p.channels, 1, side, side}, kernels_of_branches.options()), 1, grad_mean)
@@ -358,7 +361,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_norms_backward_cpu(const Tenso
   }
   grad_norm_weights.mul_(inverse_deviation);
   const Tensor scale = (norm_weights.to(at::kDouble) * inverse_deviation).to(dtype),
-               slope = (grad_norm_weights * inverse_deviation / positions).to(dtype), means = mean.to(dtype).contiguous();
+               slope = (grad_norm_weights * inverse_deviation / positions).to(dtype),
+               means = mean.to(dtype).contiguous();
 
   const Tensor grad_input = empty_output(map),
                partial = at::empty({p.batch, p.channels, p.taps()}, kernels_of_branches.options());

@@ -1,5 +1,5 @@
-// Vectors of one instruction set, and what all kernels of the CPU do with them. Included by the kernels' headers, under the
-// same rules (contmix_kernels.h).
+// Vectors of one instruction set, and what all kernels of the CPU do with them. Included by the kernels' headers, under
+// the same rules (contmix_kernels.h).
 #pragma once
 
 #define OVERLOCK_MM_INLINE inline __attribute__((always_inline))

@@ -309,7 +309,7 @@ def test_what_fails_does_not_keep_others_from_being_measured(bench, monkeypatch,
 
 
 def test_without_the_compiled_operator_norms_are_skipped(bench, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, 'has_branch_norms', lambda x: False)
+    monkeypatch.setattr(bench, 'has_depthwise', lambda x: False)
     assert bench.main_with('--what', 'norms', '--output', 'out.json') == 0
     results = read(tmp_path / 'out.json')['cases'][0]['implementations']
     assert results['ours'] == dict(skipped='no compiled branch_norms for cpu')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Optional
 
 import torch
 import torch.nn as nn
@@ -13,7 +14,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
 from ..ops import contmix
-from .folding import conv_norm, norm_conv
+from .folding import conv_norm, folded_projection
 from .layers import (
     DepthwiseConv,
     GlobalResponseNorm,
@@ -23,6 +24,8 @@ from .layers import (
     SqueezeExcitation,
     batch_norm,
     gelu_mix_norm,
+    is_plain,
+    layer_norm,
 )
 from .recompute import recomputing
 from .reparam import DilatedReparamConv
@@ -65,13 +68,13 @@ class BasicBlock(nn.Module):
         self.deploy = True
 
     def forward(self, x: Tensor) -> Tensor:
-        norm, large_conv, second_norm, attention, expand, _, mix, response_norm, project, drop_path = self.proj
+        norm, large_conv, second_norm, attention, expand, gelu, mix, response_norm, project, drop_path = self.proj
         with recomputing() as again:
             x = again(self.dwconv, x)
-            y = dilated_norm(again, large_conv, second_norm, again(norm, x), self.deploy)
+            y = dilated_norm(again, large_conv, second_norm, layer_norm(again, norm, x), self.deploy)
             y = expand(again(attention, y))
-            y = gelu_mix_norm(again, mix, response_norm, y)
-            return add_branch(x, self.ls, project.weight, project.bias, y, drop_path)
+            y = gelu_mix_norm(again, gelu, mix, response_norm, y)
+            return add_branch(x, self.ls, project, y, drop_path)
 
 
 class DynamicBlock(nn.Module):
@@ -172,15 +175,16 @@ class DynamicBlock(nn.Module):
             h = self.x_scale(h) + self.h_scale(prior)
         with recomputing() as again:
             y = again(self.dwconv1, torch.cat([x, h], dim=1))
-            norm, weight, bias = norm_conv(*self.proj, self.deploy)
-            mixed = self._mixer(again, again(self.norm1, y))
-            mixed = mixed if norm is None else batch_norm(again, norm, mixed)
-            y = add_branch(y, self.ls1, weight, bias, mixed, self.drop_path)
+            mixed = self._mixer(again, layer_norm(again, self.norm1, y))
+            norm, project = self.proj
+            folded = folded_projection(norm, project, self.deploy)
+            mixed = mixed if folded else batch_norm(again, norm, mixed)
+            y = add_branch(y, self.ls1, project, mixed, self.drop_path, folded)
             y = again(self.dwconv2, y)
-            expand, _, mix, response_norm, project = self.mlp
-            z = expand(again(self.norm2, y))
-            z = gelu_mix_norm(again, mix, response_norm, z)
-            y = add_branch(y, self.ls2, project.weight, project.bias, z, self.drop_path)
+            expand, gelu, mix, response_norm, project = self.mlp
+            z = expand(layer_norm(again, self.norm2, y))
+            z = gelu_mix_norm(again, gelu, mix, response_norm, z)
+            y = add_branch(y, self.ls2, project, z, self.drop_path)
         if self.last:
             return y
         x, h = y.split([self.channels, self.context_channels], dim=1)
@@ -223,14 +227,28 @@ class DynamicBlock(nn.Module):
 
 def dilated_norm(again: recomputing, conv: DilatedReparamConv, norm: nn.Module, x: Tensor, deploy: bool) -> Tensor:
     """``norm(conv(x))``."""
-    return conv_norm(again, conv.lk_origin if conv.deploy else conv, norm, x, deploy)
+    folds = deploy and is_plain(conv, DilatedReparamConv) and conv.deploy
+    return conv_norm(again, conv.lk_origin if folds else conv, norm, x, folds)
 
 
-def add_branch(x: Tensor, scale: nn.Module, weight: Tensor, bias: Tensor, y: Tensor, drop_path: DropPath) -> Tensor:
-    """``scale(x) + drop_path(conv2d(y, weight, bias))`` with a LayerScale or nothing for ``scale``."""
-    if not isinstance(scale, LayerScale) or (drop_path.training and drop_path.drop_prob > 0):
-        return scale(x) + drop_path(F.conv2d(y, weight, bias))
+def add_branch(
+    x: Tensor,
+    scale: nn.Module,
+    project: nn.Conv2d,
+    y: Tensor,
+    drop_path: DropPath,
+    weights: Optional[tuple[Tensor, Tensor]] = None,
+) -> Tensor:
+    """``scale(x) + drop_path(project(y))`` with a LayerScale or nothing for ``scale``.
+
+    ``weights`` are a weight and a bias in place of those of ``project``.
+    """
+    dropped = drop_path.training and drop_path.drop_prob > 0
+    if dropped or not is_plain(scale, LayerScale) or not is_plain(project, nn.Conv2d):
+        branch = F.conv2d(y, *weights) if weights else project(y)
+        return scale(x) + drop_path(branch)
     # The scale's shift goes along with the projection's bias, the scaling with the sum.
+    weight, bias = weights or (project.weight, project.bias)
     branch = F.conv2d(y, weight, bias + scale.bias)
     return torch.addcmul(branch, x, scale.weight.view(1, -1, 1, 1).to(x.dtype))
 

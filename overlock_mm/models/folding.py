@@ -7,7 +7,8 @@ is folded is made of them when it is first needed, and kept.
 from __future__ import annotations
 
 import weakref
-from typing import Optional
+from collections.abc import Callable
+from typing import Any, Optional
 
 import torch
 import torch.nn as nn
@@ -15,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import depthwise_conv2d
-from .layers import DepthwiseConv, batch_norm
-from .recompute import is_compiling, recomputing
+from .layers import DepthwiseConv, batch_norm, is_plain
+from .recompute import has_hooks, is_compiling, recomputing
 
 
 def conv_norm(again: recomputing, conv: nn.Conv2d, norm: nn.Module, x: Tensor, deploy: bool) -> Tensor:
     """``norm(conv(x))``: in a deployed model, at inference, one convolution."""
-    if not (deploy and _is_fixed(norm)):
+    if not (deploy and type(conv) in (nn.Conv2d, DepthwiseConv) and not has_hooks(conv) and _is_fixed(norm)):
         return batch_norm(again, norm, conv(x))
     weight, bias = _folded(conv, norm, norm_first=False)
     if isinstance(conv, DepthwiseConv):
@@ -29,15 +30,25 @@ def conv_norm(again: recomputing, conv: nn.Conv2d, norm: nn.Module, x: Tensor, d
     return F.conv2d(x, weight, bias, conv.stride, conv.padding)
 
 
-def norm_conv(norm: nn.Module, conv: nn.Conv2d, deploy: bool) -> tuple[Optional[nn.Module], Tensor, Tensor]:
-    """What ``conv(norm(x))``, with a 1x1 convolution, is: a norm to apply or none, and the weight and bias that follow."""
-    if not (deploy and _is_fixed(norm)):
-        return norm, conv.weight, conv.bias
-    return None, *_folded(conv, norm, norm_first=True)
+def folded_projection(norm: nn.Module, conv: nn.Conv2d, deploy: bool) -> Optional[tuple[Tensor, Tensor]]:
+    """Weight and bias of the one 1x1 convolution that ``conv(norm(x))`` is, in a deployed model, at inference."""
+    return _folded(conv, norm, norm_first=True) if deploy and is_plain(conv, nn.Conv2d) and _is_fixed(norm) else None
 
 
-#: Of each norm: what was folded, and of which versions of which tensors.
+#: Of each norm or layer: what was folded, and of which versions of which tensors.
 _kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def until_changed(owner: nn.Module, sources: list[Tensor], settings: object, fold: Callable[[], Any]) -> Any:
+    """``fold()``, kept with ``owner`` until one of the tensors behind it, or the settings, change."""
+    if any(source.is_inference() for source in sources):  # these have no versions
+        return fold()
+    versions = [settings, *((source.data_ptr(), source.dtype, source._version) for source in sources)]
+    kept = _kept.get(owner)
+    if kept is None or kept[0] != versions:
+        # The sources are held, lest others come to lie where they were.
+        kept = _kept[owner] = (versions, [source.detach() for source in sources], fold())
+    return kept[2]
 
 
 def forget_folded(module: nn.Module) -> None:
@@ -49,7 +60,8 @@ def forget_folded(module: nn.Module) -> None:
 def _is_fixed(norm: nn.Module) -> bool:
     """Whether it is a fixed affine map, and no gradient goes through it. torch.compile fuses it by itself."""
     return (
-        type(norm) is nn.BatchNorm2d
+        is_plain(norm, nn.BatchNorm2d)
+        and norm.affine
         and not norm.training
         and norm.running_mean is not None
         and not torch.is_grad_enabled()
@@ -58,27 +70,26 @@ def _is_fixed(norm: nn.Module) -> bool:
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, norm_first: bool) -> tuple[Tensor, Tensor]:
-    """Weight and bias of convolution and norm in one, kept until one of the tensors behind them changes."""
-    sources = [conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
-    sources.append(norm.num_batches_tracked)  # training changes the statistics without telling their versions
+    """Weight and bias of convolution and norm in one."""
+    # Training changes the statistics without telling their versions, but the count of batches.
+    sources = [conv.weight, conv.bias, norm.weight, norm.bias]
+    sources += [norm.running_mean, norm.running_var, norm.num_batches_tracked]
     sources = [source for source in sources if source is not None]
-    if any(source.is_inference() for source in sources):  # these have no versions
-        return _fold(conv, norm, norm_first)
-    versions = [(source.data_ptr(), source.dtype, source._version) for source in sources]
-    kept = _kept.get(norm)
-    if kept is None or kept[0] != versions:
-        # The sources are held, lest others come to lie where they were.
-        held = [source.detach() for source in sources]
-        kept = _kept[norm] = (versions, held, _fold(conv, norm, norm_first))
-    return kept[2]
+    return until_changed(norm, sources, norm.eps, lambda: _fold(conv, norm, norm_first))
+
+
+def exact_dtype(tensor: Tensor) -> torch.dtype:
+    """What to fold in: float64, but on devices that have none."""
+    return torch.float32 if tensor.device.type == 'mps' else torch.float64
 
 
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, norm_first: bool) -> tuple[Tensor, Tensor]:
-    """In float64, rounded once."""
-    scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
-    shift = norm.bias.double() - norm.running_mean.double() * scale
-    weight = conv.weight.double()
-    bias = torch.zeros_like(weight[:, 0, 0, 0]) if conv.bias is None else conv.bias.double()
+    """In float64, rounded once, but where there is none."""
+    exact = exact_dtype(conv.weight)
+    scale = norm.weight.to(exact) / torch.sqrt(norm.running_var.to(exact) + norm.eps)
+    shift = norm.bias.to(exact) - norm.running_mean.to(exact) * scale
+    weight = conv.weight.to(exact)
+    bias = torch.zeros_like(weight[:, 0, 0, 0]) if conv.bias is None else conv.bias.to(exact)
     if norm_first:
         bias = bias + weight.flatten(1) @ shift
         weight = weight * scale.view(1, -1, 1, 1)

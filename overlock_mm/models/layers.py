@@ -9,8 +9,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import depthwise_conv2d, gelu_depthwise_norm, global_response_norm, residual_depthwise_conv2d
-from .recompute import recomputing
+from ..ops import (
+    depthwise_conv2d,
+    gelu_depthwise_norm,
+    global_response_norm,
+    has_depthwise,
+    residual_depthwise_conv2d,
+)
+from ..ops._autocast import cast_as_autocast
+from .recompute import has_hooks, recomputing
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -88,8 +95,10 @@ class SqueezeExcitation(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        # Matrix products: on a map of one position a convolution costs many times its arithmetic.
         _, reduce, gelu, expand, sigmoid = self.proj
+        if not (is_plain(reduce, nn.Conv2d) and is_plain(expand, nn.Conv2d)):
+            return x * self.proj(x)
+        # Matrix products: on a map of one position a convolution costs many times its arithmetic.
         attention = F.linear(x.mean(dim=(2, 3)), reduce.weight.flatten(1), reduce.bias)  # (B, hidden)
         attention = F.linear(gelu(attention), expand.weight.flatten(1), expand.bias)  # (B, C)
         return x * sigmoid(attention)[..., None, None]
@@ -108,8 +117,23 @@ class GlobalResponseNorm(nn.Module):
         return global_response_norm(x, self.gamma.flatten(), self.beta.flatten(), self.eps)
 
 
-def gelu_mix_norm(again: recomputing, mix: ResidualDepthwiseConv, norm: GlobalResponseNorm, x: Tensor) -> Tensor:
+def is_plain(module: nn.Module, expected: type) -> bool:
+    """Whether a module is what was built, so that its weights may be used without calling it: not wrapped, no hooks."""
+    return type(module) is expected and not has_hooks(module)
+
+
+def layer_norm(again: recomputing, norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)`` for a convolution: under autocast, which makes norms in float32, in the dtype that it takes."""
+    if has_hooks(norm):
+        return norm(x)
+    return again(lambda x: cast_as_autocast(norm(x)), x)
+
+
+def gelu_mix_norm(again: recomputing, gelu: nn.Module, mix: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """The middle of an MLP: GELU, residual depth-wise convolution, response norm."""
+    plain = is_plain(gelu, nn.GELU) and is_plain(mix, ResidualDepthwiseConv) and is_plain(norm, GlobalResponseNorm)
+    if not plain or not has_depthwise(x):
+        return again(norm, again(mix, again(gelu, x)))
     if torch.is_grad_enabled():
         return again(norm, again(partial(mix, gelu=True), x))
     return gelu_depthwise_norm(x, mix.weight, mix.bias, norm.gamma.flatten(), norm.beta.flatten(), norm.eps)
@@ -117,8 +141,8 @@ def gelu_mix_norm(again: recomputing, mix: ResidualDepthwiseConv, norm: GlobalRe
 
 def batch_norm(again: recomputing, norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(x)``, which the backward makes again without updating the running statistics a second time."""
-    if type(norm) is not nn.BatchNorm2d:
-        return norm(x)  # a synchronised one talks to other processes; a folded one is nothing
+    if not is_plain(norm, nn.BatchNorm2d):
+        return norm(x)  # a synchronised one talks to other processes
     of_batch = norm.training or norm.running_mean is None
     statistics = (None, None) if of_batch else (norm.running_mean, norm.running_var)
     second = partial(_normalise, norm=norm, statistics=statistics, of_batch=of_batch)

@@ -35,11 +35,11 @@ class recomputing:
     ``with recomputing() as again: y = again(function, x)`` runs ``function(x)``. If an operation in the context wants to
     keep ``y`` for its backward, it keeps ``x`` instead, and ``y`` is made again of it; x may come from ``again`` itself.
     What is not made by ``again`` is kept as ever. Functions must be pure: the second run gives the same, and has no
-    effects. Contexts nest.
+    effects. Contexts nest. What modules with forward hooks make is kept.
 
     Nothing is recomputed without gradients, under torch.compile, whose partitioner decides for itself, in blocks that
     :func:`checkpoint_block` runs, which keep nothing at all, and under hooks of somebody else, such as
-    ``torch.utils.checkpoint``, which are to see what is kept.
+    ``torch.utils.checkpoint``, which are to see what is kept (where torch tells of them, from about 2.8 on).
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class recomputing:
     def __call__(self, function: Callable[..., Tensor], *inputs: Tensor, again: Optional[Callable] = None) -> Tensor:
         """``function(*inputs)``, to be made again by ``again`` where that is given, else by the same function."""
         out = function(*inputs)
-        if self._hooks is not None and out.requires_grad:
+        if self._hooks is not None and out.requires_grad and not has_hooks(function):
             sources = [self._find(tensor) or _Kept(tensor) for tensor in inputs]
             self._made[_place(out)] = (out, _Remade(again or function, sources, out.device.type))
         return out
@@ -89,8 +89,14 @@ def _place(tensor: Tensor) -> tuple:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
+def has_hooks(function: Callable) -> bool:
+    """Whether a module, or one in it, has forward hooks: they change what comes out, or count how often it does."""
+    module = getattr(function, 'func', function)  # of functools.partial
+    return isinstance(module, nn.Module) and any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
 def _under_foreign_hooks() -> bool:
-    top = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)  # not in old versions of torch
+    top = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
     return _state.current is None and top is not None and top(True) is not None
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 from mmengine.logging import print_log
 from torch import Tensor
 
-from ..ops import branch_norms, depthwise_conv2d, has_branch_norms
-from .layers import DepthwiseConv
-from .recompute import recomputing
+from ..ops import branch_norms, depthwise_conv2d, has_depthwise
+from ..ops._extension import is_exporting
+from .folding import exact_dtype, until_changed
+from .layers import DepthwiseConv, is_plain
+from .recompute import is_compiling, recomputing
 
 #: (kernel size, dilation) of the branches that run beside a large kernel of size K.
 DILATED_BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
@@ -64,24 +67,41 @@ class DilatedReparamConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.deploy:
             return self.lk_origin(x)
-        norms = [norm for _, norm in self._branches()]
-        of_batch = {norm.training or norm.running_mean is None for norm in norms}
-        plain = all(type(norm) is nn.BatchNorm2d for norm in norms)  # not synchronised with other processes
-        if plain and of_batch == {False}:
+        branches = self._branches()
+        norms = [norm for _, norm in branches]
+        # Not synchronised with other processes, not fused away, nobody looking on.
+        if all(
+            is_plain(conv, DepthwiseConv) and conv.bias is None and is_plain(norm, nn.BatchNorm2d) and norm.affine
+            for conv, norm in branches
+        ):
+            of_batch = {norm.training or norm.running_mean is None for norm in norms}
+            if of_batch == {True} and has_depthwise(x) and len({norm.eps for norm in norms}) == 1:
+                return self._norms_of_the_batch(x)
             # With given statistics the branches are one kernel; autograd goes through its folding.
-            weight, bias = fold_branches(
-                {**dict(self.named_parameters()), **dict(self.named_buffers())}, '', self.kernel_size
-            )
-            return depthwise_conv2d(x, weight, bias)
-        if plain and of_batch == {True} and has_branch_norms(x):
-            return self._norms_of_the_batch(x)
-        (large_conv, large_norm), *dilated = self._branches()
+            if of_batch == {False} and (has_depthwise(x) or not torch.is_grad_enabled()):
+                return depthwise_conv2d(x, *self._folded())
+        (large_conv, large_norm), *dilated = branches
         # The large convolution's output is kept, it is dear; those of the others are made again, one at a time.
         out = large_norm(large_conv(x))
         with recomputing() as again:
             for conv, norm in dilated:
                 out = out + norm(again(conv, x))
         return out
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the one convolution that the branches are; without gradients, made only when they change."""
+        branches = self._branches()
+
+        def fold() -> tuple[Tensor, Tensor]:
+            return _fold([_Branch.of(conv, norm) for conv, norm in branches], self.kernel_size)
+
+        if torch.is_grad_enabled() or is_compiling() or is_exporting():
+            return fold()
+        sources = [conv.weight for conv, _ in branches]
+        for _, norm in branches:
+            statistics = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+            sources += [norm.weight, norm.bias, *(tensor for tensor in statistics if tensor is not None)]
+        return until_changed(self, sources, [norm.eps for _, norm in branches], fold)
 
     def _norms_of_the_batch(self, x: Tensor) -> Tensor:
         """All branches and their norms in one, with the statistics of the batch."""
@@ -106,7 +126,7 @@ class DilatedReparamConv(nn.Module):
         """Fold the branches into ``lk_origin``, with the running statistics of the batch norms, for good."""
         if self.deploy:
             return
-        weight, bias = fold_branches(self.state_dict(), '', self.kernel_size, self.origin_bn.eps)
+        weight, bias = _fold([_Branch.of(conv, norm) for conv, norm in self._branches()], self.kernel_size)
         folded = DepthwiseConv(self.channels, self.kernel_size).to(weight)
         folded.weight.copy_(weight)
         folded.bias.copy_(bias)
@@ -162,20 +182,44 @@ def fold_branches(state_dict: dict[str, Tensor], prefix: str, kernel_size: int, 
         kernel_size: K of the large kernel.
         eps: of the batch norms.
     """
-    branches = [('lk_origin', 'origin_bn', kernel_size, 1)]
-    branches += [(f'dil_conv_k{k}_{d}', f'dil_bn_k{k}_{d}', k, d) for k, d in DILATED_BRANCHES[kernel_size]]
-    weight = bias = 0.0
-    for conv, norm, k, dilation in branches:
-        kernel = state_dict[f'{prefix}{conv}.weight']
-        gamma, beta, mean, var = (
-            state_dict[f'{prefix}{norm}.{name}'].double() for name in ('weight', 'bias', 'running_mean', 'running_var')
+    names = [('lk_origin', 'origin_bn', 1)]
+    names += [(f'dil_conv_k{k}_{d}', f'dil_bn_k{k}_{d}', d) for k, d in DILATED_BRANCHES[kernel_size]]
+    statistics = ('weight', 'bias', 'running_mean', 'running_var')
+    branches = [
+        _Branch(
+            state_dict[f'{prefix}{conv}.weight'], d, *(state_dict[f'{prefix}{norm}.{name}'] for name in statistics), eps
         )
+        for conv, norm, d in names
+    ]
+    return _fold(branches, kernel_size)
+
+
+class _Branch(NamedTuple):
+    """A depth-wise kernel (C, 1, k, k) and the batch norm behind it."""
+
+    kernel: Tensor
+    dilation: int
+    gamma: Tensor
+    beta: Tensor
+    mean: Tensor
+    var: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> _Branch:
+        return cls(conv.weight, conv.dilation[0], norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+
+
+def _fold(branches: list[_Branch], kernel_size: int) -> tuple[Tensor, Tensor]:
+    exact, dtype = exact_dtype(branches[0].kernel), branches[0].kernel.dtype
+    weight = bias = 0.0
+    for kernel, dilation, *statistics, eps in branches:
+        gamma, beta, mean, var = (tensor.to(exact) for tensor in statistics)
         scale = gamma / torch.sqrt(var + eps)
-        large = kernel.new_zeros(kernel.shape[0], 1, kernel_size, kernel_size, dtype=torch.float64)
-        margin = kernel_size // 2 - dilation * (k // 2)
+        large = kernel.new_zeros(kernel.shape[0], 1, kernel_size, kernel_size, dtype=exact)
+        margin = kernel_size // 2 - dilation * (kernel.shape[-1] // 2)
         taps = slice(margin, kernel_size - margin, dilation)
-        large[:, :, taps, taps] = kernel.double() * scale.view(-1, 1, 1, 1)
+        large[:, :, taps, taps] = kernel.to(exact) * scale.view(-1, 1, 1, 1)
         weight = weight + large
         bias = bias + beta - mean * scale
-    dtype = state_dict[f'{prefix}lk_origin.weight'].dtype
     return weight.to(dtype), bias.to(dtype)

@@ -8,7 +8,7 @@ from .depthwise import (
     depthwise_conv2d,
     gelu_depthwise_norm,
     global_response_norm,
-    has_branch_norms,
+    has_depthwise,
     residual_depthwise_conv2d,
 )
 
@@ -19,7 +19,7 @@ __all__ = [
     'depthwise_conv2d',
     'gelu_depthwise_norm',
     'global_response_norm',
-    'has_branch_norms',
+    'has_depthwise',
     'residual_depthwise_conv2d',
 ]
 

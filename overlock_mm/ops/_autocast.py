@@ -23,6 +23,8 @@ else:
 
 def cast_as_autocast(x: Tensor) -> Tensor:
     """``x`` in autocast's dtype where it is on. As torch's own autocast: float64 is left alone."""
+    if not isinstance(x, Tensor):
+        return x  # whoever checks arguments says so
     # The meta device, of shapes without data, knows no autocast.
     if x.device.type != 'meta' and x.dtype != torch.float64 and is_autocast_enabled(x.device.type):
         return x.to(autocast_dtype(x.device.type))

@@ -24,9 +24,9 @@ _FAST_EXTENT = 13
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, dilation: int = 1) -> Tensor:
     """Depth-wise convolution of stride 1 that keeps the size of the map: zeros around it.
 
-    On the CPU, PyTorch has no fast gradient of a depth-wise kernel, no fast forward for kernels of 14 and more in
-    contiguous maps, and none for dilated ones in either layout. All of it is fast here. Where PyTorch's forward is at
-    least as fast, and no gradient is wanted, it is what runs.
+    On the CPU, PyTorch has no fast gradient of a depth-wise kernel, and its forward is slow for kernels that reach over
+    more than 13 positions in contiguous maps, and for some of them in channels_last. All of it is fast here. Where PyTorch
+    is as fast, it is what runs.
 
     Args:
         x (Tensor[B, C, H, W]): a map, contiguous or channels_last. The compiled operator works in channels_last: a
@@ -42,10 +42,11 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, d
         TypeError: an argument is no tensor, or the dtypes do not go together.
         ValueError: a shape does not fit; the message names the argument and what it got.
     """
+    x = cast_as_autocast(x)
     _check(x, weight, bias, dilation)
     if not _compiled(x) or _pytorch_is_as_fast(x, weight, dilation):
-        return _conv2d(cast_as_autocast(x), weight, bias, dilation)
-    return torch.ops.overlock_mm._depthwise_conv2d(cast_as_autocast(x), weight, bias, dilation, False, False)
+        return _conv2d(x, weight, bias, dilation)
+    return torch.ops.overlock_mm._depthwise_conv2d(x, weight, bias, dilation, False, False)
 
 
 def residual_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, gelu: bool = False) -> Tensor:
@@ -63,13 +64,14 @@ def residual_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] 
     Raises:
         TypeError, ValueError: as :func:`depthwise_conv2d`.
     """
+    x = cast_as_autocast(x)
     _check(x, weight, bias, 1)
     if gelu and weight.shape[-1] != 3:
         raise ValueError(f'weight must be (C, 1, 3, 3) with gelu, got {tuple(weight.shape)}')
     if not _compiled(x):
         y = F.gelu(x) if gelu else x
         return y + _conv2d(y, weight, bias, 1)
-    return torch.ops.overlock_mm._depthwise_conv2d(cast_as_autocast(x), weight, bias, 1, True, gelu)
+    return torch.ops.overlock_mm._depthwise_conv2d(x, weight, bias, 1, True, gelu)
 
 
 def branch_norms(
@@ -99,14 +101,15 @@ def branch_norms(
 
     Raises:
         TypeError, ValueError: as :func:`depthwise_conv2d`; there is no operator for the device of ``x``: see
-        :func:`has_branch_norms`.
+        :func:`has_depthwise`.
     """
+    x = cast_as_autocast(x)
     _check_map(x)
-    if not has_branch_norms(x):
+    if not has_depthwise(x):
         raise ValueError(f'x must be on a device that has the compiled operator, got {x.device}')
     _check_branches(x, weights, norm_weights, norm_biases, dilations)
     return torch.ops.overlock_mm._branch_norms(
-        cast_as_autocast(x),
+        x,
         torch.cat([weight.flatten(1) for weight in weights], dim=1),
         torch.stack(tuple(norm_weights)),
         torch.stack(tuple(norm_biases)),
@@ -116,8 +119,8 @@ def branch_norms(
     )
 
 
-def has_branch_norms(x: Tensor) -> bool:
-    """Whether :func:`branch_norms` runs where ``x`` is."""
+def has_depthwise(x: Tensor) -> bool:
+    """Whether the compiled operators run where ``x`` is; :func:`branch_norms` has no other form."""
     return _compiled(x)
 
 
@@ -169,10 +172,11 @@ def gelu_depthwise_norm(
     Raises:
         TypeError, ValueError: as :func:`depthwise_conv2d`.
     """
+    x = cast_as_autocast(x)
     _check(x, weight, bias, 1)
     if torch.is_grad_enabled() or not _compiled(x):
         return global_response_norm(residual_depthwise_conv2d(x, weight, bias, gelu=True), gamma, beta, eps)
-    return torch.ops.overlock_mm._gelu_depthwise_norm(cast_as_autocast(x), weight, bias, gamma, beta, eps)
+    return torch.ops.overlock_mm._gelu_depthwise_norm(x, weight, bias, gamma, beta, eps)
 
 
 def _compiled(x: Tensor) -> bool:
@@ -188,7 +192,7 @@ def _conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) ->
 
 def _pytorch_is_as_fast(x: Tensor, weight: Tensor, dilation: int) -> bool:
     """Of contiguous maps: the compiled operator takes channels_last ones, and chooses there by itself."""
-    if is_channels_last(x):
+    if is_channels_last(x) or x.dtype == torch.float64 or not torch.backends.mkldnn.enabled:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return weight.shape[-1] == 3 and dilation == 1

@@ -632,7 +632,7 @@ def test_exports():
         'depthwise_conv2d',
         'residual_depthwise_conv2d',
         'branch_norms',
-        'has_branch_norms',
+        'has_depthwise',
         'global_response_norm',
     }
     assert set(ops.__all__) == {'contmix', 'contmix_reference', *convolutions}

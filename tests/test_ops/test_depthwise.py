@@ -21,7 +21,7 @@ from overlock_mm.ops import (
     depthwise_conv2d,
     gelu_depthwise_norm,
     global_response_norm,
-    has_branch_norms,
+    has_depthwise,
     residual_depthwise_conv2d,
 )
 
@@ -239,7 +239,9 @@ def test_random_shapes(name, dtype, tolerance):
         shapes.update(bias=st.booleans())
     elif name == 'branches':
         choices = [((3, 1),), ((3, 1), (3, 1)), ((7, 1), (5, 1), (3, 2), (3, 3)), ((13, 1), (7, 2), (3, 5), (5, 3))]
-        shapes.update(branches=st.sampled_from(choices), height=integers(2, 24), width=integers(3, 30))
+        # Over a handful of values a norm's gradient is the small difference of large numbers: float64 has the digits.
+        least = 2 if dtype == torch.float64 else 8
+        shapes.update(branches=st.sampled_from(choices), height=integers(least, 24), width=integers(least + 1, 30))
 
     @hypothesis.settings(
         max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), print_blob=True, database=None
@@ -610,8 +612,8 @@ def test_a_graph_for_elsewhere_has_no_compiled_operator(name, layout):
 
 def test_branches_say_where_they_are_not():
     arguments = make_branches()
-    assert has_branch_norms(arguments['x'])
-    assert not has_branch_norms(arguments['x'].to('meta'))
+    assert has_depthwise(arguments['x'])
+    assert not has_depthwise(arguments['x'].to('meta'))
     with pytest.raises(ValueError, match='x must be on a device that has the compiled operator, got meta'):
         compiled_branches(**{**arguments, 'x': arguments['x'].to('meta')})
 

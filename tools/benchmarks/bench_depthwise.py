@@ -66,7 +66,7 @@ from measuring import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from overlock_mm.ops import branch_norms, depthwise_conv2d, has_branch_norms
+from overlock_mm.ops import branch_norms, depthwise_conv2d, has_depthwise
 
 WHAT = ('zoo', 'sweep', 'dilated', 'norms')
 MODES = ('forward', 'forward_backward')
@@ -228,7 +228,7 @@ def function_of(name: str, case: Case, device: torch.device) -> Callable[..., Te
     ours = name in PAIRS
     if case.kind == 'norms':
         branches = branches_of(case)
-        if ours and not has_branch_norms(torch.empty(0, device=device)):
+        if ours and not has_depthwise(torch.empty(0, device=device)):
             raise Skipped(f'no compiled branch_norms for {device.type}')
         sum_of = our_branches if ours else torch_branches
         return lambda x, *parameters: sum_of(x, branches, parameters)

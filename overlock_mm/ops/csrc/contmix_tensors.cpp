@@ -33,21 +33,23 @@ std::string name_of(at::ScalarType dtype) {
   }
 }
 
-void check_dtype(const char* name, const Tensor& tensor, const Tensor& value) {
+void check_dtype(const char* name, const Tensor& tensor, const Tensor& value, const char* name_of_value) {
   const at::ScalarType dtype = tensor.scalar_type(), of_value = value.scalar_type();
   const bool half = of_value == at::kHalf || of_value == at::kBFloat16;
   TORCH_CHECK_TYPE(dtype == of_value || (half && dtype == at::kFloat), name, " must have dtype ", name_of(of_value),
-                   half ? " or torch.float32" : "", " with a value of ", name_of(of_value), ", got ", name_of(dtype));
+                   half ? " or torch.float32" : "", " with a ", name_of_value, " of ", name_of(of_value), ", got ",
+                   name_of(dtype));
 }
 
-void check_same_dtype(const char* name, const Tensor& tensor, const Tensor& value) {
+void check_same_dtype(const char* name, const Tensor& tensor, const Tensor& value, const char* name_of_value) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == value.scalar_type(), name, " must have dtype ", name_of(value.scalar_type()),
-                   " with a value of ", name_of(value.scalar_type()), ", got ", name_of(tensor.scalar_type()));
+                   " with a ", name_of_value, " of ", name_of(value.scalar_type()), ", got ",
+                   name_of(tensor.scalar_type()));
 }
 
-void check_device(const char* name, const Tensor& tensor, const Tensor& value) {
-  TORCH_CHECK_VALUE(tensor.device() == value.device(), name, " must be on the device of value, ", value.device(),
-                    ", got ", tensor.device());
+void check_device(const char* name, const Tensor& tensor, const Tensor& value, const char* name_of_value) {
+  TORCH_CHECK_VALUE(tensor.device() == value.device(), name, " must be on the device of ", name_of_value, ", ",
+                    value.device(), ", got ", tensor.device());
 }
 
 void check_arguments(const Tensor& value, const Tensor& query, const OptionalTensor& proj_bias,

@@ -38,10 +38,10 @@ void check_backward_arguments(const Tensor& grad_output, const Tensor& value, co
 std::string shape_of(const Tensor& tensor);
 std::string name_of(at::ScalarType dtype);
 
-void check_device(const char* name, const Tensor& tensor, const Tensor& value);
-void check_same_dtype(const char* name, const Tensor& tensor, const Tensor& value);
+void check_device(const char* name, const Tensor& tensor, const Tensor& value, const char* name_of_value = "value");
+void check_same_dtype(const char* name, const Tensor& tensor, const Tensor& value, const char* name_of_value = "value");
 /// The dtype of value, or float32 beside half types.
-void check_dtype(const char* name, const Tensor& tensor, const Tensor& value);
+void check_dtype(const char* name, const Tensor& tensor, const Tensor& value, const char* name_of_value = "value");
 
 /// float64 for float64, else float32.
 inline at::ScalarType accumulation_type(const Tensor& value) {

@@ -15,15 +15,15 @@ void check_map(const char* name, const Tensor& map) {
 }
 
 void check_grad_output(const Tensor& grad_output, const Tensor& input) {
-  check_device("grad_output", grad_output, input);
-  check_same_dtype("grad_output", grad_output, input);
+  check_device("grad_output", grad_output, input, "input");
+  check_same_dtype("grad_output", grad_output, input, "input");
   TORCH_CHECK_VALUE(grad_output.sym_sizes() == input.sym_sizes(), "grad_output must have the shape of input, ",
                     shape_of(input), ", got ", shape_of(grad_output));
 }
 
 void check_parameter(const char* name, const Tensor& parameter, const Tensor& input, c10::SymIntArrayRef shape) {
-  check_device(name, parameter, input);
-  check_dtype(name, parameter, input);
+  check_device(name, parameter, input, "input");
+  check_dtype(name, parameter, input, "input");
   TORCH_CHECK_VALUE(parameter.sym_sizes() == shape, name, " must have shape ", shape, ", got ", shape_of(parameter));
 }
 
@@ -33,8 +33,8 @@ void check_depthwise(const Tensor& input, const Tensor& weight, const OptionalTe
   TORCH_CHECK_VALUE(weight.dim() == 4 && weight.sym_size(0) == input.sym_size(1) && weight.sym_size(1) == 1 &&
                         weight.sym_size(2) == weight.sym_size(3) && weight.sym_size(2) % 2 == 1,
                     "weight must have shape (", input.sym_size(1), ", 1, k, k) with k odd, got ", shape_of(weight));
-  check_device("weight", weight, input);
-  check_dtype("weight", weight, input);
+  check_device("weight", weight, input, "input");
+  check_dtype("weight", weight, input, "input");
   TORCH_CHECK_VALUE(dilation >= 1, "dilation must be at least 1, got ", dilation);
   TORCH_CHECK_VALUE(!gelu || (weight.sym_size(2) == 3 && dilation == 1),
                     "gelu goes with a 3 x 3 kernel without dilation, got ", shape_of(weight), " and dilation ",

@@ -22,22 +22,35 @@ auto operator_named(const char* name) {
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+/// Whether anything is to be noted for a backward. On a small map that takes longer than the convolution.
+template <typename... Tensors>
+bool wants_gradient(const Tensors&... tensors) {
+  // A tangent of forward mode is for autograd to refuse.
+  return (tensors._fw_grad(/*level=*/0).defined() || ...) ||
+         (at::GradMode::is_enabled() && (tensors.requires_grad() || ...));
+}
+
 // One branch.
 
 class DepthwiseConv2d : public torch::autograd::Function<DepthwiseConv2d> {
  public:
-  static Variable forward(AutogradContext* context, const Variable& input, const Variable& weight,
-                          const OptionalTensor& bias, int64_t dilation, bool residual, bool gelu) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
+  static Tensor call(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, int64_t dilation,
+                     bool residual, bool gelu) {
     static const auto op =
         operator_named<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, bool, bool)>(
             "overlock_mm::_depthwise_conv2d");
+    return op.call(input, weight, bias, dilation, residual, gelu);
+  }
+
+  static Variable forward(AutogradContext* context, const Variable& input, const Variable& weight,
+                          const OptionalTensor& bias, int64_t dilation, bool residual, bool gelu) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
     context->save_for_backward({input, weight});
     context->saved_data["dilation"] = dilation;
     context->saved_data["residual"] = residual;
     context->saved_data["gelu"] = gelu;
     context->saved_data["bias_dtype"] = bias ? static_cast<int64_t>(bias->scalar_type()) : int64_t(-1);
-    return op.call(input, weight, bias, dilation, residual, gelu);
+    return call(input, weight, bias, dilation, residual, gelu);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
@@ -132,6 +145,10 @@ class ResponseNorm : public torch::autograd::Function<ResponseNorm> {
 
 Tensor depthwise_conv2d_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                  int64_t dilation, bool residual, bool gelu) {
+  if (!wants_gradient(input, weight, bias.value_or(Tensor()))) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return DepthwiseConv2d::call(input, weight, bias, dilation, residual, gelu);
+  }
   return DepthwiseConv2d::apply(input, weight, bias, dilation, residual, gelu);
 }
 

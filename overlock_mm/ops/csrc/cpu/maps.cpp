@@ -121,7 +121,8 @@ int64_t strips_for_outputs(int64_t items, int64_t height, int64_t least, int64_t
 /// (tools/benchmarks/bench_depthwise.py): it has one that is, in channels_last, for small kernels that reach no further
 /// than 13 positions, and another for large ones. Between them, and on small maps, it is up to three times slower.
 bool library_is_fast(const Tensor& input, const DepthwiseParams& p) {
-  if (input.scalar_type() != at::kFloat || !at::globalContext().userEnabledMkldnn() || p.height * p.width < 512) {
+  if (input.scalar_type() != at::kFloat || !at::hasMKLDNN() || !at::globalContext().userEnabledMkldnn() ||
+      p.height * p.width < 512) {
     return false;
   }
   const int64_t extent = (p.kernel_size - 1) * p.dilation + 1;
@@ -304,8 +305,7 @@ std::tuple<Tensor, Tensor, Tensor> branch_norms_cpu(const Tensor& input, const T
   TORCH_CHECK_VALUE(map.numel() > 0, "input must not be empty, got shape ", shape_of(input));
   BranchParams p = params_of(map, kernels_of_branches, kernel_sizes, dilations);
   p.strips = strips_for_sums(p.batch * divide_up(p.channels, 16), p.height, 2 * p.reach + 1);
-  const Tensor means =
-                   at::empty({p.batch * p.strips, p.branches, p.channels}, map.options().memory_format(c10::nullopt)),
+  const Tensor means = at::empty({p.batch * p.strips, p.branches, p.channels}, at::TensorOptions(map.scalar_type())),
                squares = at::empty_like(means);
   p.means = means.data_ptr();
   p.squares = squares.data_ptr();
@@ -320,7 +320,6 @@ std::tuple<Tensor, Tensor, Tensor> branch_norms_cpu(const Tensor& input, const T
   }
   const auto [mean, variance] = statistics_of_parts(means.to(at::kDouble), squares.to(at::kDouble),
                                                     at::tensor(lines, at::kDouble) * double(p.width));
-  // mean of squares was a sum over lines * width positions.
   const Tensor scale = norm_weights.to(at::kDouble) * (variance + eps).rsqrt();
   const Tensor kernel = fold(kernels_of_branches, scale, p).to(map.scalar_type());
   const Tensor bias = (norm_biases.to(at::kDouble) - mean * scale).sum(0).to(map.scalar_type());

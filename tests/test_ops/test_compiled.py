@@ -628,12 +628,14 @@ def test_a_binary_for_another_torch_is_refused(monkeypatch):
 
 
 def test_exports():
-    convolutions = {
-        'depthwise_conv2d',
-        'residual_depthwise_conv2d',
+    assert set(ops.__all__) == {
         'branch_norms',
-        'has_depthwise',
+        'contmix',
+        'contmix_reference',
+        'depthwise_conv2d',
+        'gelu_depthwise_norm',
         'global_response_norm',
+        'has_depthwise',
+        'residual_depthwise_conv2d',
     }
-    assert set(ops.__all__) == {'contmix', 'contmix_reference', *convolutions}
     assert all(callable(getattr(ops, name)) for name in ops.__all__)

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from overlock_mm.models import folding
 from overlock_mm.models.blocks import BasicBlock, DynamicBlock
 from overlock_mm.models.layers import GlobalResponseNorm, LayerScale, SqueezeExcitation
 from overlock_mm.models.overlock import OverLoCK
@@ -146,7 +147,9 @@ def part_of_weight(name: str, shape: torch.Size) -> str:
 def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, buffers, and whatever else of tensors the modules keep, as folded weights."""
     for prefix, module in model.named_modules():
-        for name, value in {**vars(module), **module._parameters, **module._buffers}.items():
+        kept = folding._kept.get(module)  # what was folded is kept apart from the modules
+        folded = {} if kept is None else {'folded': kept[2]}
+        for name, value in {**vars(module), **module._parameters, **module._buffers, **folded}.items():
             for tensor in tree_flatten(value)[0]:
                 if isinstance(tensor, Tensor):
                     yield f'{prefix}.{name}', tensor

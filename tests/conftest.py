@@ -169,3 +169,27 @@ devices = pytest.mark.parametrize(
     'device',
     ['cpu', pytest.param('cuda', marks=no_gpu)],
 )
+
+#: What ATEN_CPU_CAPABILITY is set to, and which of the binary's kernels run then.
+instruction_sets = pytest.mark.parametrize(
+    'capability, instruction_set', [('default', 'baseline'), ('avx2', 'avx2'), ('avx512', 'avx512')]
+)
+
+
+def run_with_instruction_set(code: str, test_file: str, capability: str, instruction_set: str) -> None:
+    """Run code that imports from a test's file, on a processor that knows no more: torch's own switch plays it."""
+    from overlock_mm.ops import _extension
+
+    known = {'baseline': 0, 'avx2': 1, 'avx512': 2}
+    if known[instruction_set] > known[_extension.build_info['cpu']]:
+        pytest.skip(f'this processor has no {instruction_set}')
+    prelude = f"""
+import sys
+sys.path[:0] = [{str(Path(test_file).parent)!r}, {str(ROOT / 'tests')!r}]
+from overlock_mm.ops import _extension
+assert _extension.build_info['cpu'] == {instruction_set!r}, _extension.build_info
+"""
+    environment = {**os.environ, 'ATEN_CPU_CAPABILITY': capability, 'CUDA_VISIBLE_DEVICES': ''}
+    command = [sys.executable, '-W', 'ignore', '-c', prelude + code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]

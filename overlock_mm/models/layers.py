@@ -132,7 +132,7 @@ def layer_norm(again: recomputing, norm: nn.Module, x: Tensor) -> Tensor:
 def gelu_mix_norm(again: recomputing, gelu: nn.Module, mix: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """The middle of an MLP: GELU, residual depth-wise convolution, response norm."""
     plain = is_plain(gelu, nn.GELU) and is_plain(mix, ResidualDepthwiseConv) and is_plain(norm, GlobalResponseNorm)
-    if not plain or not has_depthwise(x):
+    if not plain or gelu.approximate != 'none' or not has_depthwise(x):
         return again(norm, again(mix, again(gelu, x)))
     if torch.is_grad_enabled():
         return again(norm, again(partial(mix, gelu=True), x))

@@ -93,7 +93,7 @@ class DilatedReparamConv(nn.Module):
         branches = self._branches()
 
         def fold() -> tuple[Tensor, Tensor]:
-            return _fold([_Branch.of(conv, norm) for conv, norm in branches], self.kernel_size)
+            return _one_kernel([_Branch.of(conv, norm) for conv, norm in branches], self.kernel_size)
 
         if torch.is_grad_enabled() or is_compiling() or is_exporting():
             return fold()
@@ -126,7 +126,7 @@ class DilatedReparamConv(nn.Module):
         """Fold the branches into ``lk_origin``, with the running statistics of the batch norms, for good."""
         if self.deploy:
             return
-        weight, bias = _fold([_Branch.of(conv, norm) for conv, norm in self._branches()], self.kernel_size)
+        weight, bias = _one_kernel([_Branch.of(conv, norm) for conv, norm in self._branches()], self.kernel_size)
         folded = DepthwiseConv(self.channels, self.kernel_size).to(weight)
         folded.weight.copy_(weight)
         folded.bias.copy_(bias)
@@ -191,7 +191,7 @@ def fold_branches(state_dict: dict[str, Tensor], prefix: str, kernel_size: int, 
         )
         for conv, norm, d in names
     ]
-    return _fold(branches, kernel_size)
+    return _one_kernel(branches, kernel_size)
 
 
 class _Branch(NamedTuple):
@@ -210,7 +210,7 @@ class _Branch(NamedTuple):
         return cls(conv.weight, conv.dilation[0], norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
 
 
-def _fold(branches: list[_Branch], kernel_size: int) -> tuple[Tensor, Tensor]:
+def _one_kernel(branches: list[_Branch], kernel_size: int) -> tuple[Tensor, Tensor]:
     exact, dtype = exact_dtype(branches[0].kernel), branches[0].kernel.dtype
     weight = bias = 0.0
     for kernel, dilation, *statistics, eps in branches:

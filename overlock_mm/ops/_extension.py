@@ -75,8 +75,8 @@ def _announce_fallback(device_type: str) -> None:
     force = 'FORCE_CUDA=1 ' if device_type == 'cuda' else ''
     warnings.warn(
         f'{reason}: ContMix runs through its reference in plain PyTorch, several times slower and with many times the '
-        f"memory. To build it, in overlock_mm's sources, with a C++ compiler (and a CUDA toolkit that fits torch, for a "
-        f'GPU):\n    {force}{_BUILD_COMMAND}',
+        "memory, and so do, on the CPU, the static convolutions and norms. To build it, in overlock_mm's sources, with a "
+        f'C++ compiler (and a CUDA toolkit that fits torch, for a GPU):\n    {force}{_BUILD_COMMAND}',
         RuntimeWarning,
         stacklevel=4,
     )

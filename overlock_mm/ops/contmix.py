@@ -13,10 +13,8 @@ from torch import Tensor
 
 from . import _extension
 from ._autocast import cast_as_autocast
-from ._layout import is_channels_last
+from ._maps import DTYPES, is_channels_last
 from ._reference import contmix_reference
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def contmix(
@@ -109,7 +107,7 @@ def _check_types(tensors: dict[str, Optional[Tensor]], sizes: dict[str, int]) ->
 
 def _check_dtypes_and_devices(tensors: dict[str, Optional[Tensor]]) -> None:
     value = tensors['value']
-    if value.dtype not in _DTYPES:
+    if value.dtype not in DTYPES:
         raise TypeError(f'value must be float16, bfloat16, float32 or float64, got {value.dtype}')
     for name, tensor in tensors.items():
         if tensor is None:

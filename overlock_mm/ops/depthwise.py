@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _extension
 from ._autocast import cast_as_autocast
-from ._layout import is_channels_last
+from ._maps import DTYPES, is_channels_last
 
 #: PyTorch's forward on contiguous maps is fast for kernels that reach over so many positions, and falls off a cliff beyond.
 _FAST_EXTENT = 13
@@ -199,9 +199,6 @@ def _pytorch_is_as_fast(x: Tensor, weight: Tensor, dilation: int) -> bool:
     return (weight.shape[-1] - 1) * dilation < _FAST_EXTENT
 
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
 def _check(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> None:
     # What is right is seen to be right first: on a small map, asking takes as long as the convolution.
     if isinstance(x, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor)):
@@ -213,7 +210,7 @@ def _check(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> 
             and shape[2] == shape[3]
             and shape[2] % 2 == 1
             and x.dtype == weight.dtype
-            and x.dtype in _DTYPES
+            and x.dtype in DTYPES
             and x.device == weight.device
             and (bias is None or (bias.shape == shape[:1] and bias.dtype == weight.dtype and bias.device == weight.device))
             and type(dilation) is int
@@ -232,7 +229,7 @@ def _check_map(x: Tensor) -> None:
         raise TypeError(f'x must be a Tensor, got {type(x).__name__}')
     if x.ndim != 4:
         raise ValueError(f'x must have 4 dimensions, got shape {tuple(x.shape)}')
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise TypeError(f'x must be float16, bfloat16, float32 or float64, got {x.dtype}')
 
 
@@ -278,7 +275,9 @@ def _check_branches(
     number, channels = len(weights), x.shape[1]
     if not 1 <= number <= 8 or len(dilations) != number:
         sizes = [weight.shape[-1] for weight in weights]
-        raise ValueError(f'weights and dilations must be 1 to 8 numbers each, got {sizes} and {list(dilations)}')
+        raise ValueError(
+            f'kernel sizes of weights and dilations must be 1 to 8 numbers each, got {sizes} and {list(dilations)}'
+        )
     for name, parameters in (('norm_weights', norm_weights), ('norm_biases', norm_biases)):
         if len(parameters) != number:
             raise ValueError(f'{name} must have shape {(number, channels)}, got {(len(parameters), channels)}')

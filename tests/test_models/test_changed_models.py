@@ -171,7 +171,7 @@ def test_folded_weights_are_made_once(small_arch, monkeypatch):
 
     backbone = OverLoCK(small_arch).eval()
     folds = []
-    monkeypatch.setattr(reparam, '_fold', lambda *args, fold=reparam._fold: folds.append(1) or fold(*args))
+    monkeypatch.setattr(reparam, '_one_kernel', lambda *args, fold=reparam._one_kernel: folds.append(1) or fold(*args))
     monkeypatch.setattr(folding, '_fold', lambda *args, fold=folding._fold: folds.append(1) or fold(*args))
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():

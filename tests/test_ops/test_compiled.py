@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import devices, no_gpu, relative_error
+from conftest import devices, instruction_sets, no_gpu, relative_error, run_with_instruction_set
 from test_contmix import SIZES, make_arguments, oracle
 from torch import Tensor
 
@@ -476,18 +476,12 @@ def test_distributed_data_parallel(tmp_path):
     assert all('same gradients' in output for output in outputs), outputs
 
 
-@pytest.mark.parametrize('capability, instruction_set', [('default', 'baseline'), ('avx2', 'avx2'), ('avx512', 'avx512')])
+@instruction_sets
 def test_every_instruction_set(capability, instruction_set):
     """The one binary, on processors that know less: torch's own switch plays them."""
-    known = {'baseline': 0, 'avx2': 1, 'avx512': 2}
-    if known[instruction_set] > known[_extension.build_info['cpu']]:
-        pytest.skip(f'this processor has no {instruction_set}')
-    code = f"""
-import sys
-sys.path[:0] = [{os.path.dirname(__file__)!r}, {os.path.dirname(os.path.dirname(__file__))!r}]
+    code = """
 import torch
-from test_compiled import with_gradients, _extension, contmix, contmix_reference, make_arguments, relative_error, to
-assert _extension.build_info['cpu'] == {instruction_set!r}, _extension.build_info
+from test_compiled import with_gradients, contmix, contmix_reference, make_arguments, relative_error, to
 for settings in (
     dict(height=20, width=33, per_group=16, query_per_group=16, tokens=7, small_kernel_size=5, large_kernel_size=13),
     dict(height=9, width=8, per_group=10, query_per_group=8, small_kernel_size=5, large_kernel_size=7),
@@ -502,9 +496,7 @@ for settings in (
         for x, y in zip(with_gradients(contmix, to(arguments, dtype), grad_output), expected):
             assert (x.double() - y).norm() <= tolerance * max(y.norm(), 1e-6), (settings, dtype)
 """
-    environment = {**os.environ, 'ATEN_CPU_CAPABILITY': capability, 'CUDA_VISIBLE_DEVICES': ''}
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_with_instruction_set(code, __file__, capability, instruction_set)
 
 
 def call(name, change):

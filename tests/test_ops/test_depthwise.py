@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import NamedTuple, Optional
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import KeptBytes, autocast_dtypes, relative_error
+from conftest import KeptBytes, autocast_dtypes, instruction_sets, relative_error, run_with_instruction_set
 from torch import Tensor
 
 from overlock_mm.ops import (
@@ -361,21 +359,13 @@ def test_keeps_its_input_only(name, kept):
         assert storages.count() <= out.nbytes * 1.1
 
 
-SETS = [('default', 'baseline'), ('avx2', 'avx2'), ('avx512', 'avx512')]
-
-
-@pytest.mark.parametrize('capability, instruction_set', SETS)
+@instruction_sets
 def test_every_instruction_set(capability, instruction_set):
     """The one binary, on processors that know less: torch's own switch plays them."""
-    known = {'baseline': 0, 'avx2': 1, 'avx512': 2}
-    if known[instruction_set] > known[_extension.build_info['cpu']]:
-        pytest.skip(f'this processor has no {instruction_set}')
-    code = f"""
+    code = """
 import sys
-sys.path[:0] = [{os.path.dirname(__file__)!r}, {os.path.dirname(os.path.dirname(__file__))!r}]
 import torch
-from test_depthwise import CASES, OPERATORS, _extension, check, check_gelu
-assert _extension.build_info['cpu'] == {instruction_set!r}, _extension.build_info
+from test_depthwise import CASES, OPERATORS, check, check_gelu
 failed = []
 for name, settings in (*CASES, ('convolution', dict(kernel_size=31)), ('convolution', dict(kernel_size=13, dilation=2))):
     for channels in (3, 5, 8, 11, 20, 37):
@@ -391,9 +381,7 @@ for each in failed:
     print(*each, file=sys.stderr)
 assert not failed, len(failed)
 """
-    environment = {**os.environ, 'ATEN_CPU_CAPABILITY': capability, 'CUDA_VISIBLE_DEVICES': ''}
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_with_instruction_set(code, __file__, capability, instruction_set)
 
 
 def check_gelu(dtype: torch.dtype, tolerance: float) -> None:

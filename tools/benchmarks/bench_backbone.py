@@ -53,6 +53,7 @@ import torch
 import torch.nn as nn
 from measuring import (
     Skipped,
+    add_machine_options,
     allocated_by,
     copy_rate,
     describe_machine,
@@ -62,6 +63,7 @@ from measuring import (
     measure,
     positive_int,
     product_rate,
+    resolve_device,
     spread,
     worst_error,
     write_json,
@@ -673,15 +675,11 @@ def parse_options(arguments: Optional[list[str]] = None) -> argparse.Namespace:
     what.add_argument('--everything', action='store_true', help='a plan of its own, in place of the above; an hour or two')
 
     how = parser.add_argument_group('how to measure')
-    how.add_argument('--device', type=torch.device, help='cpu or cuda; default: the GPU if there is one')
-    how.add_argument('--threads', type=positive_int, metavar='N', help="threads on the CPU; default: torch's")
+    add_machine_options(how)
     how.add_argument('--seconds', type=float, default=20, help='for the rounds of a case; default: 20')
     how.add_argument('--min-rounds', type=positive_int, default=3, metavar='N', help='however long they take; default: 3')
     how.add_argument('--max-rounds', type=positive_int, default=50, metavar='N', help='default: 50')
     how.add_argument('--rounds', type=positive_int, metavar='N', help='that many, whatever time they take')
-    how.add_argument('--time-limit', type=float, metavar='SECONDS', help='start no more cases after so many seconds')
-    how.add_argument('--bandwidth', type=float, metavar='GB/S', help='of memory, in place of a measured one')
-    how.add_argument('--flops', type=float, metavar='TFLOP/S', help='two for a multiply-add, in place of a measured rate')
 
     output = parser.add_argument_group('output')
     output.add_argument('--json', metavar='FILE', help='the full record')
@@ -692,12 +690,7 @@ def parse_options(arguments: Optional[list[str]] = None) -> argparse.Namespace:
     output.add_argument('--report', metavar='FILE', help='measure nothing: show the record in this JSON file')
     options = parser.parse_args(arguments)
 
-    if options.device is None:
-        options.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    if options.device.type not in ('cpu', 'cuda'):
-        parser.error(f'--device must be cpu or cuda, got {options.device}')
-    if options.device.type == 'cuda' and not torch.cuda.is_available():
-        parser.error('--device cuda: torch sees no GPU')
+    resolve_device(parser, options)
     if options.cast and 'float32' in options.dtype:
         parser.error('--cast is for --dtype bfloat16 or float16')
     for mode in options.mode:

@@ -38,6 +38,7 @@ from contmix_shapes import VARIANTS, Shape, shapes_of, work
 from measuring import (
     DTYPES,
     Skipped,
+    add_machine_options,
     best_rate,
     copy_rate,
     describe_machine,
@@ -49,6 +50,7 @@ from measuring import (
     peak_memory,
     positive_int,
     product_rate,
+    resolve_device,
     saved_bytes,
     spread,
     worst_error,
@@ -467,21 +469,15 @@ def parse_options(arguments: Optional[list[str]] = None) -> argparse.Namespace:
     )  # fmt: skip
 
     how = parser.add_argument_group('how to measure')
-    how.add_argument('--device', type=torch.device, help='cpu or cuda; default: the GPU if there is one')
-    how.add_argument('--threads', type=positive_int, metavar='N', help="threads on the CPU; default: torch's")
+    add_machine_options(how)
     how.add_argument('--seconds', type=float, default=10, help='for the rounds of a case; default: 10')
     how.add_argument('--min-rounds', type=positive_int, default=5, metavar='N', help='however long they take; default: 5')
     how.add_argument('--max-rounds', type=positive_int, default=50, metavar='N', help='default: 50')
-    how.add_argument('--time-limit', type=float, metavar='SECONDS', help='start no more cases after so many seconds')
     how.add_argument(
         '--input-sets', type=positive_int, metavar='N',
         help='different inputs to go through; default: on a GPU as many as its L2 cache does not hold, on a CPU one',
     )  # fmt: skip
-
-    ceilings = parser.add_argument_group('ceilings of the machine, in place of measured ones')
-    ceilings.add_argument('--bandwidth', type=float, metavar='GB/S', help='of memory, bytes read and written')
-    ceilings.add_argument('--flops', type=float, metavar='TFLOP/S', help='two for a multiply-add')
-    ceilings.add_argument('--exponentials', type=float, metavar='1E9/S')
+    how.add_argument('--exponentials', type=float, metavar='1E9/S', help='in place of a measured rate')
 
     output = parser.add_argument_group('output')
     output.add_argument('--json', metavar='FILE', help='the full record')
@@ -492,12 +488,7 @@ def parse_options(arguments: Optional[list[str]] = None) -> argparse.Namespace:
         '--short', action='store_true', help='a table of one line for each input, stage, batch and dtype over all variants'
     )
     options = parser.parse_args(arguments)
-    if options.device is None:
-        options.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    if options.device.type not in ('cpu', 'cuda'):
-        parser.error(f'--device must be cpu or cuda, got {options.device}')
-    if options.device.type == 'cuda' and not torch.cuda.is_available():
-        parser.error('--device cuda: torch sees no GPU')
+    resolve_device(parser, options)
     return options
 
 

@@ -50,6 +50,7 @@ from contmix_report import Table, as_markdown, as_text, machine_line, number, ti
 from measuring import (
     DTYPES,
     Skipped,
+    add_machine_options,
     copy_rate,
     describe_machine,
     image_size,
@@ -57,6 +58,7 @@ from measuring import (
     measure,
     positive_int,
     product_rate,
+    resolve_device,
     saved_bytes,
     spread,
     synchronize,
@@ -727,16 +729,12 @@ def parse_options(arguments: Optional[list[str]] = None) -> argparse.Namespace:
     what.add_argument('--dtype', default='float32', choices=DTYPES, help='default: float32')
 
     how = parser.add_argument_group('how to measure')
-    how.add_argument('--device', type=torch.device, help='cpu or cuda; default: the GPU if there is one')
-    how.add_argument('--threads', type=positive_int, metavar='N', help="threads on the CPU; default: torch's")
+    add_machine_options(how)
     how.add_argument('--rounds', type=positive_int, default=7, metavar='N', help='at most; default: 7')
     how.add_argument(
         '--seconds', type=float, default=0.5,
         help='an implementation that has taken so many takes part in no more rounds; default: 0.5',
     )  # fmt: skip
-    how.add_argument('--time-limit', type=float, metavar='SECONDS', help='start no more cases after so many seconds')
-    how.add_argument('--bandwidth', type=float, metavar='GB/S', help='of memory, in place of a measured one')
-    how.add_argument('--flops', type=float, metavar='TFLOP/S', help='two for a multiply-add, in place of a measured rate')
 
     output = parser.add_argument_group('output')
     output.add_argument('--output', metavar='FILE', help='the full record, as JSON')
@@ -746,12 +744,7 @@ def parse_options(arguments: Optional[list[str]] = None) -> argparse.Namespace:
     output.add_argument('--report', metavar='FILE', help='measure nothing: show the record in this JSON file')
     options = parser.parse_args(arguments)
 
-    if options.device is None:
-        options.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    if options.device.type not in ('cpu', 'cuda'):
-        parser.error(f'--device must be cpu or cuda, got {options.device}')
-    if options.device.type == 'cuda' and not torch.cuda.is_available():
-        parser.error('--device cuda: torch sees no GPU')
+    resolve_device(parser, options)
     if options.spacing < 1:
         parser.error(f'--spacing must be at least 1, got {options.spacing:g}')
     if options.resume and not options.output:

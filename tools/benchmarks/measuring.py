@@ -226,3 +226,21 @@ def positive_int(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'must be a positive integer, got {text!r}')
     return int(text)
+
+
+def add_machine_options(group: argparse._ArgumentGroup) -> None:
+    """What every benchmark is told of the machine. :func:`resolve_device` completes it."""
+    group.add_argument('--device', type=torch.device, help='cpu or cuda; default: the GPU if there is one')
+    group.add_argument('--threads', type=positive_int, metavar='N', help="threads on the CPU; default: torch's")
+    group.add_argument('--time-limit', type=float, metavar='SECONDS', help='start no more cases after so many seconds')
+    group.add_argument('--bandwidth', type=float, metavar='GB/S', help='of memory, in place of a measured one')
+    group.add_argument('--flops', type=float, metavar='TFLOP/S', help='two for a multiply-add, in place of a measured rate')
+
+
+def resolve_device(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.device is None:
+        options.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if options.device.type not in ('cpu', 'cuda'):
+        parser.error(f'--device must be cpu or cuda, got {options.device}')
+    if options.device.type == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda: torch sees no GPU')

@@ -12,17 +12,8 @@ namespace {
 using cpu::in_parallel;
 
 template <typename T>
-const cpu::Kernels<T>& kernels() {
-#if defined(__x86_64__)
-  if (cpu::instruction_set() == cpu::InstructionSet::avx512) return cpu::avx512::kernels<T>();
-  if (cpu::instruction_set() == cpu::InstructionSet::avx2) return cpu::avx2::kernels<T>();
-#endif
-  return cpu::baseline::kernels<T>();
-}
-
-template <typename T>
 void run(const ContMixParams& params, bool backward) {
-  const cpu::Kernels<T>& kernel = kernels<T>();
+  const auto& kernel = cpu::best_table<cpu::Kernels<T>>();
   int64_t keys_size, grad_value_size;
   kernel.workspace_sizes(params, backward, &keys_size, &grad_value_size);
   const auto options = at::CPU(c10::CppTypeToScalarType<T>::value);
@@ -100,7 +91,7 @@ Gradients contmix_backward_cpu(const Tensor& grad_output, const Tensor& value, c
 
 }  // namespace
 
-std::string cpu_instruction_set() { return kernels<float>().instruction_set; }
+std::string cpu_instruction_set() { return cpu::best_table<cpu::Kernels<float>>().instruction_set; }
 
 TORCH_LIBRARY_IMPL(overlock_mm, CPU, m) {
   m.impl("_contmix", &contmix_cpu);

@@ -52,20 +52,4 @@ inline int64_t backward_partials(const ContMixParams& params) {
   return wanted < most ? wanted : most;
 }
 
-// The kernels of each instruction set, for float and double.
-namespace baseline {
-template <typename T>
-const Kernels<T>& kernels();
-}
-#if defined(__x86_64__)
-namespace avx2 {
-template <typename T>
-const Kernels<T>& kernels();
-}
-namespace avx512 {
-template <typename T>
-const Kernels<T>& kernels();
-}
-#endif
-
 }  // namespace overlock_mm::cpu

@@ -982,23 +982,26 @@ void gather_grad_value(const ContMixParams& p, const Workspace<T>& workspace, in
   }
 }
 
-}  // namespace
-
 #define OVERLOCK_MM_STRING_OF(x) #x
 #define OVERLOCK_MM_STRING(x) OVERLOCK_MM_STRING_OF(x)
 
 template <typename T>
-const Kernels<T>& kernels() {
-  static constexpr Kernels<T> table = {OVERLOCK_MM_STRING(OVERLOCK_MM_NAMESPACE),
-                                       &workspace_sizes<T>,
-                                       &pack_keys<T>,
-                                       &forward<T>,
-                                       &backward<T>,
-                                       &gather_grad_value<T>};
-  return table;
-}
+constexpr Kernels<T> kKernels = {OVERLOCK_MM_STRING(OVERLOCK_MM_NAMESPACE),
+                                 &workspace_sizes<T>,
+                                 &pack_keys<T>,
+                                 &forward<T>,
+                                 &backward<T>,
+                                 &gather_grad_value<T>};
 
-template const Kernels<float>& kernels<float>();
-template const Kernels<double>& kernels<double>();
+}  // namespace
+
+template <>
+const Kernels<float>& table() {
+  return kKernels<float>;
+}
+template <>
+const Kernels<double>& table() {
+  return kKernels<double>;
+}
 
 }  // namespace overlock_mm::cpu::OVERLOCK_MM_NAMESPACE

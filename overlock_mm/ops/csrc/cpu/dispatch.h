@@ -6,6 +6,8 @@
 
 #include <string>
 
+#include "tables.h"
+
 namespace overlock_mm::cpu {
 
 enum class InstructionSet { baseline, avx2, avx512 };
@@ -21,6 +23,16 @@ inline InstructionSet instruction_set() {
     return InstructionSet::baseline;
   }();
   return best;
+}
+
+/// The kernels of that instruction set.
+template <typename Table>
+const Table& best_table() {
+#if defined(__x86_64__)
+  if (instruction_set() == InstructionSet::avx512) return avx512::table<Table>();
+  if (instruction_set() == InstructionSet::avx2) return avx2::table<Table>();
+#endif
+  return baseline::table<Table>();
 }
 
 template <typename Function>

@@ -405,8 +405,8 @@ void stream_backward(const DepthwiseParams& p, int64_t begin, int64_t end) {
 
 // --------------------------------------------------------------------------------------------------------- by blocks
 
-constexpr int kTile = 12;  // positions of a line in registers
-constexpr int kTaps = 9;   // taps of a line of the kernel in registers, for their gradients
+constexpr int kColumns = 12;  // positions of a line in registers
+constexpr int kTaps = 9;      // taps of a line of the kernel in registers, for their gradients
 
 /// Lines of one block of channels with a border: position (y, x), counted from the corner of the border, is at
 /// data + (y * width + x) * lanes.
@@ -458,15 +458,15 @@ OVERLOCK_MM_NOINLINE void convolve_tile(const T* in, const int64_t* offsets, con
   for (int i = 0; i < n; ++i) sums[i] = acc[i];
 }
 
-/// Add to the sums of n <= kTile positions, of which the first reads its first tap at `in`.
+/// Add to the sums of n <= kColumns positions, of which the first reads its first tap at `in`.
 template <typename T>
 inline void convolve_positions(int64_t n, const T* in, const int64_t* offsets, const T* weights, int64_t taps,
                                Vector<T>* sums) {
   using Function = void (*)(const T*, const int64_t*, const T*, int64_t, Vector<T>*);
-  static constexpr Function functions[kTile] = {&convolve_tile<T, 1>,  &convolve_tile<T, 2>,  &convolve_tile<T, 3>,
-                                                &convolve_tile<T, 4>,  &convolve_tile<T, 5>,  &convolve_tile<T, 6>,
-                                                &convolve_tile<T, 7>,  &convolve_tile<T, 8>,  &convolve_tile<T, 9>,
-                                                &convolve_tile<T, 10>, &convolve_tile<T, 11>, &convolve_tile<T, 12>};
+  static constexpr Function functions[kColumns] = {&convolve_tile<T, 1>,  &convolve_tile<T, 2>,  &convolve_tile<T, 3>,
+                                                   &convolve_tile<T, 4>,  &convolve_tile<T, 5>,  &convolve_tile<T, 6>,
+                                                   &convolve_tile<T, 7>,  &convolve_tile<T, 8>,  &convolve_tile<T, 9>,
+                                                   &convolve_tile<T, 10>, &convolve_tile<T, 11>, &convolve_tile<T, 12>};
   functions[n - 1](in, offsets, weights, taps, sums);
 }
 
@@ -474,7 +474,7 @@ inline void convolve_positions(int64_t n, const T* in, const int64_t* offsets, c
 /// does.
 template <typename Function>
 OVERLOCK_MM_INLINE void in_even_tiles(int64_t width, Function function) {
-  const int64_t tiles = (width + kTile - 1) / kTile;
+  const int64_t tiles = (width + kColumns - 1) / kColumns;
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t x = i * width / tiles;
     function(x, (i + 1) * width / tiles - x);
@@ -509,7 +509,7 @@ void convolve(const DepthwiseParams& p, int64_t begin, int64_t end) {
     for (int64_t y = 0; y < lines.count(); ++y) {
       T* const to = static_cast<T*>(p.output) + image * image_size + (lines.begin + y) * p.width * p.channels;
       in_even_tiles(p.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
-        Vector<T> sums[kTile];
+        Vector<T> sums[kColumns];
         for (int64_t i = 0; i < n; ++i) sums[i] = start;
         convolve_positions<T>(n, packed.at(y, x), offsets, weights, taps, sums);
         for (int64_t i = 0; i < n; ++i) store_block(to + (x + i) * p.channels, block, sums[i]);
@@ -659,7 +659,7 @@ void branch_statistics(const BranchParams& p, int64_t begin, int64_t end) {
       convolve_positions<T>(1, packed.at(0, 0) + branch.corner, branch.offsets, own_weights, branch.taps, &shift);
       for (int64_t y = 0; y < lines.count(); ++y) {
         in_even_tiles(p.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
-          Vector<T> out[kTile] = {};
+          Vector<T> out[kColumns] = {};
           convolve_positions<T>(n, packed.at(y, x) + branch.corner, branch.offsets, own_weights, branch.taps, out);
           for (int64_t j = 0; j < n; ++j) {
             const Vector<T> distance = out[j] - shift;
@@ -714,7 +714,7 @@ void branch_gradients(const BranchParams& p, int64_t begin, int64_t end) {
       const Vector<T> slope = load_block(const_data<T>(p.slope) + i * p.channels, block);
       for (int64_t y = 0; y < p.height; ++y) {
         in_even_tiles(p.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
-          Vector<T> out[kTile] = {};
+          Vector<T> out[kColumns] = {};
           convolve_positions<T>(n, inputs.at(y, x) + branch.corner, branch.offsets, own_weights, branch.taps, out);
           const T* const grad = grads.at(y, x);
           T* const to = of_branch.at(y + p.reach, x + p.reach);
@@ -728,7 +728,7 @@ void branch_gradients(const BranchParams& p, int64_t begin, int64_t end) {
                 sums + branch.first_tap * lanes);
       for (int64_t y = 0; y < p.height; ++y) {
         in_even_tiles(p.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
-          Vector<T> out[kTile];
+          Vector<T> out[kColumns];
           T* const to = grad_input.at(y, x);
           for (int64_t j = 0; j < n; ++j) out[j] = load(to + j * lanes);
           convolve_positions<T>(n, of_branch.at(y, x) + branch.corner, branch.offsets, own_flipped, branch.taps, out);
@@ -820,17 +820,20 @@ void combine(const ResponseNormParams& p, int64_t begin, int64_t end) {
   }
 }
 
+template <typename T>
+constexpr MapKernels<T> kMapKernels = {Simd<T>::lanes,       &stream<T>,          &stream_backward<T>,
+                                       &convolve<T>,         &weight_gradient<T>, &branch_statistics<T>,
+                                       &branch_gradients<T>, &channel_sums<T>,    &combine<T>};
+
 }  // namespace
 
-template <typename T>
-const MapKernels<T>& map_kernels() {
-  static constexpr MapKernels<T> table = {Simd<T>::lanes,       &stream<T>,          &stream_backward<T>,
-                                          &convolve<T>,         &weight_gradient<T>, &branch_statistics<T>,
-                                          &branch_gradients<T>, &channel_sums<T>,    &combine<T>};
-  return table;
+template <>
+const MapKernels<float>& table() {
+  return kMapKernels<float>;
 }
-
-template const MapKernels<float>& map_kernels<float>();
-template const MapKernels<double>& map_kernels<double>();
+template <>
+const MapKernels<double>& table() {
+  return kMapKernels<double>;
+}
 
 }  // namespace overlock_mm::cpu::OVERLOCK_MM_NAMESPACE

@@ -11,22 +11,13 @@ namespace {
 
 using cpu::in_parallel;
 
-template <typename T>
-const cpu::MapKernels<T>& kernels() {
-#if defined(__x86_64__)
-  if (cpu::instruction_set() == cpu::InstructionSet::avx512) return cpu::avx512::map_kernels<T>();
-  if (cpu::instruction_set() == cpu::InstructionSet::avx2) return cpu::avx2::map_kernels<T>();
-#endif
-  return cpu::baseline::map_kernels<T>();
-}
-
-/// Call function(kernels, lanes) for float or double.
+/// Call function(kernels) with those for float or double.
 template <typename Function>
 void with_kernels(at::ScalarType dtype, Function function) {
   if (dtype == at::kDouble) {
-    function(kernels<double>());
+    function(cpu::best_table<cpu::MapKernels<double>>());
   } else {
-    function(kernels<float>());
+    function(cpu::best_table<cpu::MapKernels<float>>());
   }
 }
 

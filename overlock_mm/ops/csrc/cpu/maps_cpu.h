@@ -28,20 +28,4 @@ struct MapKernels {
   void (*combine)(const ResponseNormParams&, int64_t begin, int64_t end);
 };
 
-// The kernels of each instruction set, for float and double.
-namespace baseline {
-template <typename T>
-const MapKernels<T>& map_kernels();
-}
-#if defined(__x86_64__)
-namespace avx2 {
-template <typename T>
-const MapKernels<T>& map_kernels();
-}
-namespace avx512 {
-template <typename T>
-const MapKernels<T>& map_kernels();
-}
-#endif
-
 }  // namespace overlock_mm::cpu

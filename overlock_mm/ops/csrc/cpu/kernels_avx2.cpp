@@ -1,9 +1,11 @@
-// Kernels over maps for x86-64 with AVX2 and FMA.
+// The CPU kernels for x86-64 with AVX2 and FMA.
 #include <cmath>
 #include <cstdint>
 #include <new>
 
+#include "contmix_cpu.h"
 #include "maps_cpu.h"
+#include "tables.h"
 
 #if defined(__x86_64__)
 
@@ -17,6 +19,7 @@
 #pragma GCC target("avx2,fma")
 #endif
 
+#include "contmix_kernels.h"
 #include "map_kernels.h"
 
 #if defined(__clang__)

@@ -1,9 +1,11 @@
-// Kernels over maps for x86-64 with AVX-512 (F, BW, DQ, VL).
+// The CPU kernels for x86-64 with AVX-512 (F, BW, DQ, VL).
 #include <cmath>
 #include <cstdint>
 #include <new>
 
+#include "contmix_cpu.h"
 #include "maps_cpu.h"
+#include "tables.h"
 
 #if defined(__x86_64__)
 
@@ -18,6 +20,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #endif
 
+#include "contmix_kernels.h"
 #include "map_kernels.h"
 
 #if defined(__clang__)

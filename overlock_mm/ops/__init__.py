@@ -6,18 +6,21 @@ from .contmix import contmix
 from .depthwise import (
     branch_norms,
     depthwise_conv2d,
-    gelu_depthwise_norm,
     global_response_norm,
     has_depthwise,
     residual_depthwise_conv2d,
+    residual_depthwise_norm,
 )
+from .packed import PackedConv2d, can_pack
 
 __all__ = [
+    'PackedConv2d',
     'branch_norms',
+    'can_pack',
     'contmix',
     'contmix_reference',
     'depthwise_conv2d',
-    'gelu_depthwise_norm',
+    'residual_depthwise_norm',
     'global_response_norm',
     'has_depthwise',
     'residual_depthwise_conv2d',

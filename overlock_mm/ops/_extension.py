@@ -51,10 +51,11 @@ def compiled_for(device: torch.device) -> bool:
 
 def is_exporting() -> bool:
     """Whether a graph is being made for elsewhere, where there may be no compiled operator: ONNX, torch.export, a trace."""
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+    if torch.jit.is_tracing():
         return True
     # torch >= 2.7. Not is_exporting(): for torch.compile that is True in all it traces, not in exports alone.
-    return getattr(torch.compiler, '_is_exporting_flag', False)
+    flag = getattr(torch.compiler, '_is_exporting_flag', None)
+    return torch.onnx.is_in_onnx_export() if flag is None else flag
 
 
 def announce_on_import() -> None:

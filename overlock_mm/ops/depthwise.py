@@ -153,10 +153,17 @@ def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e
     return torch.addcmul(beta.view(1, -1, 1, 1).to(x.dtype), x, scale)
 
 
-def gelu_depthwise_norm(
-    x: Tensor, weight: Tensor, bias: Optional[Tensor], gamma: Tensor, beta: Tensor, eps: float = 1e-6
+def residual_depthwise_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float = 1e-6,
+    gelu: bool = False,
+    inplace: bool = False,
 ) -> Tensor:
-    """``global_response_norm(residual_depthwise_conv2d(x, weight, bias, gelu=True), gamma, beta, eps)``.
+    """``global_response_norm(residual_depthwise_conv2d(x, weight, bias, gelu), gamma, beta, eps)``.
 
     Without gradients, compiled, the norm takes place in the convolution's output, whose squares were summed on the way.
 
@@ -165,18 +172,29 @@ def gelu_depthwise_norm(
         weight (Tensor[C, 1, 3, 3])
         bias (Tensor[C] | None)
         gamma, beta (Tensor[C]), eps: of the norm.
+        gelu: whether x goes through the exact GELU first.
+        inplace: whether the result takes the place of ``x``, as for PyTorch's activations. Only without gradients.
 
     Returns:
         Tensor[B, C, H, W]: as :func:`depthwise_conv2d`.
 
     Raises:
-        TypeError, ValueError: as :func:`depthwise_conv2d`.
+        TypeError, ValueError: as :func:`depthwise_conv2d`; ``inplace`` with gradients, or under an autocast that casts x.
     """
-    x = cast_as_autocast(x)
+    given, x = x, cast_as_autocast(x)
     _check(x, weight, bias, 1)
+    if weight.shape[-1] != 3:
+        raise ValueError(f'weight must be (C, 1, 3, 3), got {tuple(weight.shape)}')
+    if inplace and (torch.is_grad_enabled() or x is not given):
+        reason = 'gradients are enabled' if torch.is_grad_enabled() else f'autocast makes {x.dtype} of {given.dtype}'
+        raise ValueError(f'inplace must be False where {reason}, got True')
     if torch.is_grad_enabled() or not _compiled(x):
-        return global_response_norm(residual_depthwise_conv2d(x, weight, bias, gelu=True), gamma, beta, eps)
-    return torch.ops.overlock_mm._gelu_depthwise_norm(x, weight, bias, gamma, beta, eps)
+        out = global_response_norm(residual_depthwise_conv2d(x, weight, bias, gelu), gamma, beta, eps)
+        return x.copy_(out) if inplace else out
+    if inplace:
+        torch.ops.overlock_mm._residual_depthwise_norm_(x, weight, bias, gamma, beta, eps, gelu)
+        return x
+    return torch.ops.overlock_mm._residual_depthwise_norm(x, weight, bias, gamma, beta, eps, gelu)
 
 
 def _compiled(x: Tensor) -> bool:

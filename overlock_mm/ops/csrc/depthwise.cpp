@@ -42,6 +42,15 @@ void check_depthwise(const Tensor& input, const Tensor& weight, const OptionalTe
   if (bias) check_parameter("bias", *bias, input, {input.sym_size(1)});
 }
 
+void check_residual_depthwise_norm(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                   const Tensor& gamma, const Tensor& beta) {
+  check_depthwise(input, weight, bias, /*dilation=*/1, /*gelu=*/false);
+  TORCH_CHECK_VALUE(weight.sym_size(2) == 3, "weight must have shape (", input.sym_size(1), ", 1, 3, 3), got ",
+                    shape_of(weight));
+  check_parameter("gamma", gamma, input, {input.sym_size(1)});
+  check_parameter("beta", beta, input, {input.sym_size(1)});
+}
+
 void check_branches(const Tensor& input, const Tensor& weights, const Tensor& norm_weights,
                     at::IntArrayRef kernel_sizes, at::IntArrayRef dilations) {
   check_map("input", input);
@@ -110,12 +119,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_norms_backward_meta(const Tens
           at::empty_symint(norm_weights.sym_sizes(), options), at::empty_symint(norm_weights.sym_sizes(), options)};
 }
 
-Tensor gelu_depthwise_norm_meta(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                                const Tensor& gamma, const Tensor& beta, double) {
-  check_depthwise(input, weight, bias, 1, true);
-  check_parameter("gamma", gamma, input, {input.sym_size(1)});
-  check_parameter("beta", beta, input, {input.sym_size(1)});
+Tensor residual_depthwise_norm_meta(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                    const Tensor& gamma, const Tensor& beta, double, bool) {
+  check_residual_depthwise_norm(input, weight, bias, gamma, beta);
   return empty_like_map(input);
+}
+
+void residual_depthwise_norm_inplace_meta(Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                          const Tensor& gamma, const Tensor& beta, double, bool) {
+  check_residual_depthwise_norm(input, weight, bias, gamma, beta);
 }
 
 std::tuple<Tensor, Tensor> response_norm_meta(const Tensor& input, const Tensor& gamma, const Tensor& beta, double) {
@@ -156,10 +168,14 @@ TORCH_LIBRARY_FRAGMENT(overlock_mm, m) {
   m.def(
       "_branch_norms_backward(Tensor grad_output, Tensor input, Tensor weights, Tensor norm_weights, Tensor mean, "
       "Tensor variance, int[] kernel_sizes, int[] dilations, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
-  // response_norm(gelu(input) + conv(gelu(input), weight) + bias), for inference: it has no derivative.
+  // response_norm(f(input) + conv(f(input), weight) + bias), where f is GELU or nothing, of a kernel of size 3. For
+  // inference: it has no derivative.
   m.def(
-      "_gelu_depthwise_norm(Tensor input, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) -> "
-      "Tensor");
+      "_residual_depthwise_norm(Tensor input, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps, "
+      "bool gelu) -> Tensor");
+  m.def(
+      "_residual_depthwise_norm_(Tensor(a!) input, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps, "
+      "bool gelu) -> ()");
   // response: (B, C), the norm over the map.
   m.def("_response_norm(Tensor input, Tensor gamma, Tensor beta, float eps) -> (Tensor output, Tensor response)");
   // Gradients of input, gamma, beta.
@@ -173,7 +189,8 @@ TORCH_LIBRARY_IMPL(overlock_mm, Meta, m) {
   m.impl("_depthwise_conv2d_backward", &depthwise_conv2d_backward_meta);
   m.impl("_branch_norms", &branch_norms_meta);
   m.impl("_branch_norms_backward", &branch_norms_backward_meta);
-  m.impl("_gelu_depthwise_norm", &gelu_depthwise_norm_meta);
+  m.impl("_residual_depthwise_norm", &residual_depthwise_norm_meta);
+  m.impl("_residual_depthwise_norm_", &residual_depthwise_norm_inplace_meta);
   m.impl("_response_norm", &response_norm_meta);
   m.impl("_response_norm_backward", &response_norm_backward_meta);
 }

@@ -20,7 +20,9 @@ struct DepthwiseParams {
   const void* weight;  ///< (C, k, k) contiguous
   const void* bias;    ///< (C), or null
   void* output;        ///< map
-  void* squares;       ///< (B, strips, C): sums of the output's squares, or null; for the streamed form
+  // Of the streamed form.
+  void* squares;        ///< (B, strips, C): sums of the output's squares, or null
+  const void* borders;  ///< in place: (B, strips - 1, 2, W, C), the input's lines on both sides of a cut; else null
 
   // Backward only.
   const void* grad_output;  ///< map

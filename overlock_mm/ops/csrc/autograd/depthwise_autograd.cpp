@@ -165,17 +165,36 @@ std::tuple<Tensor, Tensor> response_norm_autograd(const Tensor& input, const Ten
   return {out[0], out[1]};
 }
 
+/// It has no derivative, and says so if one is asked for; and lets autograd know that the input is not what it was.
+/// (torch's own fallback does that for operators that return what they change.)
+void residual_depthwise_norm_inplace_autograd(Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                              const Tensor& gamma, const Tensor& beta, double eps, bool gelu) {
+  static const auto norm = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("overlock_mm::_residual_depthwise_norm_", "")
+                               .typed<decltype(residual_depthwise_norm_inplace_autograd)>();
+  const bool wanted = input.requires_grad() || weight.requires_grad() || (bias && bias->requires_grad()) ||
+                      gamma.requires_grad() || beta.requires_grad();
+  TORCH_CHECK_NOT_IMPLEMENTED(!(at::GradMode::is_enabled() && wanted),
+                              "derivative for overlock_mm::_residual_depthwise_norm_ is not implemented");
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    norm.call(input, weight, bias, gamma, beta, eps, gelu);
+  }
+  if (!input.is_inference()) input.unsafeGetTensorImpl()->bump_version();
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) {
   // These have no derivative, and say so if one is asked for.
-  for (const char* name :
-       {"_depthwise_conv2d_backward", "_branch_norms_backward", "_response_norm_backward", "_gelu_depthwise_norm"}) {
+  for (const char* name : {"_depthwise_conv2d_backward", "_branch_norms_backward", "_response_norm_backward",
+                           "_residual_depthwise_norm"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
   m.impl("_depthwise_conv2d", &depthwise_conv2d_autograd);
   m.impl("_branch_norms", &branch_norms_autograd);
   m.impl("_response_norm", &response_norm_autograd);
+  m.impl("_residual_depthwise_norm_", &residual_depthwise_norm_inplace_autograd);
 }
 
 }  // namespace overlock_mm

@@ -140,12 +140,8 @@ class Ring {
   static int64_t stride(int64_t channels) { return round_up<T>(channels) + Simd<T>::lanes; }
   static int64_t size(int64_t channels, int64_t width) { return kStreamed * (width + 2) * stride(channels); }
 
-  Ring(Scratch<T>& scratch, int64_t channels, int64_t height, int64_t width)
-      : channels_(channels),
-        height_(height),
-        width_(width),
-        stride_(stride(channels)),
-        data_(scratch.take(size(channels, width))) {
+  Ring(Scratch<T>& scratch, int64_t channels, int64_t width)
+      : channels_(channels), width_(width), stride_(stride(channels)), data_(scratch.take(size(channels, width))) {
     for (int64_t i = 0; i < size(channels, width); ++i) data_[i] = T(0);
   }
 
@@ -153,15 +149,14 @@ class Ring {
   T* line(int64_t y) const { return data_ + (y + kStreamed) % kStreamed * (width_ + 2) * stride_; }
   int64_t stride() const { return stride_; }
 
-  /// Take in line y of an image (H, W, C): function(vector) of it, and zeros for a line outside the map.
+  /// Take in line y, (W, C) at `from`: function(vector) of it, and zeros for a line outside the map, which is null.
   template <typename Function>
-  OVERLOCK_MM_INLINE void push(const T* image, int64_t y, Function function) {
+  OVERLOCK_MM_INLINE void push(const T* from, int64_t y, Function function) {
     T* to = line(y) + stride_;
-    if (y < 0 || y >= height_) {
+    if (!from) {
       for (int64_t i = 0; i < width_ * stride_; ++i) to[i] = T(0);
       return;
     }
-    const T* from = image + y * width_ * channels_;
     const int64_t blocks = number_of_blocks<T>(channels_);
     for (int64_t x = 0; x < width_; ++x, from += channels_, to += stride_) {
       for (int64_t b = 0; b < blocks; ++b) {
@@ -172,7 +167,7 @@ class Ring {
   }
 
  private:
-  int64_t channels_, height_, width_, stride_;
+  int64_t channels_, width_, stride_;
   T* data_;
 };
 
@@ -257,12 +252,18 @@ void pack_streamed_weights(const DepthwiseParams& p, bool flipped, T* to) {
   }
 }
 
+/// Line y of an image (H, W, C), null outside of it.
+template <typename T>
+const T* line_of(const DepthwiseParams& p, const void* map, int64_t image, int64_t y) {
+  return y < 0 || y >= p.height ? nullptr : const_data<T>(map) + (image * p.height + y) * p.width * p.channels;
+}
+
 template <typename T>
 void stream(const DepthwiseParams& p, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<T>::lanes, taps = kStreamed * kStreamed;
   const int64_t blocks = number_of_blocks<T>(p.channels);
   Scratch<T> scratch(Ring<T>::size(p.channels, p.width) + blocks * (taps + 1) * lanes);
-  Ring<T> ring(scratch, p.channels, p.height, p.width);
+  Ring<T> ring(scratch, p.channels, p.width);
   T* const weights = scratch.take(blocks * taps * lanes);
   T* const squares = p.squares ? scratch.take(blocks * lanes) : nullptr;
   pack_streamed_weights(p, /*flipped=*/false, weights);
@@ -270,16 +271,21 @@ void stream(const DepthwiseParams& p, int64_t begin, int64_t end) {
   const int64_t image_size = p.height * p.width * p.channels;
 
   for (int64_t item = begin; item < end; ++item) {
-    const T* const image = const_data<T>(p.input) + item / p.strips * image_size;
-    T* const output = static_cast<T*>(p.output) + item / p.strips * image_size;
-    const Lines lines(p.height, p.strips, item % p.strips);
+    const int64_t image = item / p.strips, strip = item % p.strips;
+    T* const output = static_cast<T*>(p.output) + image * image_size;
+    const Lines lines(p.height, p.strips, strip);
     for (int64_t i = 0; squares && i < blocks * lanes; ++i) squares[i] = T(0);
     for (int64_t pushed = lines.begin - 1; pushed <= lines.end; ++pushed) {
+      const T* from = line_of<T>(p, p.input, image, pushed);
+      if (p.borders && from && (pushed < lines.begin || pushed == lines.end)) {
+        const int64_t border = pushed < lines.begin ? 2 * strip - 2 : 2 * strip + 1;
+        from = const_data<T>(p.borders) + (image * 2 * (p.strips - 1) + border) * p.width * p.channels;
+      }
       if (p.gelu) {
-        ring.push(image, pushed,
+        ring.push(from, pushed,
                   [](Vector<T> x, int64_t, const Block&) OVERLOCK_MM_INLINE_LAMBDA { return gelu<T>(x); });
       } else {
-        ring.push(image, pushed, [](Vector<T> x, int64_t, const Block&) OVERLOCK_MM_INLINE_LAMBDA { return x; });
+        ring.push(from, pushed, [](Vector<T> x, int64_t, const Block&) OVERLOCK_MM_INLINE_LAMBDA { return x; });
       }
       const int64_t y = pushed - 1;
       if (y < lines.begin) continue;
@@ -344,7 +350,7 @@ void stream_backward(const DepthwiseParams& p, int64_t begin, int64_t end) {
   const int64_t blocks = number_of_blocks<T>(p.channels);
   const int64_t ring_size = Ring<T>::size(p.channels, p.width), sums_size = blocks * (taps + 1) * lanes;
   Scratch<T> scratch((p.gelu ? 3 : 2) * ring_size + blocks * taps * lanes + sums_size);
-  Ring<T> grads(scratch, p.channels, p.height, p.width), inputs(scratch, p.channels, p.height, p.width);
+  Ring<T> grads(scratch, p.channels, p.width), inputs(scratch, p.channels, p.width);
   // gelu'(input), line by line as the inputs.
   T* const slopes = p.gelu ? scratch.take(ring_size) : nullptr;
   T* const weights = scratch.take(blocks * taps * lanes);
@@ -356,12 +362,12 @@ void stream_backward(const DepthwiseParams& p, int64_t begin, int64_t end) {
 
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / p.strips;
-    const T* const input = const_data<T>(p.input) + image * image_size;
-    const T* const grad_output = const_data<T>(p.grad_output) + image * image_size;
     const Lines lines(p.height, p.strips, item % p.strips);
     for (int64_t i = 0; i < sums_size; ++i) sums[i] = T(0);
     for (int64_t pushed = lines.begin - 1; pushed <= lines.end; ++pushed) {
-      grads.push(grad_output, pushed, [](Vector<T> g, int64_t, const Block&) OVERLOCK_MM_INLINE_LAMBDA { return g; });
+      const T* const input = line_of<T>(p, p.input, image, pushed);
+      grads.push(line_of<T>(p, p.grad_output, image, pushed), pushed,
+                 [](Vector<T> g, int64_t, const Block&) OVERLOCK_MM_INLINE_LAMBDA { return g; });
       if (p.gelu) {
         T* const to = slopes_of(pushed);
         inputs.push(input, pushed, [&](Vector<T> x, int64_t column, const Block& block) OVERLOCK_MM_INLINE_LAMBDA {

@@ -59,8 +59,8 @@ ResponseNormParams params_of(const Tensor& input) {
   return p;
 }
 
-/// Sums over the map, (B, C): of input * other, and of other.
-std::pair<Tensor, Tensor> channel_sums(const Tensor& input, const Tensor& other) {
+/// Sums over parts of the map, (B, strips, C): of input * other, and of other. Without other, of the squares alone.
+std::pair<Tensor, Tensor> sums_of_products(const Tensor& input, const Tensor& other) {
   ResponseNormParams p = params_of(input);
   const auto options = at::TensorOptions(input.scalar_type());
   const Tensor sums = at::empty({p.batch, p.strips, p.channels}, options);
@@ -74,7 +74,13 @@ std::pair<Tensor, Tensor> channel_sums(const Tensor& input, const Tensor& other)
   with_kernels(input.scalar_type(), [&](const auto& kernel) {
     in_parallel(p.batch * p.strips, [&](int64_t begin, int64_t end) { kernel.channel_sums(p, begin, end); });
   });
-  return {sums.sum(1), other.defined() ? plain.sum(1) : Tensor()};
+  return {sums, plain};
+}
+
+/// Sums over the map, (B, C).
+std::pair<Tensor, Tensor> channel_sums(const Tensor& input, const Tensor& other) {
+  const auto [products, plain] = sums_of_products(input, other);
+  return {products.sum(1), plain.sum(1)};
 }
 
 /// Sums over images and positions, (C). (Those of ATen depend on the number of threads.)
@@ -135,10 +141,19 @@ Tensor convolve_by_library(const Tensor& input, const Tensor& weight, const Tens
       .contiguous(at::MemoryFormat::ChannelsLast);
 }
 
-/// `input` and `weight` as the kernels take them. `squares`, where it is asked for, are sums over the output's map, (B,
-/// C).
+/// Of each strip but the first, the line before it and its first, (B, 2 (strips - 1), W, C), copied.
+Tensor borders_of_strips(const Tensor& input, int64_t strips) {
+  std::vector<int64_t> lines;
+  for (int64_t strip = 1; strip < strips; ++strip) {
+    const int64_t first = strip * input.size(2) / strips;
+    lines.insert(lines.end(), {first - 1, first});
+  }
+  return input.permute({0, 2, 3, 1}).index_select(1, at::tensor(lines, at::kLong)).contiguous();
+}
+
+/// `input` and `weight` as the kernels take them.
 Tensor convolve(const Tensor& input, const Tensor& weight, const Tensor& bias, int64_t dilation, bool residual,
-                bool gelu, Tensor* squares = nullptr) {
+                bool gelu) {
   if (input.numel() == 0) return empty_output(input);
   DepthwiseParams p = params_of(input, weight, dilation, residual, gelu);
   if (!gelu && library_is_fast(input, p)) return convolve_by_library(input, weight, bias, dilation, residual);
@@ -148,14 +163,7 @@ Tensor convolve(const Tensor& input, const Tensor& weight, const Tensor& bias, i
   with_kernels(input.scalar_type(), [&](const auto& kernel) {
     if (streams(p)) {
       p.strips = std::max<int64_t>(1, std::min(divide_up(4 * at::get_num_threads(), p.batch), divide_up(p.height, 8)));
-      Tensor partial;
-      if (squares) {
-        p.strips = strips_for_sums(p.batch, p.height, 8);
-        partial = at::empty({p.batch, p.strips, p.channels}, weight.options());
-        p.squares = partial.data_ptr();
-      }
       in_parallel(p.batch * p.strips, [&](int64_t begin, int64_t end) { kernel.stream(p, begin, end); });
-      if (squares) *squares = partial.sum(1);
       return;
     }
     const int64_t blocks = divide_up(p.channels, kernel.lanes), border = p.kernel_size / 2 * p.dilation;
@@ -390,22 +398,67 @@ Tensor combine(const Tensor& input, const Tensor& scale, const Tensor& other, co
   return output;
 }
 
-Tensor response_scale(const Tensor& response, const Tensor& gamma, double eps) {
-  return gamma * (response / (response.mean(1, /*keepdim=*/true) + eps)) + 1;
+/// Of sums of squares, (B, strips, C): the response, (B, C), and what the norm multiplies with, (B, C).
+std::pair<Tensor, Tensor> response_and_scale(const Tensor& squares, const Tensor& gamma, double eps) {
+  const int64_t batch = squares.size(0), strips = squares.size(1), channels = squares.size(2);
+  const Tensor response = at::zeros({batch, channels}, squares.options()), scale = at::empty_like(response);
+  AT_DISPATCH_FLOATING_TYPES(squares.scalar_type(), "response_and_scale", [&] {
+    const scalar_t *from = squares.const_data_ptr<scalar_t>(), *weight = gamma.const_data_ptr<scalar_t>();
+    scalar_t *of_image = response.mutable_data_ptr<scalar_t>(), *to = scale.mutable_data_ptr<scalar_t>();
+    for (int64_t image = 0; image < batch; ++image, of_image += channels, to += channels) {
+      for (int64_t strip = 0; strip < strips; ++strip, from += channels) {
+        for (int64_t c = 0; c < channels; ++c) of_image[c] += from[c];
+      }
+      double sum = 0;
+      for (int64_t c = 0; c < channels; ++c) {
+        of_image[c] = std::sqrt(of_image[c]);
+        sum += of_image[c];
+      }
+      const scalar_t inverse_mean = scalar_t(1 / (sum / double(channels) + eps));
+      for (int64_t c = 0; c < channels; ++c) to[c] = weight[c] * (of_image[c] * inverse_mean) + 1;
+    }
+  });
+  return {response, scale};
 }
 
-Tensor gelu_depthwise_norm_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                               const Tensor& gamma, const Tensor& beta, double eps) {
-  check_depthwise(input, weight, bias, 1, /*gelu=*/true);
-  check_parameter("gamma", gamma, input, {input.sym_size(1)});
-  check_parameter("beta", beta, input, {input.sym_size(1)});
+/// Of `map`, as the kernels take it, in `output`, which may be the map. The squares of the norm are summed on the way
+/// out of the convolution.
+void residual_depthwise_norm(const Tensor& map, const Tensor& weight, const OptionalTensor& bias, const Tensor& gamma,
+                             const Tensor& beta, double eps, bool gelu, const Tensor& output) {
+  if (map.numel() == 0) return;
+  const Tensor kernel_weight = as_parameter(weight, map), shift = bias ? as_parameter(*bias, map) : Tensor();
+  DepthwiseParams p = params_of(map, kernel_weight, /*dilation=*/1, /*residual=*/true, gelu);
+  p.strips = strips_for_sums(p.batch, p.height, 8);
+  const Tensor squares = at::empty({p.batch, p.strips, p.channels}, kernel_weight.options());
+  Tensor borders;
+  if (output.is_same(map) && p.strips > 1) {
+    borders = borders_of_strips(map, p.strips);
+    p.borders = borders.data_ptr();
+  }
+  p.bias = shift.defined() ? shift.data_ptr() : nullptr;
+  p.squares = squares.data_ptr();
+  p.output = output.data_ptr();
+  with_kernels(map.scalar_type(), [&](const auto& kernel) {
+    in_parallel(p.batch * p.strips, [&](int64_t begin, int64_t end) { kernel.stream(p, begin, end); });
+  });
+  const Tensor scale = response_and_scale(squares, as_parameter(gamma, map), eps).second;
+  combine(output, scale, Tensor(), Tensor(), as_parameter(beta, map), output);
+}
+
+Tensor residual_depthwise_norm_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                   const Tensor& gamma, const Tensor& beta, double eps, bool gelu) {
+  check_residual_depthwise_norm(input, weight, bias, gamma, beta);
+  const Tensor map = as_input(input), output = empty_output(map);
+  residual_depthwise_norm(map, weight, bias, gamma, beta, eps, gelu, output);
+  return as_output(output, input);
+}
+
+void residual_depthwise_norm_inplace_cpu(Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                         const Tensor& gamma, const Tensor& beta, double eps, bool gelu) {
+  check_residual_depthwise_norm(input, weight, bias, gamma, beta);
   const Tensor map = as_input(input);
-  Tensor squares;
-  const Tensor mixed = convolve(map, as_parameter(weight, input), bias ? as_parameter(*bias, input) : Tensor(), 1,
-                                /*residual=*/true, /*gelu=*/true, &squares);
-  if (input.numel() == 0) return as_output(mixed, input);
-  const Tensor scale = response_scale(squares.sqrt(), as_parameter(gamma, input), eps);
-  return as_output(combine(mixed, scale, Tensor(), Tensor(), as_parameter(beta, input), mixed), input);
+  residual_depthwise_norm(map, weight, bias, gamma, beta, eps, gelu, map);
+  if (!map.is_same(input)) input.copy_(map);
 }
 
 std::tuple<Tensor, Tensor> response_norm_cpu(const Tensor& input, const Tensor& gamma, const Tensor& beta, double eps) {
@@ -413,8 +466,8 @@ std::tuple<Tensor, Tensor> response_norm_cpu(const Tensor& input, const Tensor& 
   check_parameter("gamma", gamma, input, {input.sym_size(1)});
   check_parameter("beta", beta, input, {input.sym_size(1)});
   const Tensor map = as_input(input);
-  const Tensor response = channel_sums(map, Tensor()).first.sqrt();
-  const Tensor scale = response_scale(response, as_parameter(gamma, input), eps);
+  const auto [response, scale] =
+      response_and_scale(sums_of_products(map, Tensor()).first, as_parameter(gamma, input), eps);
   return {as_output(combine(map, scale, Tensor(), Tensor(), as_parameter(beta, input), empty_output(map)), input),
           response};
 }
@@ -446,7 +499,8 @@ TORCH_LIBRARY_IMPL(overlock_mm, CPU, m) {
   m.impl("_depthwise_conv2d_backward", &depthwise_conv2d_backward_cpu);
   m.impl("_branch_norms", &branch_norms_cpu);
   m.impl("_branch_norms_backward", &branch_norms_backward_cpu);
-  m.impl("_gelu_depthwise_norm", &gelu_depthwise_norm_cpu);
+  m.impl("_residual_depthwise_norm", &residual_depthwise_norm_cpu);
+  m.impl("_residual_depthwise_norm_", &residual_depthwise_norm_inplace_cpu);
   m.impl("_response_norm", &response_norm_cpu);
   m.impl("_response_norm_backward", &response_norm_backward_cpu);
 }

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
-from ..ops import contmix
-from .folding import conv_norm, folded_projection
+from ..ops import can_pack, contmix
+from ..ops._autocast import cast_as_autocast
+from .folding import add_convolved, add_projected, convolve, is_pointwise, packed_conv
 from .layers import (
     DepthwiseConv,
     GlobalResponseNorm,
@@ -23,11 +24,14 @@ from .layers import (
     ResidualDepthwiseConv,
     SqueezeExcitation,
     batch_norm,
+    can_join,
     gelu_mix_norm,
     is_plain,
+    is_plain_gelu,
     layer_norm,
+    mix_norm,
 )
-from .recompute import recomputing
+from .recompute import has_hooks, recomputing
 from .reparam import DilatedReparamConv
 
 
@@ -69,12 +73,14 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm, large_conv, second_norm, attention, expand, gelu, mix, response_norm, project, drop_path = self.proj
+        inplace = self.deploy and can_pack(x)  # what nobody else can hold is overwritten
         with recomputing() as again:
-            x = again(self.dwconv, x)
+            x = convolve(again, self.dwconv, x, deploy=self.deploy)
             y = dilated_norm(again, large_conv, second_norm, layer_norm(again, norm, x), self.deploy)
-            y = expand(again(attention, y))
-            y = gelu_mix_norm(again, gelu, mix, response_norm, y)
-            return add_branch(x, self.ls, project, y, drop_path)
+            y = attend(again, attention, y, inplace and is_fresh(large_conv, second_norm))
+            y = hidden(again, expand, gelu, mix, response_norm, y, self.deploy)
+            inplace = inplace and is_plain(self.dwconv, ResidualDepthwiseConv) and is_plain(norm, LayerNorm2d)
+            return add_branch(again, x, self.ls, project, y, drop_path, deploy=self.deploy, inplace=inplace)
 
 
 class DynamicBlock(nn.Module):
@@ -173,48 +179,50 @@ class DynamicBlock(nn.Module):
         """Features (B, C, H, W), context and context prior (B, Ch, H, W) to (x, h), or to [x, h] from the last block."""
         if self.mix_context:
             h = self.x_scale(h) + self.h_scale(prior)
+        inplace = self.deploy and can_pack(x)  # what nobody else can hold is overwritten
         with recomputing() as again:
-            y = again(self.dwconv1, torch.cat([x, h], dim=1))
-            mixed = self._mixer(again, layer_norm(again, self.norm1, y))
+            y = convolve(again, self.dwconv1, torch.cat([x, h], dim=1), deploy=self.deploy)
+            mixed = self._mixer(again, layer_norm(again, self.norm1, y), inplace)
             norm, project = self.proj
-            folded = folded_projection(norm, project, self.deploy)
-            mixed = mixed if folded else batch_norm(again, norm, mixed)
-            y = add_branch(y, self.ls1, project, mixed, self.drop_path, folded)
-            y = again(self.dwconv2, y)
+            owned = inplace and is_plain(self.dwconv1, ResidualDepthwiseConv) and is_plain(self.norm1, LayerNorm2d)
+            y = add_branch(again, y, self.ls1, project, mixed, self.drop_path, norm, self.deploy, owned)
+            y = convolve(again, self.dwconv2, y, deploy=self.deploy)
             expand, gelu, mix, response_norm, project = self.mlp
-            z = expand(layer_norm(again, self.norm2, y))
-            z = gelu_mix_norm(again, gelu, mix, response_norm, z)
-            y = add_branch(y, self.ls2, project, z, self.drop_path)
+            z = hidden(again, expand, gelu, mix, response_norm, layer_norm(again, self.norm2, y), self.deploy)
+            owned = inplace and is_plain(self.dwconv2, ResidualDepthwiseConv) and is_plain(self.norm2, LayerNorm2d)
+            y = add_branch(again, y, self.ls2, project, z, self.drop_path, None, self.deploy, owned)
         if self.last:
             return y
         x, h = y.split([self.channels, self.context_channels], dim=1)
         return x, h
 
-    def _mixer(self, again: recomputing, normed: Tensor) -> Tensor:
+    def _mixer(self, again: recomputing, normed: Tensor, inplace: bool) -> Tensor:
         """Gated context mixing of a normalised map (B, C + Ch, H, W) to (B, C, H, W), up to the last norm."""
         conv, norm, gelu, project, response_norm = self.fusion
-        fused = project(again(gelu, conv_norm(again, conv, norm, normed, self.deploy)))
+        fused = convolve(again, project, convolve(again, conv, normed, norm, gelu, self.deploy), deploy=self.deploy)
         fused = again(response_norm, fused)
         mixed = mix_at_fitting_size(partial(self._mix, again), self.kernel_size, fused, normed)
-        mixed = again(
-            torch.add,
-            conv_norm(again, *self.dyconv_proj, mixed, self.deploy),
-            dilated_norm(again, *self.lepe, fused, self.deploy),
-        )
+        local = dilated_norm(again, *self.lepe, fused, self.deploy)
+        inplace = inplace and is_fresh(*self.lepe)
+        conv, norm = self.dyconv_proj
+        mixed = add_convolved(again, local, conv, mixed, norm, self.deploy, inplace)
         gate_conv, gate_norm, activation = self.gate
-        gate = again(activation, conv_norm(again, gate_conv, gate_norm, fused, self.deploy))
-        return again(torch.mul, again(self.se_layer, mixed), gate)
+        gate = convolve(again, gate_conv, fused, gate_norm, activation, self.deploy)
+        mixed = attend(again, self.se_layer, mixed, inplace)
+        inplace = inplace and is_plain(self.se_layer, SqueezeExcitation)
+        return mixed.mul_(gate) if inplace else again(torch.mul, mixed, gate)
 
     def _mix(self, again: recomputing, fused: Tensor, normed: Tensor) -> Tensor:
         """Context mixing of ``fused`` (B, C, H, W) by kernels made from ``normed`` (B, C + Ch, H, W)."""
         x = again(lambda normed: normed[:, : self.channels].contiguous(memory_format=torch.channels_last), normed)
         h = again(lambda normed: normed[:, self.channels :], normed)
-        query = conv_norm(again, *self.weight_query, x, self.deploy)
+        query_conv, query_norm = self.weight_query
+        query = convolve(again, query_conv, x, query_norm, deploy=self.deploy)
         pool, key_conv, key_norm = self.weight_key
         return contmix(
             fused,
             again(lambda query: query * self.query_scale, query),
-            conv_norm(again, key_conv, key_norm, pool(h), self.deploy),
+            convolve(again, key_conv, pool(h), key_norm, deploy=self.deploy),
             self.weight_proj.weight.flatten(1),
             self.weight_proj.bias,
             self.rpb1,
@@ -228,29 +236,56 @@ class DynamicBlock(nn.Module):
 def dilated_norm(again: recomputing, conv: DilatedReparamConv, norm: nn.Module, x: Tensor, deploy: bool) -> Tensor:
     """``norm(conv(x))``."""
     folds = deploy and is_plain(conv, DilatedReparamConv) and conv.deploy
-    return conv_norm(again, conv.lk_origin if folds else conv, norm, x, folds)
+    return convolve(again, conv.lk_origin if folds else conv, x, norm, deploy=folds)
+
+
+def is_fresh(conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether nobody else can hold what :func:`dilated_norm` gives."""
+    return is_plain(conv, DilatedReparamConv) and is_plain(norm, nn.BatchNorm2d)
+
+
+def attend(again: recomputing, attention: SqueezeExcitation, x: Tensor, inplace: bool) -> Tensor:
+    """``attention(x)``, in the place of ``x`` where it may be."""
+    if inplace and is_plain(attention, SqueezeExcitation):
+        return attention(x, inplace=True)
+    return again(attention, x)
+
+
+def hidden(
+    again: recomputing,
+    expand: nn.Conv2d,
+    gelu: nn.Module,
+    mix: nn.Module,
+    norm: nn.Module,
+    x: Tensor,
+    deploy: bool,
+) -> Tensor:
+    """``norm(mix(gelu(expand(x))))``, the hidden map of an MLP."""
+    packed = packed_conv(expand, x, deploy=deploy)
+    if packed and is_plain_gelu(gelu) and can_join(mix, norm, x):
+        return mix_norm(mix, norm, packed(cast_as_autocast(x), 'gelu'), inplace=True)
+    return gelu_mix_norm(again, gelu, mix, norm, convolve(again, expand, x, deploy=deploy))
 
 
 def add_branch(
+    again: recomputing,
     x: Tensor,
     scale: nn.Module,
     project: nn.Conv2d,
     y: Tensor,
     drop_path: DropPath,
-    weights: Optional[tuple[Tensor, Tensor]] = None,
+    norm: Optional[nn.Module] = None,
+    deploy: bool = False,
+    inplace: bool = False,
 ) -> Tensor:
-    """``scale(x) + drop_path(project(y))`` with a LayerScale or nothing for ``scale``.
-
-    ``weights`` are a weight and a bias in place of those of ``project``.
-    """
-    dropped = drop_path.training and drop_path.drop_prob > 0
-    if dropped or not is_plain(scale, LayerScale) or not is_plain(project, nn.Conv2d):
-        branch = F.conv2d(y, *weights) if weights else project(y)
-        return scale(x) + drop_path(branch)
+    """``scale(x) + drop_path(project(norm(y)))`` with a LayerScale or nothing for ``scale``; ``inplace``: over x."""
+    dropped = has_hooks(drop_path) or (drop_path.training and drop_path.drop_prob > 0)
+    if dropped or not is_pointwise(project) or not (is_plain(scale, LayerScale) or is_plain(scale, nn.Identity)):
+        return scale(x) + drop_path(convolve(again, project, y if norm is None else batch_norm(again, norm, y)))
+    if isinstance(scale, nn.Identity):
+        return add_projected(again, x, project, y, norm, deploy, inplace)
     # The scale's shift goes along with the projection's bias, the scaling with the sum.
-    weight, bias = weights or (project.weight, project.bias)
-    branch = F.conv2d(y, weight, bias + scale.bias)
-    return torch.addcmul(branch, x, scale.weight.view(1, -1, 1, 1).to(x.dtype))
+    return add_projected(again, x, project, y, norm, deploy, inplace, scale.weight.flatten(), scale.bias)
 
 
 def mix_at_fitting_size(mix: Callable[..., Tensor], kernel_size: int, *maps: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Batch norms folded into the convolutions beside them, for inference.
+"""Convolutions with what stands beside them, each by the fastest way there is.
 
-The parameters stay as they are, so that a folded model saves and loads what the release's re-parameterised one does: what
-is folded is made of them when it is first needed, and kept.
+At inference a deployed model folds its batch norms into the convolutions beside them, and on the CPU packs the weights as
+oneDNN wants them. The parameters stay as they are, so that a folded model saves and loads what the release's
+re-parameterised one does: what is folded is made of them when it is first needed, and kept until they change.
 """
 
 from __future__ import annotations
@@ -14,25 +15,115 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import depthwise_conv2d
-from .layers import DepthwiseConv, batch_norm, is_plain
-from .recompute import has_hooks, is_compiling, recomputing
+from ..ops import PackedConv2d, can_pack, depthwise_conv2d
+from ..ops._autocast import cast_as_autocast, dtype_under_autocast
+from ..ops._extension import is_exporting
+from .layers import DepthwiseConv, ResidualDepthwiseConv, batch_norm, is_plain, is_plain_gelu
+from .recompute import is_compiling, recomputing
+
+#: Positions of a map from which on oneDNN's depth-wise 3x3 convolution is faster than this package's.
+_LARGE_MAP = 512
+#: Numbers in a weight for one position of the map from which on a 1x1 convolution with gradients is faster as a product of
+#: matrices: PyTorch's convolution brings the weights, and their gradients, from one layout into another.
+_WEIGHTS_PER_POSITION = 2048
 
 
-def conv_norm(again: recomputing, conv: nn.Conv2d, norm: nn.Module, x: Tensor, deploy: bool) -> Tensor:
-    """``norm(conv(x))``: in a deployed model, at inference, one convolution."""
-    if not (deploy and type(conv) in (nn.Conv2d, DepthwiseConv) and not has_hooks(conv) and _is_fixed(norm)):
-        return batch_norm(again, norm, conv(x))
-    weight, bias = _folded(conv, norm, norm_first=False)
+def convolve(
+    again: recomputing,
+    conv: nn.Conv2d,
+    x: Tensor,
+    norm: Optional[nn.Module] = None,
+    activation: Optional[nn.Module] = None,
+    deploy: bool = False,
+) -> Tensor:
+    """``activation(norm(conv(x)))``: in a deployed model, at inference, one convolution."""
+    name = _name_of(activation)
+    packed = None
+    if activation is None or name:
+        packed = packed_conv(conv, x, norm, deploy, activated=name is not None)
+    if packed:
+        return packed(cast_as_autocast(x), name)
+    if norm is None:
+        y = _convolve(again, conv, x)
+    elif deploy and _is_one_of_ours(conv) and _is_fixed(norm):
+        weight, bias = _folded(conv, norm, norm_first=False)
+        if isinstance(conv, DepthwiseConv):
+            y = depthwise_conv2d(x, weight, bias, conv.dilation[0])
+        else:
+            y = F.conv2d(x, weight, bias, conv.stride, conv.padding)
+    else:
+        y = batch_norm(again, norm, _convolve(again, conv, x))
+    return y if activation is None else again(activation, y)
+
+
+def add_convolved(
+    again: recomputing, x: Tensor, conv: nn.Conv2d, y: Tensor, norm: nn.Module, deploy: bool, inplace: bool
+) -> Tensor:
+    """``x + norm(conv(y))``. ``inplace``: nobody else needs ``x``, which the result may take the place of."""
+    packed = packed_conv(conv, y, norm, deploy) if inplace else None
+    if packed and x.dtype == dtype_under_autocast(y):
+        return packed.add_to(x, cast_as_autocast(y))
+    return again(torch.add, convolve(again, conv, y, norm, deploy=deploy), x)
+
+
+def add_projected(
+    again: recomputing,
+    x: Tensor,
+    conv: nn.Conv2d,
+    y: Tensor,
+    norm: Optional[nn.Module],
+    deploy: bool,
+    inplace: bool,
+    scale: Optional[Tensor] = None,
+    shift: Optional[Tensor] = None,
+) -> Tensor:
+    """``x * scale + shift + conv(norm(y))`` of a 1x1 convolution, with scale and shift (C), or without what is None.
+
+    ``inplace``: as of :func:`add_convolved`.
+    """
+    packed = packed_conv(conv, y, norm, deploy, norm_first=True, shift=shift) if inplace else None
+    if packed and x.dtype == dtype_under_autocast(y):
+        return packed.add_to(x if scale is None else x.mul_(_per_channel(scale, x)), cast_as_autocast(y))
+    weight, bias = conv.weight, conv.bias
+    if norm is not None and deploy and _is_fixed(norm):
+        weight, bias = _folded(conv, norm, norm_first=True)
+    elif norm is not None:
+        y = batch_norm(again, norm, y)
+    y = _pointwise(again, y, weight, bias if shift is None else bias + shift)
+    return x + y if scale is None else torch.addcmul(y, x, _per_channel(scale, x))
+
+
+def packed_conv(
+    conv: nn.Conv2d,
+    x: Tensor,
+    norm: Optional[nn.Module] = None,
+    deploy: bool = False,
+    norm_first: bool = False,
+    shift: Optional[Tensor] = None,
+    activated: bool = False,
+) -> Optional[PackedConv2d]:
+    """``norm(conv(x)) + shift``, or ``conv(norm(x)) + shift``, as one convolution; None where it is not to be.
+
+    ``activated``: it takes along an activation.
+    """
+    if not (deploy and (_is_one_of_ours(conv) or is_plain(conv, ResidualDepthwiseConv)) and can_pack(x)):
+        return None
+    if norm is not None and not _is_fixed(norm):
+        return None
     if isinstance(conv, DepthwiseConv):
-        return depthwise_conv2d(x, weight, bias, conv.dilation[0])
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding)
+        small = conv.kernel_size[0] == 3 and conv.dilation[0] == 1
+        if not small or not (activated or x.shape[2] * x.shape[3] >= _LARGE_MAP):
+            return None
+    dtype = dtype_under_autocast(x)
 
+    def pack() -> PackedConv2d:
+        weight, bias = _fold(conv, norm, norm_first, shift)
+        return PackedConv2d(weight.to(dtype), bias.to(dtype), conv.stride, conv.padding, conv.groups, x.shape)
 
-def folded_projection(norm: nn.Module, conv: nn.Conv2d, deploy: bool) -> Optional[tuple[Tensor, Tensor]]:
-    """Weight and bias of the one 1x1 convolution that ``conv(norm(x))`` is, in a deployed model, at inference."""
-    return _folded(conv, norm, norm_first=True) if deploy and is_plain(conv, nn.Conv2d) and _is_fixed(norm) else None
+    sources = _sources(conv, norm) if shift is None else [*_sources(conv, norm), shift]
+    return until_changed(conv, sources, (dtype, None if norm is None else norm.eps), pack)
 
 
 #: Of each norm or layer: what was folded, and of which versions of which tensors.
@@ -41,9 +132,11 @@ _kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 def until_changed(owner: nn.Module, sources: list[Tensor], settings: object, fold: Callable[[], Any]) -> Any:
     """``fold()``, kept with ``owner`` until one of the tensors behind it, or the settings, change."""
-    if any(source.is_inference() for source in sources):  # these have no versions
-        return fold()
-    versions = [settings, *((source.data_ptr(), source.dtype, source._version) for source in sources)]
+    versions = [settings]
+    for source in sources:
+        if source.is_inference():  # these have no versions
+            return fold()
+        versions += source.data_ptr(), source.dtype, source._version
     kept = _kept.get(owner)
     if kept is None or kept[0] != versions:
         # The sources are held, lest others come to lie where they were.
@@ -69,13 +162,84 @@ def _is_fixed(norm: nn.Module) -> bool:
     )
 
 
+def is_pointwise(conv: nn.Module) -> bool:
+    """Whether it is nothing but a 1x1 convolution."""
+    return is_plain(conv, nn.Conv2d) and conv.weight.shape[2:] == (1, 1) and conv.stride == (1, 1) and _is_simple(conv)
+
+
+def _is_one_of_ours(conv: nn.Module) -> bool:
+    return (is_plain(conv, nn.Conv2d) and _is_simple(conv)) or is_plain(conv, DepthwiseConv)
+
+
+def _is_simple(conv: nn.Conv2d) -> bool:
+    """Whether its stride and a padding of zeros that keeps the size are all there is to it: somebody may have put another
+    in the place of ours."""
+    keeps_size = tuple(k // 2 for k in conv.kernel_size)
+    return conv.padding == keeps_size and conv.padding_mode == 'zeros' and conv.groups == 1 and conv.dilation == (1, 1)
+
+
+def _name_of(activation: Optional[nn.Module]) -> Optional[str]:
+    """What :class:`PackedConv2d` calls it; None for those that it does not know."""
+    if is_plain_gelu(activation):
+        return 'gelu'
+    return 'silu' if is_plain(activation, nn.SiLU) else None
+
+
+def _convolve(again: recomputing, conv: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(conv, ResidualDepthwiseConv):
+        return again(conv, x)
+    if is_pointwise(conv):
+        return _pointwise(again, x, conv.weight, conv.bias)
+    return conv(x)
+
+
+def _pointwise(again: recomputing, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """A 1x1 convolution."""
+    batch, _, height, width = x.shape
+    positions = batch * height * width
+    if (
+        x.device.type != 'cpu'
+        or weight.numel() < _WEIGHTS_PER_POSITION * positions
+        or not positions > 0
+        or dtype_under_autocast(x) != torch.float32
+        or is_compiling()
+        or is_exporting()
+    ):
+        return F.conv2d(x, weight, bias)
+    rows = again(_rows, x)  # (positions, C)
+    weight = weight.flatten(1).t()
+    out = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
+    return out.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _per_channel(parameter: Tensor, x: Tensor) -> Tensor:
+    return parameter.view(1, -1, 1, 1).to(x.dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, norm_first: bool) -> tuple[Tensor, Tensor]:
     """Weight and bias of convolution and norm in one."""
-    # Training changes the statistics without telling their versions, but the count of batches.
-    sources = [conv.weight, conv.bias, norm.weight, norm.bias]
-    sources += [norm.running_mean, norm.running_var, norm.num_batches_tracked]
-    sources = [source for source in sources if source is not None]
-    return until_changed(norm, sources, norm.eps, lambda: _fold(conv, norm, norm_first))
+
+    def fold() -> tuple[Tensor, Tensor]:
+        weight, bias = _fold(conv, norm, norm_first)
+        # In the layout that the convolution would bring a 3x3 kernel into at every call.
+        weight = weight.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last)
+        return weight.contiguous() if isinstance(conv, DepthwiseConv) else weight, bias.to(conv.weight.dtype)
+
+    return until_changed(norm, _sources(conv, norm), norm.eps, fold)
+
+
+def _sources(conv: nn.Conv2d, norm: Optional[nn.BatchNorm2d]) -> list[Tensor]:
+    """What convolution and norm are folded of."""
+    # Out of the dicts: an attribute of a module takes ten times as long, and this is asked for every layer of a forward.
+    sources = [*conv._parameters.values()]
+    if norm is not None:
+        # Training changes the statistics without telling their versions, but the count of batches.
+        sources += [*norm._parameters.values(), *norm._buffers.values()]
+    return [source for source in sources if source is not None]
 
 
 def exact_dtype(tensor: Tensor) -> torch.dtype:
@@ -83,22 +247,27 @@ def exact_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == 'mps' else torch.float64
 
 
-def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, norm_first: bool) -> tuple[Tensor, Tensor]:
-    """In float64, rounded once, but where there is none."""
+def _fold(
+    conv: nn.Conv2d, norm: Optional[nn.BatchNorm2d], norm_first: bool, shift: Optional[Tensor] = None
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias in float64, but where there is none: to be rounded once."""
     exact = exact_dtype(conv.weight)
-    scale = norm.weight.to(exact) / torch.sqrt(norm.running_var.to(exact) + norm.eps)
-    shift = norm.bias.to(exact) - norm.running_mean.to(exact) * scale
     weight = conv.weight.to(exact)
     bias = torch.zeros_like(weight[:, 0, 0, 0]) if conv.bias is None else conv.bias.to(exact)
-    if norm_first:
-        bias = bias + weight.flatten(1) @ shift
-        weight = weight * scale.view(1, -1, 1, 1)
-    else:
-        bias = bias * scale + shift
-        weight = weight * scale.view(-1, 1, 1, 1)
-    # In the layout that the convolution would bring a 3x3 kernel into at every call.
-    weight = weight.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last)
-    return weight.contiguous() if isinstance(conv, DepthwiseConv) else weight, bias.to(conv.weight.dtype)
+    if norm is not None:
+        scale = norm.weight.to(exact) / torch.sqrt(norm.running_var.to(exact) + norm.eps)
+        beta = norm.bias.to(exact) - norm.running_mean.to(exact) * scale
+        if norm_first:
+            bias = bias + weight.flatten(1) @ beta
+            weight = weight * scale.view(1, -1, 1, 1)
+        else:
+            bias = bias * scale + beta
+            weight = weight * scale.view(-1, 1, 1, 1)
+    if isinstance(conv, ResidualDepthwiseConv):
+        middle = conv.kernel_size[0] // 2
+        weight = weight.clone()
+        weight[:, :, middle, middle] += 1
+    return weight, bias if shift is None else bias + shift.to(exact)
 
 
 class ConvSequential(nn.Sequential):
@@ -122,8 +291,9 @@ class ConvSequential(nn.Sequential):
             while layers:
                 layer = layers.pop(0)
                 if isinstance(layer, nn.Conv2d):
-                    norm = layers and isinstance(layers[0], nn.modules.batchnorm._BatchNorm)
-                    x = conv_norm(again, layer, layers.pop(0), x, self.deploy) if norm else layer(x)
+                    norm = layers.pop(0) if layers and isinstance(layers[0], _BatchNorm) else None
+                    activation = layers.pop(0) if layers and not isinstance(layers[0], (nn.Conv2d, _BatchNorm)) else None
+                    x = convolve(again, layer, x, norm, activation, self.deploy)
                 else:
                     x = again(layer, x)
         return x

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..ops import (
     depthwise_conv2d,
-    gelu_depthwise_norm,
     global_response_norm,
     has_depthwise,
     residual_depthwise_conv2d,
+    residual_depthwise_norm,
 )
 from ..ops._autocast import cast_as_autocast
 from .recompute import has_hooks, recomputing
@@ -94,14 +94,15 @@ class SqueezeExcitation(nn.Module):
             nn.Sigmoid(),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         _, reduce, gelu, expand, sigmoid = self.proj
         if not (is_plain(reduce, nn.Conv2d) and is_plain(expand, nn.Conv2d)):
             return x * self.proj(x)
         # Matrix products: on a map of one position a convolution costs many times its arithmetic.
         attention = F.linear(x.mean(dim=(2, 3)), reduce.weight.flatten(1), reduce.bias)  # (B, hidden)
         attention = F.linear(gelu(attention), expand.weight.flatten(1), expand.bias)  # (B, C)
-        return x * sigmoid(attention)[..., None, None]
+        attention = sigmoid(attention)[..., None, None]
+        return x.mul_(attention) if inplace else x * attention
 
 
 class GlobalResponseNorm(nn.Module):
@@ -131,12 +132,27 @@ def layer_norm(again: recomputing, norm: nn.Module, x: Tensor) -> Tensor:
 
 def gelu_mix_norm(again: recomputing, gelu: nn.Module, mix: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """The middle of an MLP: GELU, residual depth-wise convolution, response norm."""
-    plain = is_plain(gelu, nn.GELU) and is_plain(mix, ResidualDepthwiseConv) and is_plain(norm, GlobalResponseNorm)
-    if not plain or gelu.approximate != 'none' or not has_depthwise(x):
+    if not (is_plain_gelu(gelu) and can_join(mix, norm, x)):
         return again(norm, again(mix, again(gelu, x)))
     if torch.is_grad_enabled():
         return again(norm, again(partial(mix, gelu=True), x))
-    return gelu_depthwise_norm(x, mix.weight, mix.bias, norm.gamma.flatten(), norm.beta.flatten(), norm.eps)
+    return mix_norm(mix, norm, x, gelu=True)
+
+
+def can_join(mix: nn.Module, norm: nn.Module, x: Tensor) -> bool:
+    """Whether there is an operator that does both of ``norm(mix(x))``."""
+    return is_plain(mix, ResidualDepthwiseConv) and is_plain(norm, GlobalResponseNorm) and has_depthwise(x)
+
+
+def mix_norm(mix: nn.Module, norm: nn.Module, x: Tensor, gelu: bool = False, inplace: bool = False) -> Tensor:
+    """``norm(mix(x))``, or of GELU(x), without gradients."""
+    gamma, beta = norm.gamma.flatten(), norm.beta.flatten()
+    return residual_depthwise_norm(x, mix.weight, mix.bias, gamma, beta, norm.eps, gelu, inplace)
+
+
+def is_plain_gelu(module: nn.Module) -> bool:
+    """Whether it is the exact GELU."""
+    return is_plain(module, nn.GELU) and module.approximate == 'none'
 
 
 def batch_norm(again: recomputing, norm: nn.Module, x: Tensor) -> Tensor:

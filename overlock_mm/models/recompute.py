@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Optional, Union
 
 import torch
@@ -90,9 +91,18 @@ def _place(tensor: Tensor) -> tuple:
 
 
 def has_hooks(function: Callable) -> bool:
-    """Whether a module, or one in it, has forward hooks: they change what comes out, or count how often it does."""
-    module = getattr(function, 'func', function)  # of functools.partial
-    return isinstance(module, nn.Module) and any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+    """Whether a module, or one in it, has forward hooks, or a forward put in the place of its class's.
+
+    They change what comes out, look at it, or count how often it does.
+    """
+    module = function.func if isinstance(function, partial) else function
+    if not isinstance(module, nn.Module):
+        return False
+    # By hand: this is asked a thousand times in a forward.
+    attributes = module.__dict__
+    if attributes['_forward_hooks'] or attributes['_forward_pre_hooks'] or 'forward' in attributes:
+        return True
+    return any(has_hooks(child) for child in attributes['_modules'].values())
 
 
 def _under_foreign_hooks() -> bool:

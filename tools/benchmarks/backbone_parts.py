@@ -31,6 +31,7 @@ from overlock_mm.models.blocks import BasicBlock, DynamicBlock
 from overlock_mm.models.layers import GlobalResponseNorm, LayerScale, SqueezeExcitation
 from overlock_mm.models.overlock import OverLoCK
 from overlock_mm.models.reparam import DILATED_BRANCHES, DilatedReparamConv
+from overlock_mm.ops import PackedConv2d
 
 CONTMIX, LARGE, SMALL, POINTWISE = 'ContMix', 'large depth-wise convolutions', 'depth-wise 3x3', '1x1 convolutions'
 STEM, ELEMENTWISE, OPTIMIZER = 'stem and downsampling', 'norms and elementwise', 'optimizer'
@@ -147,8 +148,10 @@ def part_of_weight(name: str, shape: torch.Size) -> str:
 def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, buffers, and whatever else of tensors the modules keep, as folded weights."""
     for prefix, module in model.named_modules():
-        kept = folding._kept.get(module)  # what was folded is kept apart from the modules
+        kept = folding._kept.get(module)  # what was folded or packed is kept apart from the modules
         folded = {} if kept is None else {'folded': kept[2]}
+        if isinstance(folded.get('folded'), PackedConv2d):
+            folded = {'packed': folded['folded']._weight}
         for name, value in {**vars(module), **module._parameters, **module._buffers, **folded}.items():
             for tensor in tree_flatten(value)[0]:
                 if isinstance(tensor, Tensor):
@@ -156,7 +159,8 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    """What tensors that share memory have in common. Packed ones show nobody their memory, and are not shared."""
+    return id(tensor) if tensor.is_mkldnn else tensor.untyped_storage()._cdata
 
 
 class Clock(TorchDispatchMode):

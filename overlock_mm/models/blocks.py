@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
-from ..ops import can_pack, contmix
+from ..ops import contmix
 from ..ops._autocast import cast_as_autocast
-from .folding import add_convolved, add_projected, convolve, is_pointwise, packed_conv
+from ..ops._packed import can_pack
+from .convolutions import add_convolved, add_projected, convolve, is_pointwise, packed_conv
 from .layers import (
     DepthwiseConv,
     GlobalResponseNorm,
@@ -73,14 +74,14 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm, large_conv, second_norm, attention, expand, gelu, mix, response_norm, project, drop_path = self.proj
-        inplace = self.deploy and can_pack(x)  # what nobody else can hold is overwritten
+        inplace = self.deploy and can_pack(x)  # what nobody holds is overwritten
         with recomputing() as again:
             x = convolve(again, self.dwconv, x, deploy=self.deploy)
             y = dilated_norm(again, large_conv, second_norm, layer_norm(again, norm, x), self.deploy)
-            y = attend(again, attention, y, inplace and is_fresh(large_conv, second_norm))
+            y = attend(again, attention, y, inplace and nobody_holds(large_conv, second_norm, attention))
             y = hidden(again, expand, gelu, mix, response_norm, y, self.deploy)
-            inplace = inplace and is_plain(self.dwconv, ResidualDepthwiseConv) and is_plain(norm, LayerNorm2d)
-            return add_branch(again, x, self.ls, project, y, drop_path, deploy=self.deploy, inplace=inplace)
+            owned = inplace and nobody_holds(self.dwconv, norm)
+            return add_branch(again, x, self.ls, project, y, drop_path, deploy=self.deploy, inplace=owned)
 
 
 class DynamicBlock(nn.Module):
@@ -179,17 +180,17 @@ class DynamicBlock(nn.Module):
         """Features (B, C, H, W), context and context prior (B, Ch, H, W) to (x, h), or to [x, h] from the last block."""
         if self.mix_context:
             h = self.x_scale(h) + self.h_scale(prior)
-        inplace = self.deploy and can_pack(x)  # what nobody else can hold is overwritten
+        inplace = self.deploy and can_pack(x)  # what nobody holds is overwritten
         with recomputing() as again:
             y = convolve(again, self.dwconv1, torch.cat([x, h], dim=1), deploy=self.deploy)
             mixed = self._mixer(again, layer_norm(again, self.norm1, y), inplace)
             norm, project = self.proj
-            owned = inplace and is_plain(self.dwconv1, ResidualDepthwiseConv) and is_plain(self.norm1, LayerNorm2d)
+            owned = inplace and nobody_holds(self.dwconv1, self.norm1)
             y = add_branch(again, y, self.ls1, project, mixed, self.drop_path, norm, self.deploy, owned)
             y = convolve(again, self.dwconv2, y, deploy=self.deploy)
             expand, gelu, mix, response_norm, project = self.mlp
             z = hidden(again, expand, gelu, mix, response_norm, layer_norm(again, self.norm2, y), self.deploy)
-            owned = inplace and is_plain(self.dwconv2, ResidualDepthwiseConv) and is_plain(self.norm2, LayerNorm2d)
+            owned = inplace and nobody_holds(self.dwconv2, self.norm2)
             y = add_branch(again, y, self.ls2, project, z, self.drop_path, None, self.deploy, owned)
         if self.last:
             return y
@@ -203,14 +204,14 @@ class DynamicBlock(nn.Module):
         fused = again(response_norm, fused)
         mixed = mix_at_fitting_size(partial(self._mix, again), self.kernel_size, fused, normed)
         local = dilated_norm(again, *self.lepe, fused, self.deploy)
-        inplace = inplace and is_fresh(*self.lepe)
         conv, norm = self.dyconv_proj
-        mixed = add_convolved(again, local, conv, mixed, norm, self.deploy, inplace)
+        owned = inplace and nobody_holds(*self.lepe)
+        mixed = add_convolved(again, local, conv, mixed, norm, self.deploy, owned)
         gate_conv, gate_norm, activation = self.gate
         gate = convolve(again, gate_conv, fused, gate_norm, activation, self.deploy)
-        mixed = attend(again, self.se_layer, mixed, inplace)
-        inplace = inplace and is_plain(self.se_layer, SqueezeExcitation)
-        return mixed.mul_(gate) if inplace else again(torch.mul, mixed, gate)
+        owned = owned and nobody_holds(self.se_layer)
+        mixed = attend(again, self.se_layer, mixed, owned)
+        return mixed.mul_(gate) if owned else again(torch.mul, mixed, gate)
 
     def _mix(self, again: recomputing, fused: Tensor, normed: Tensor) -> Tensor:
         """Context mixing of ``fused`` (B, C, H, W) by kernels made from ``normed`` (B, C + Ch, H, W)."""
@@ -239,16 +240,15 @@ def dilated_norm(again: recomputing, conv: DilatedReparamConv, norm: nn.Module, 
     return convolve(again, conv.lk_origin if folds else conv, x, norm, deploy=folds)
 
 
-def is_fresh(conv: nn.Module, norm: nn.Module) -> bool:
-    """Whether nobody else can hold what :func:`dilated_norm` gives."""
-    return is_plain(conv, DilatedReparamConv) and is_plain(norm, nn.BatchNorm2d)
+def nobody_holds(*layers: nn.Module) -> bool:
+    """Whether a map that these layers, and no others, make or read is nobody else's: they are ours, and without hooks."""
+    ours = (ResidualDepthwiseConv, DilatedReparamConv, nn.BatchNorm2d, LayerNorm2d, SqueezeExcitation)
+    return all(type(layer) in ours and not has_hooks(layer) for layer in layers)
 
 
 def attend(again: recomputing, attention: SqueezeExcitation, x: Tensor, inplace: bool) -> Tensor:
     """``attention(x)``, in the place of ``x`` where it may be."""
-    if inplace and is_plain(attention, SqueezeExcitation):
-        return attention(x, inplace=True)
-    return again(attention, x)
+    return attention(x, inplace=True) if inplace else again(attention, x)
 
 
 def hidden(

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..registry import MODELS
 from .blocks import BasicBlock, DynamicBlock
 from .checkpoint import TakesReleasedCheckpoints, check_variant, openmmlab_name
-from .folding import ConvSequential, forget_folded
+from .convolutions import ConvSequential, forget_folded
 from .layers import LayerNorm2d, LayerScale
 from .recompute import checkpoint_block
 
@@ -342,7 +342,9 @@ class OverLoCK(TakesReleasedCheckpoints):
 
         The branches of every dilated re-parameterised convolution are folded into its large kernel for good. Batch norms
         are folded into the convolutions beside them whenever the model runs in evaluation mode and without gradients; they
-        stay among the parameters, so that the state dict is that of the released re-parameterised checkpoints.
+        stay among the parameters, so that the state dict is that of the released re-parameterised checkpoints. On the CPU
+        the folded weights are also packed as oneDNN wants them, which takes the memory of the weights a second time, and
+        blocks overwrite their own maps.
         """
         for module in self.modules():
             if module is not self and hasattr(module, 'switch_to_deploy'):

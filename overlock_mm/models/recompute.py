@@ -15,11 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ..ops._autocast import autocast_dtype, is_autocast_enabled
+from ..ops._extension import is_compiling
 
-try:
-    from torch.compiler import is_compiling
-except ImportError:  # torch < 2.3
-    from torch._dynamo import is_compiling
+_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 
 class _State(threading.local):
@@ -91,18 +89,21 @@ def _place(tensor: Tensor) -> tuple:
 
 
 def has_hooks(function: Callable) -> bool:
-    """Whether a module, or one in it, has forward hooks, or a forward put in the place of its class's.
+    """Whether a module, or one in it, has hooks, or a forward put in the place of its class's; or all modules have hooks.
 
-    They change what comes out, look at it, or count how often it does.
+    They change what comes out or its gradient, look at it, or count how often it does.
     """
     module = function.func if isinstance(function, partial) else function
     if not isinstance(module, nn.Module):
         return False
     # By hand: this is asked a thousand times in a forward.
     attributes = module.__dict__
-    if attributes['_forward_hooks'] or attributes['_forward_pre_hooks'] or 'forward' in attributes:
-        return True
-    return any(has_hooks(child) for child in attributes['_modules'].values())
+    return (
+        any(attributes[kind] for kind in _HOOKS)
+        or 'forward' in attributes
+        or any(getattr(torch.nn.modules.module, f'_global{kind}') for kind in _HOOKS)
+        or any(has_hooks(child) for child in attributes['_modules'].values())
+    )
 
 
 def _under_foreign_hooks() -> bool:

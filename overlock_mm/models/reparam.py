@@ -11,10 +11,10 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from ..ops import branch_norms, depthwise_conv2d, has_depthwise
-from ..ops._extension import is_exporting
-from .folding import exact_dtype, until_changed
+from ..ops._extension import is_compiling, is_exporting
+from .convolutions import exact_dtype, until_changed
 from .layers import DepthwiseConv, is_plain
-from .recompute import is_compiling, recomputing
+from .recompute import recomputing
 
 #: (kernel size, dilation) of the branches that run beside a large kernel of size K.
 DILATED_BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {

@@ -11,12 +11,9 @@ from .depthwise import (
     residual_depthwise_conv2d,
     residual_depthwise_norm,
 )
-from .packed import PackedConv2d, can_pack
 
 __all__ = [
-    'PackedConv2d',
     'branch_norms',
-    'can_pack',
     'contmix',
     'contmix_reference',
     'depthwise_conv2d',

@@ -14,8 +14,10 @@ from ..versions import version_numbers
 
 _BUILD_COMMAND = 'pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps .'
 
-# torch < 2.3 has it elsewhere.
-_is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._utils.is_compiling
+try:
+    from torch.compiler import is_compiling
+except ImportError:  # torch < 2.3
+    from torch._dynamo import is_compiling
 
 
 def _load() -> tuple[Optional[str], dict[str, Any]]:
@@ -44,7 +46,7 @@ def compiled_for(device: torch.device) -> bool:
     if not missing and (device.type in ('cpu', 'meta') or (device.type == 'cuda' and build_info['cuda'] is not None)):
         return True
     # torch.compile cannot trace a warning; the usual reasons have been given on import.
-    if not _is_compiling():
+    if not is_compiling():
         _announce_fallback(device.type)
     return False
 

@@ -185,7 +185,7 @@ def residual_depthwise_norm(
     _check(x, weight, bias, 1)
     if weight.shape[-1] != 3:
         raise ValueError(f'weight must be (C, 1, 3, 3), got {tuple(weight.shape)}')
-    if inplace and (torch.is_grad_enabled() or x is not given):
+    if inplace and (torch.is_grad_enabled() or x.dtype != given.dtype):
         reason = 'gradients are enabled' if torch.is_grad_enabled() else f'autocast makes {x.dtype} of {given.dtype}'
         raise ValueError(f'inplace must be False where {reason}, got True')
     if torch.is_grad_enabled() or not _compiled(x):

@@ -13,7 +13,7 @@ from test_reparam import randomise_statistics
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from overlock_mm.models import OverLoCK, folding
+from overlock_mm.models import OverLoCK, convolutions
 from overlock_mm.models.blocks import BasicBlock, DynamicBlock
 from overlock_mm.models.reparam import DilatedReparamConv
 
@@ -92,6 +92,7 @@ def make_deployed(kind: str, size: int = 24) -> tuple[nn.Module, tuple[Tensor, .
     return block, inputs
 
 
+TORCH = tuple(int(number) for number in torch.__version__.split('.')[:2])
 kinds = pytest.mark.parametrize('kind', ['basic', 'basic with LayerScale', 'dynamic'])
 
 
@@ -103,14 +104,17 @@ def test_what_a_hook_holds_stays_as_it_was(kind, size):
     with torch.no_grad():
         expected = block(*inputs)
     names = [name for name, module in block.named_modules() if name]
-    for hooked in [*([name] for name in names), names]:
+    for hooked in [*([name] for name in names), names, ['every module there is']]:
         seen = []
-        handles = [
-            block.get_submodule(name).register_forward_hook(
-                lambda _, given, out, seen=seen: seen.extend((each, each.clone()) for each in (*given, out))
-            )
-            for name in hooked
-        ]
+
+        def look(module, given, out, seen=seen):
+            if module is not block:
+                seen.extend((each, each.clone()) for each in (*given, out))
+
+        if hooked == ['every module there is']:
+            handles = [nn.modules.module.register_module_forward_hook(look)]
+        else:
+            handles = [block.get_submodule(name).register_forward_hook(look) for name in hooked]
         with torch.no_grad():
             assert relative_error(block(*inputs), expected) < 1e-5, hooked
         for handle in handles:
@@ -162,16 +166,66 @@ def test_every_change_of_a_tensor_is_seen(kind, size):
         for name, tensor in block.state_dict().items():
             if not tensor.is_floating_point():
                 continue
-            counts = [module.num_batches_tracked for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
-            if 'running' in name:  # only training changes statistics, and counts its batches
-                for count in counts:
-                    count += 1
             tensor *= 1.5
             tensor += 0.1
             out = block(*inputs)
             assert not torch.equal(out, before), name
             assert relative_error(out, copy.deepcopy(block)(*inputs)) < 1e-6, name
             before = out
+
+
+@kinds
+def test_statistics_that_training_changes_are_seen(kind):
+    """PyTorch counts no version of them, only the batches."""
+    block, inputs = make_deployed(kind)
+    with torch.no_grad():
+        before = block(*inputs)
+        for name, norm in block.named_modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.train()(torch.randn(3, norm.num_features, 5, 5))
+                norm.train(False)
+                out = block(*inputs)
+                assert not torch.equal(out, before), name
+                assert relative_error(out, copy.deepcopy(block)(*inputs)) < 1e-6, name
+                before = out
+
+
+def test_a_changed_stride_is_seen():
+    layers = convolutions.ConvSequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), deploy=True).eval()
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        assert layers(x).shape == (1, 8, 8, 8)
+        layers[0].stride = (1, 1)
+        assert relative_error(layers(x), layers[1](layers[0](x))) < 1e-5
+
+
+@pytest.mark.parametrize('index', range(9), ids=lambda i: f'proj.{i}')
+def test_backward_hooks_run(index):
+    block = make_basic()
+    seen = []
+    block.proj[index].register_full_backward_hook(lambda module, grad_input, grad_output: seen.append(grad_output[0]))
+    block(torch.randn(2, 16, 9, 10, dtype=torch.float64)).sum().backward()
+    assert len(seen) == 1
+    assert seen[0].any()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+def test_inputs_of_another_dtype_are_refused(dtype):
+    block, (x,) = make_deployed('basic')
+    with torch.no_grad(), pytest.raises((RuntimeError, TypeError), match='type'):
+        block.bfloat16()(x) if dtype == torch.float32 else block(x.double())
+
+
+@pytest.mark.skipif(TORCH < (2, 7), reason='torch < 2.7 does not say that it exports')
+def test_the_batch_is_free_in_an_export():
+    """Also where its size would decide how a 1x1 convolution runs."""
+    block = BasicBlock(256, 7, 4, 0.0, False).eval()
+    x = torch.randn(2, 256, 7, 7)
+    exported = torch.export.export(block, (x,), dynamic_shapes=({0: torch.export.Dim('batch', min=2, max=64)},))
+    for batch in (2, 16):
+        x = torch.randn(batch, 256, 7, 7)
+        with torch.no_grad():
+            assert relative_error(exported.module()(x), block(x)) < 1e-5
 
 
 class Counter(TorchDispatchMode):
@@ -225,7 +279,7 @@ def test_products_of_matrices(kind, monkeypatch):
     results, products = [], []
     monkeypatch.setattr(torch, 'addmm', lambda *args, addmm=torch.addmm: products.append(1) or addmm(*args))
     for weights_per_position in (float('inf'), 0):
-        monkeypatch.setattr(folding, '_WEIGHTS_PER_POSITION', weights_per_position)
+        monkeypatch.setattr(convolutions, '_WEIGHTS_PER_POSITION', weights_per_position)
         assert not products
         leaves = [each.clone().requires_grad_() for each in inputs]
         with KeptBytes() as kept:
@@ -342,12 +396,12 @@ def test_half_weights_under_autocast(small_arch, function):
 
 
 def test_folded_weights_are_made_once(small_arch, monkeypatch):
-    from overlock_mm.models import folding, reparam
+    from overlock_mm.models import convolutions, reparam
 
     backbone = OverLoCK(small_arch).eval()
     folds = []
     monkeypatch.setattr(reparam, '_one_kernel', lambda *args, fold=reparam._one_kernel: folds.append(1) or fold(*args))
-    monkeypatch.setattr(folding, '_fold', lambda *args, fold=folding._fold: folds.append(1) or fold(*args))
+    monkeypatch.setattr(convolutions, '_fold', lambda *args, fold=convolutions._fold: folds.append(1) or fold(*args))
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         backbone(x)

@@ -278,13 +278,17 @@ def test_float16_survives_large_activations(small_arch):
 
 
 @torch.no_grad()
-def test_compiles_into_one_graph(small_arch):
-    backbone = OverLoCK(small_arch, out_type='pyramid_with_overview').eval()
+@pytest.mark.parametrize('gradients', [True, False])
+@pytest.mark.parametrize('deploy', [True, False])
+def test_compiles_into_one_graph(small_arch, deploy, gradients):
+    torch._dynamo.reset()
+    backbone = OverLoCK(small_arch, out_type='pyramid_with_overview', deploy=deploy).eval()
     compiled = torch.compile(backbone, fullgraph=True, backend='aot_eager')
     for size in ((64, 64), (96, 64)):
         x = torch.randn(1, 3, *size)
-        for out, reference in zip(compiled(x), backbone(x)):
-            assert relative_error(out, reference) < 1e-5
+        with torch.set_grad_enabled(gradients):
+            for out, reference in zip(compiled(x), backbone(x)):
+                assert relative_error(out, reference) < 1e-5
 
 
 @pytest.mark.parametrize('with_cp', [False, True])

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from overlock_mm.models import OverLoCK
 from overlock_mm.models.blocks import BasicBlock, DynamicBlock
-from overlock_mm.models.folding import ConvSequential
+from overlock_mm.models.convolutions import ConvSequential
 from overlock_mm.models.layers import DepthwiseConv, LayerNorm2d, ResidualDepthwiseConv, SqueezeExcitation, batch_norm
 from overlock_mm.models.recompute import checkpoint_block, recomputing
 

@@ -621,9 +621,7 @@ def test_a_binary_for_another_torch_is_refused(monkeypatch):
 
 def test_exports():
     assert set(ops.__all__) == {
-        'PackedConv2d',
         'branch_norms',
-        'can_pack',
         'contmix',
         'contmix_reference',
         'depthwise_conv2d',

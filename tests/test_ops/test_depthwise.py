@@ -951,3 +951,23 @@ def test_inplace_is_refused_where_it_cannot_be():
         message = 'inplace must be False where autocast makes torch.bfloat16 of torch.float32, got True'
         with pytest.raises(ValueError, match=message):
             residual_depthwise_norm(**to(arguments, torch.float32), inplace=True)
+
+
+def test_inplace_has_no_derivative():
+    arguments = list(to(make_norm(), torch.float32).values())
+    operator = torch.ops.overlock_mm._residual_depthwise_norm_
+    with pytest.raises(NotImplementedError, match='derivative for overlock_mm::_residual_depthwise_norm_'):
+        operator(arguments[0], arguments[1].requires_grad_(), *arguments[2:], 1e-6, False)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(arguments[0], torch.ones_like(arguments[0]))
+        with pytest.raises(NotImplementedError, match='derivative for overlock_mm::_residual_depthwise_norm_'):
+            operator(x, *arguments[1:], 1e-6, False)
+
+
+def test_inplace_under_inference_mode():
+    """Of a tensor that is not one of that mode: others must learn that it has changed."""
+    arguments = to(make_norm(), torch.float32)
+    version = arguments['x']._version
+    with torch.inference_mode():
+        residual_depthwise_norm(**arguments, inplace=True)
+    assert arguments['x']._version > version

@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from overlock_mm.models import folding
+from overlock_mm.models import convolutions
 from overlock_mm.models.blocks import BasicBlock, DynamicBlock
 from overlock_mm.models.layers import GlobalResponseNorm, LayerScale, SqueezeExcitation
 from overlock_mm.models.overlock import OverLoCK
 from overlock_mm.models.reparam import DILATED_BRANCHES, DilatedReparamConv
-from overlock_mm.ops import PackedConv2d
+from overlock_mm.ops._packed import PackedConv2d
 
 CONTMIX, LARGE, SMALL, POINTWISE = 'ContMix', 'large depth-wise convolutions', 'depth-wise 3x3', '1x1 convolutions'
 STEM, ELEMENTWISE, OPTIMIZER = 'stem and downsampling', 'norms and elementwise', 'optimizer'
@@ -148,7 +148,7 @@ def part_of_weight(name: str, shape: torch.Size) -> str:
 def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, buffers, and whatever else of tensors the modules keep, as folded weights."""
     for prefix, module in model.named_modules():
-        kept = folding._kept.get(module)  # what was folded or packed is kept apart from the modules
+        kept = convolutions._kept.get(module)  # what was folded or packed is kept apart from the modules
         folded = {} if kept is None else {'folded': kept[2]}
         if isinstance(folded.get('folded'), PackedConv2d):
             folded = {'packed': folded['folded']._weight}

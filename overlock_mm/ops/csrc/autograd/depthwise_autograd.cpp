@@ -165,22 +165,28 @@ std::tuple<Tensor, Tensor> response_norm_autograd(const Tensor& input, const Ten
   return {out[0], out[1]};
 }
 
-/// It has no derivative, and says so if one is asked for; and lets autograd know that the input is not what it was.
-/// (torch's own fallback does that for operators that return what they change.)
+using NormInPlace = void(Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, double, bool);
+
+/// It has no derivative, and says so if one is asked for.
 void residual_depthwise_norm_inplace_autograd(Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                               const Tensor& gamma, const Tensor& beta, double eps, bool gelu) {
-  static const auto norm = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("overlock_mm::_residual_depthwise_norm_", "")
-                               .typed<decltype(residual_depthwise_norm_inplace_autograd)>();
-  const bool wanted = input.requires_grad() || weight.requires_grad() || (bias && bias->requires_grad()) ||
-                      gamma.requires_grad() || beta.requires_grad();
-  TORCH_CHECK_NOT_IMPLEMENTED(!(at::GradMode::is_enabled() && wanted),
+  static const auto norm = operator_named<NormInPlace>("overlock_mm::_residual_depthwise_norm_");
+  TORCH_CHECK_NOT_IMPLEMENTED(!wants_gradient(input, weight, bias.value_or(Tensor()), gamma, beta),
                               "derivative for overlock_mm::_residual_depthwise_norm_ is not implemented");
+  const at::AutoDispatchBelowAutograd below_autograd;
+  norm.call(input, weight, bias, gamma, beta, eps, gelu);
+}
+
+/// Lets autograd know that the input is not what it was. (torch's own fallback does that for operators that return what
+/// they change, which torch.compile does not take.)
+void residual_depthwise_norm_inplace_version(Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                             const Tensor& gamma, const Tensor& beta, double eps, bool gelu) {
+  static const auto norm = operator_named<NormInPlace>("overlock_mm::_residual_depthwise_norm_");
   {
-    const at::AutoDispatchBelowADInplaceOrView guard;
+    const at::AutoDispatchBelowADInplaceOrView below;
     norm.call(input, weight, bias, gamma, beta, eps, gelu);
   }
-  if (!input.is_inference()) input.unsafeGetTensorImpl()->bump_version();
+  input.unsafeGetTensorImpl()->bump_version();
 }
 
 }  // namespace
@@ -195,6 +201,10 @@ TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) {
   m.impl("_branch_norms", &branch_norms_autograd);
   m.impl("_response_norm", &response_norm_autograd);
   m.impl("_residual_depthwise_norm_", &residual_depthwise_norm_inplace_autograd);
+}
+
+TORCH_LIBRARY_IMPL(overlock_mm, ADInplaceOrView, m) {
+  m.impl("_residual_depthwise_norm_", &residual_depthwise_norm_inplace_version);
 }
 
 }  // namespace overlock_mm

@@ -431,7 +431,7 @@ void residual_depthwise_norm(const Tensor& map, const Tensor& weight, const Opti
   p.strips = strips_for_sums(p.batch, p.height, 8);
   const Tensor squares = at::empty({p.batch, p.strips, p.channels}, kernel_weight.options());
   Tensor borders;
-  if (output.is_same(map) && p.strips > 1) {
+  if (output.data_ptr() == map.data_ptr() && p.strips > 1) {
     borders = borders_of_strips(map, p.strips);
     p.borders = borders.data_ptr();
   }

@@ -11,9 +11,10 @@ from typing import Optional
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import _extension
 from ._autocast import dtype_under_autocast
+from ._extension import is_compiling, is_exporting
 
 #: What can follow a convolution, and how oneDNN's operators call it: name and algorithm.
 _ACTIVATIONS = {None: ('none', ''), 'gelu': ('gelu', 'none'), 'silu': ('swish', '')}
@@ -22,19 +23,16 @@ _ACTIVATIONS = {None: ('none', ''), 'gelu': ('gelu', 'none'), 'silu': ('swish', 
 def can_pack(x: Tensor) -> bool:
     """Whether a :class:`PackedConv2d` is to take ``x``, as autocast casts it.
 
-    It is to be float32 or, where the processor has it, bfloat16; on the CPU; without gradients; not under torch.compile,
-    which packs by itself, nor in an export, nor a tensor of another class.
+    It is to be float32 or, where the processor has it, bfloat16; on the CPU; without gradients, also those of forward mode;
+    not under torch.compile, which packs by itself, nor in an export, nor a tensor of another class.
     """
-    if type(x) is not Tensor or x.device.type != 'cpu' or torch.is_grad_enabled():
+    # A graph is asked for first: torch.compile cannot look into what comes after.
+    if is_compiling() or is_exporting() or type(x) is not Tensor or x.device.type != 'cpu':
+        return False
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or not torch.backends.mkldnn.enabled:
         return False
     dtype = dtype_under_autocast(x)
-    return (
-        _has_operators()
-        and (dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bfloat16()))
-        and torch.backends.mkldnn.enabled
-        and not _extension._is_compiling()
-        and not _extension.is_exporting()
-    )
+    return _has_operators() and (dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bfloat16()))
 
 
 @cache

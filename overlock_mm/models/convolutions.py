@@ -17,16 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import PackedConv2d, can_pack, depthwise_conv2d
-from ..ops._autocast import cast_as_autocast, dtype_under_autocast
-from ..ops._extension import is_exporting
+from ..ops import depthwise_conv2d
+from ..ops._autocast import cast_as_autocast, dtype_under_autocast, is_autocast_enabled
+from ..ops._extension import is_compiling, is_exporting
+from ..ops._packed import PackedConv2d, can_pack
 from .layers import DepthwiseConv, ResidualDepthwiseConv, batch_norm, is_plain, is_plain_gelu
-from .recompute import is_compiling, recomputing
+from .recompute import recomputing
 
-#: Positions of a map from which on oneDNN's depth-wise 3x3 convolution is faster than this package's.
+#: Positions of a map from which on oneDNN's depth-wise 3x3 convolution is faster than this package's: the same as in
+#: ``library_is_fast`` (ops/csrc/cpu/maps.cpp).
 _LARGE_MAP = 512
-#: Numbers in a weight for one position of the map from which on a 1x1 convolution with gradients is faster as a product of
-#: matrices: PyTorch's convolution brings the weights, and their gradients, from one layout into another.
+#: Numbers in a weight for one position of the map from which on a 1x1 convolution is faster as a product of matrices, and
+#: its gradients are: PyTorch's convolution brings the weight, and its gradient, from one layout into another.
 _WEIGHTS_PER_POSITION = 2048
 
 
@@ -91,7 +93,9 @@ def add_projected(
         weight, bias = _folded(conv, norm, norm_first=True)
     elif norm is not None:
         y = batch_norm(again, norm, y)
-    y = _pointwise(again, y, weight, bias if shift is None else bias + shift)
+    if shift is not None:
+        bias = shift if bias is None else bias + shift
+    y = _pointwise(again, y, weight, bias)
     return x + y if scale is None else torch.addcmul(y, x, _per_channel(scale, x))
 
 
@@ -117,13 +121,18 @@ def packed_conv(
         if not small or not (activated or x.shape[2] * x.shape[3] >= _LARGE_MAP):
             return None
     dtype = dtype_under_autocast(x)
+    sources = _sources(conv, norm) if shift is None else [*_sources(conv, norm), shift]
+    if any(source.is_inference() for source in sources):  # without versions, they would be packed anew at every call
+        return None
+    if conv.weight.dtype != x.dtype and not is_autocast_enabled(x.device.type):
+        return None  # a convolution says what is wrong
 
     def pack() -> PackedConv2d:
         weight, bias = _fold(conv, norm, norm_first, shift)
         return PackedConv2d(weight.to(dtype), bias.to(dtype), conv.stride, conv.padding, conv.groups, x.shape)
 
-    sources = _sources(conv, norm) if shift is None else [*_sources(conv, norm), shift]
-    return until_changed(conv, sources, (dtype, None if norm is None else norm.eps), pack)
+    settings = (dtype, conv.stride, conv.padding, conv.groups, norm_first, None if norm is None else norm.eps)
+    return until_changed(conv, sources, settings, pack)
 
 
 #: Of each norm or layer: what was folded, and of which versions of which tensors.
@@ -154,7 +163,7 @@ def _is_fixed(norm: nn.Module) -> bool:
     """Whether it is a fixed affine map, and no gradient goes through it. torch.compile fuses it by itself."""
     return (
         is_plain(norm, nn.BatchNorm2d)
-        and norm.affine
+        and norm._parameters.get('weight') is not None
         and not norm.training
         and norm.running_mean is not None
         and not torch.is_grad_enabled()
@@ -172,10 +181,15 @@ def _is_one_of_ours(conv: nn.Module) -> bool:
 
 
 def _is_simple(conv: nn.Conv2d) -> bool:
-    """Whether its stride and a padding of zeros that keeps the size are all there is to it: somebody may have put another
-    in the place of ours."""
-    keeps_size = tuple(k // 2 for k in conv.kernel_size)
-    return conv.padding == keeps_size and conv.padding_mode == 'zeros' and conv.groups == 1 and conv.dilation == (1, 1)
+    """Whether a weight, its stride and a padding of zeros that keeps the size are all there is to it: somebody may have put
+    another in the place of ours."""
+    return (
+        conv.padding == tuple(k // 2 for k in conv.kernel_size)
+        and conv.padding_mode == 'zeros'
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv._parameters.get('weight') is not None
+    )
 
 
 def _name_of(activation: Optional[nn.Module]) -> Optional[str]:
@@ -195,16 +209,12 @@ def _convolve(again: recomputing, conv: nn.Module, x: Tensor) -> Tensor:
 
 def _pointwise(again: recomputing, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """A 1x1 convolution."""
+    # A graph is asked for before sizes are, which it would not be free in then.
+    if is_compiling() or is_exporting() or x.device.type != 'cpu' or dtype_under_autocast(x) != torch.float32:
+        return F.conv2d(x, weight, bias)
     batch, _, height, width = x.shape
     positions = batch * height * width
-    if (
-        x.device.type != 'cpu'
-        or weight.numel() < _WEIGHTS_PER_POSITION * positions
-        or not positions > 0
-        or dtype_under_autocast(x) != torch.float32
-        or is_compiling()
-        or is_exporting()
-    ):
+    if positions == 0 or weight.numel() < _WEIGHTS_PER_POSITION * positions:
         return F.conv2d(x, weight, bias)
     rows = again(_rows, x)  # (positions, C)
     weight = weight.flatten(1).t()
@@ -229,7 +239,7 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, norm_first: bool) -> tuple[Te
         weight = weight.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last)
         return weight.contiguous() if isinstance(conv, DepthwiseConv) else weight, bias.to(conv.weight.dtype)
 
-    return until_changed(norm, _sources(conv, norm), norm.eps, fold)
+    return until_changed(norm, _sources(conv, norm), (norm.eps, norm_first), fold)
 
 
 def _sources(conv: nn.Conv2d, norm: Optional[nn.BatchNorm2d]) -> list[Tensor]:

@@ -160,12 +160,17 @@ def position(case: dict[str, Any], axis: str) -> int:
     return case['batch'] if axis == 'batch' else case['size'][0] * case['size'][1]
 
 
+def label_of_position(case: dict[str, Any], axis: str) -> str:
+    return str(case['batch']) if axis == 'batch' else f'{case["size"][0]}x{case["size"][1]}'
+
+
 def plot(record: dict[str, Any], file: str, dtype: Optional[str] = None) -> None:
     """Time and memory over the size of the image, and over the number of images, a column for each quantity."""
     import matplotlib
 
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
 
     rows = curves(record, dtype)
     if not rows:
@@ -187,7 +192,10 @@ def plot(record: dict[str, Any], file: str, dtype: Optional[str] = None) -> None
                 )
                 if points:
                     shown[name] = panel.plot(*zip(*points), **style)[0]
-            panel.set(xscale='log', yscale='log', title=words, xlabel='images' if axis == 'batch' else 'pixels of an image')
+            panel.set(xscale='log', yscale='log', title=words, xlabel='images' if axis == 'batch' else 'size of the image')
+            ticks = {position(case, axis): label_of_position(case, axis) for case in cases}
+            panel.set_xticks(list(ticks), list(ticks.values()), rotation=0 if axis == 'batch' else 30)
+            panel.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
             panel.grid(alpha=0.3, which='both')
         line[0].set_ylabel(title)
     names = [name for name in STYLES if name in shown]

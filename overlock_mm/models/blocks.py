@@ -32,7 +32,7 @@ from .layers import (
     layer_norm,
     mix_norm,
 )
-from .recompute import has_hooks, recomputing
+from .recompute import all_modules_have_hooks, has_hooks, recomputing
 from .reparam import DilatedReparamConv
 
 
@@ -243,7 +243,7 @@ def dilated_norm(again: recomputing, conv: DilatedReparamConv, norm: nn.Module, 
 def nobody_holds(*layers: nn.Module) -> bool:
     """Whether a map that these layers, and no others, make or read is nobody else's: they are ours, and without hooks."""
     ours = (ResidualDepthwiseConv, DilatedReparamConv, nn.BatchNorm2d, LayerNorm2d, SqueezeExcitation)
-    return all(type(layer) in ours and not has_hooks(layer) for layer in layers)
+    return not all_modules_have_hooks() and all(type(layer) in ours and not has_hooks(layer) for layer in layers)
 
 
 def attend(again: recomputing, attention: SqueezeExcitation, x: Tensor, inplace: bool) -> Tensor:

@@ -89,7 +89,7 @@ def _place(tensor: Tensor) -> tuple:
 
 
 def has_hooks(function: Callable) -> bool:
-    """Whether a module, or one in it, has hooks, or a forward put in the place of its class's; or all modules have hooks.
+    """Whether a module, or one in it, has hooks of its own, or a forward put in the place of its class's.
 
     They change what comes out or its gradient, look at it, or count how often it does.
     """
@@ -101,9 +101,13 @@ def has_hooks(function: Callable) -> bool:
     return (
         any(attributes[kind] for kind in _HOOKS)
         or 'forward' in attributes
-        or any(getattr(torch.nn.modules.module, f'_global{kind}') for kind in _HOOKS)
         or any(has_hooks(child) for child in attributes['_modules'].values())
     )
+
+
+def all_modules_have_hooks() -> bool:
+    """Whether there are hooks for every module, as PyTorch's ModuleTracker sets them: they see what is called."""
+    return any(getattr(nn.modules.module, f'_global{kind}') for kind in _HOOKS)
 
 
 def _under_foreign_hooks() -> bool:

@@ -17,8 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from ..ops._autocast import autocast_dtype, is_autocast_enabled
 from ..ops._extension import is_compiling
 
-_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-
 
 class _State(threading.local):
     inside_checkpoint = False
@@ -34,7 +32,7 @@ class recomputing:
     ``with recomputing() as again: y = again(function, x)`` runs ``function(x)``. If an operation in the context wants to
     keep ``y`` for its backward, it keeps ``x`` instead, and ``y`` is made again of it; x may come from ``again`` itself.
     What is not made by ``again`` is kept as ever. Functions must be pure: the second run gives the same, and has no
-    effects. Contexts nest. What modules with forward hooks make is kept.
+    effects. Contexts nest. What modules with hooks make is kept.
 
     Nothing is recomputed without gradients, under torch.compile, whose partitioner decides for itself, in blocks that
     :func:`checkpoint_block` runs, which keep nothing at all, and under hooks of somebody else, such as
@@ -98,16 +96,22 @@ def has_hooks(function: Callable) -> bool:
         return False
     # By hand: this is asked a thousand times in a forward.
     attributes = module.__dict__
-    return (
-        any(attributes[kind] for kind in _HOOKS)
+    if (
+        attributes['_forward_hooks']
+        or attributes['_forward_pre_hooks']
+        or attributes['_backward_hooks']
+        or attributes['_backward_pre_hooks']
         or 'forward' in attributes
-        or any(has_hooks(child) for child in attributes['_modules'].values())
-    )
+    ):
+        return True
+    children = attributes['_modules']
+    return len(children) > 0 and any(has_hooks(child) for child in children.values())
 
 
 def all_modules_have_hooks() -> bool:
     """Whether there are hooks for every module, as PyTorch's ModuleTracker sets them: they see what is called."""
-    return any(getattr(nn.modules.module, f'_global{kind}') for kind in _HOOKS)
+    kinds = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+    return any(len(getattr(nn.modules.module, f'_global{kind}')) > 0 for kind in kinds)
 
 
 def _under_foreign_hooks() -> bool:

@@ -17,10 +17,10 @@ __all__ = [
     'contmix',
     'contmix_reference',
     'depthwise_conv2d',
-    'residual_depthwise_norm',
     'global_response_norm',
     'has_depthwise',
     'residual_depthwise_conv2d',
+    'residual_depthwise_norm',
 ]
 
 _extension.announce_on_import()

@@ -439,6 +439,7 @@ SHAPES = [
     dict(batch=1, channels=37, height=64, width=40),
     dict(batch=3, channels=113, height=33, width=20),
     dict(batch=1, channels=1030, height=9, width=8),
+    dict(batch=3, channels=8, height=20, width=21),  # fewer blocks of channels than threads
     dict(batch=1, channels=208, height=40, width=12),
 ]
 

@@ -49,12 +49,17 @@ struct BranchParams {
   void* means;    ///< (B, strips, branches, C)
   void* squares;  ///< likewise
 
-  // Backward: with y a branch's output, the gradient of y is scale * (grad_output - grad_mean - slope * (y - mean)).
-  const void* grad_output;           ///< map
-  const void* grad_mean;             ///< (C): the mean of grad_output
-  const void *mean, *scale, *slope;  ///< (branches, C)
-  void* grad_input;                  ///< map
-  void* grad_weights;                ///< (B, C, taps), to be summed over the first
+  // Backward: with y a branch's output, the gradient of y is scale * (grad - slope * (y - mean)), with grad that of the
+  // output less its mean, and slope = slope_of_product * product, the sum of grad * (y - mean) over the batch. An item
+  // is a block of channels of one image, or of the whole batch. The batch in one, all is done in one pass. Image by
+  // image there are two: the first makes the products only, and is the one without a grad_input.
+  bool whole_batch;
+  const void* grad_output;                      ///< map
+  const void* grad_mean;                        ///< (C): the mean of grad_output
+  const void *mean, *scale, *slope_of_product;  ///< (branches, C)
+  void* products;                               ///< (B, branches, C)
+  void* grad_input;                             ///< map, or null
+  void* grad_weights;                           ///< (B, C, taps), to be summed over the first
 
   int64_t taps() const {
     int64_t sum = 0;

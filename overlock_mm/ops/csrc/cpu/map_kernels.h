@@ -524,12 +524,11 @@ void convolve(const DepthwiseParams& p, int64_t begin, int64_t end) {
   }
 }
 
-/// Add products of gradients and inputs, over positions, to the sums of n taps that are `step` apart.
+/// Add products of gradients and inputs, over the positions of a line, to the sums of n taps that are `step` apart. A
+/// line is summed by itself first: rounding grows with the length of a sum.
 template <typename T, int n>
 OVERLOCK_MM_NOINLINE void correlate_tile(const T* grads, const T* in, int64_t positions, int64_t step, T* sums) {
-  Vector<T> acc[n];
-#pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) acc[i] = load(sums + i * Simd<T>::lanes);
+  Vector<T> acc[n] = {};
   for (int64_t x = 0; x < positions; ++x, grads += Simd<T>::lanes, in += Simd<T>::lanes) {
     const Vector<T> grad = load(grads);
     const T* from = in;
@@ -537,7 +536,10 @@ OVERLOCK_MM_NOINLINE void correlate_tile(const T* grads, const T* in, int64_t po
     for (int i = 0; i < n; ++i, from += step) acc[i] += grad * load(from);
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) store(sums + i * Simd<T>::lanes, acc[i]);
+  for (int i = 0; i < n; ++i) {
+    T* const sum = sums + i * Simd<T>::lanes;
+    store(sum, load(sum) + acc[i]);
+  }
 }
 
 /// Add to the gradients of a kernel's taps, (k * k, lanes). `grads` has the lines of the output, `inputs` those that
@@ -589,10 +591,8 @@ void weight_gradient(const DepthwiseParams& p, int64_t begin, int64_t end) {
     const Lines lines(p.height, p.strips, part % p.strips);
     inputs.pack(const_data<T>(p.input) + image * image_size, p.height, p.width, p.channels, block, lines.begin,
                 lines.count(), border, Vector<T>{});
-    // In place of a bias: what the gradients are counted from.
-    const Vector<T> shift = p.bias ? load_block(const_data<T>(p.bias), block) : Vector<T>{};
     grads.pack(const_data<T>(p.grad_output) + image * image_size, p.height, p.width, p.channels, block, lines.begin,
-               lines.count(), 0, shift);
+               lines.count(), 0, Vector<T>{});
     for (int64_t i = 0; i < taps * lanes; ++i) sums[i] = T(0);
     correlate(grads, inputs, lines.count(), p.width, p.kernel_size, p.dilation, sums);
     unpack_gradients(sums, taps, block, taps, static_cast<T*>(p.grad_weight) + part * p.channels * taps);
@@ -664,15 +664,18 @@ void branch_statistics(const BranchParams& p, int64_t begin, int64_t end) {
       Vector<T> shift{}, sum{}, square{};
       convolve_positions<T>(1, packed.at(0, 0) + branch.corner, branch.offsets, own_weights, branch.taps, &shift);
       for (int64_t y = 0; y < lines.count(); ++y) {
+        Vector<T> of_line{}, square_of_line{};
         in_even_tiles(p.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
           Vector<T> out[kColumns] = {};
           convolve_positions<T>(n, packed.at(y, x) + branch.corner, branch.offsets, own_weights, branch.taps, out);
           for (int64_t j = 0; j < n; ++j) {
             const Vector<T> distance = out[j] - shift;
-            sum += distance;
-            square += distance * distance;
+            of_line += distance;
+            square_of_line += distance * distance;
           }
         });
+        sum += of_line;
+        square += square_of_line;
       }
       const T count = T(lines.count() * p.width);
       const Vector<T> mean = sum / count;
@@ -683,69 +686,146 @@ void branch_statistics(const BranchParams& p, int64_t begin, int64_t end) {
   }
 }
 
+/// One block of channels of the images that an item of the backward works on, packed.
+template <typename T>
+class BranchImages {
+ public:
+  static int64_t size(const BranchParams& p, int64_t images) {
+    return images * (2 * Packed<T>::size(p.height, p.width, p.reach) + 2 * Packed<T>::size(p.height, p.width, 0));
+  }
+
+  BranchImages(const BranchParams& p, int64_t images, Scratch<T>& scratch)
+      : p_(p),
+        images_(images),
+        bordered_(Packed<T>::size(p.height, p.width, p.reach)),
+        plain_(Packed<T>::size(p.height, p.width, 0)),
+        inputs_(scratch.take(images * bordered_)),
+        distances_(scratch.take(images * bordered_)),
+        grads_(scratch.take(images * plain_)),
+        grad_inputs_(scratch.take(images * plain_)) {
+    for (int64_t i = 0; i < images * bordered_; ++i) distances_[i] = T(0);  // their border stays so
+  }
+
+  int64_t bordered_width() const { return p_.width + 2 * p_.reach; }
+  Packed<T> input(int64_t i) const { return {inputs_ + i * bordered_, bordered_width()}; }
+  /// Of a branch's output from its mean; then the gradient of that output.
+  Packed<T> distance(int64_t i) const { return {distances_ + i * bordered_, bordered_width()}; }
+  Packed<T> grad(int64_t i) const { return {grads_ + i * plain_, p_.width}; }
+  Packed<T> grad_input(int64_t i) const { return {grad_inputs_ + i * plain_, p_.width}; }
+
+  void pack(int64_t first, const Block& block) {
+    const int64_t image_size = p_.height * p_.width * p_.channels;
+    const Vector<T> grad_mean = load_block(const_data<T>(p_.grad_mean), block);
+    for (int64_t i = 0; i < images_; ++i) {
+      const int64_t from = (first + i) * image_size;
+      input(i).pack(const_data<T>(p_.input) + from, p_.height, p_.width, p_.channels, block, 0, p_.height, p_.reach,
+                    Vector<T>{});
+      grad(i).pack(const_data<T>(p_.grad_output) + from, p_.height, p_.width, p_.channels, block, 0, p_.height, 0,
+                   grad_mean);
+    }
+    for (int64_t i = 0; i < images_ * plain_; ++i) grad_inputs_[i] = T(0);
+  }
+
+ private:
+  const BranchParams& p_;
+  int64_t images_, bordered_, plain_;
+  T *inputs_, *distances_, *grads_, *grad_inputs_;
+};
+
+/// Compute the distances of a branch's output from its mean; the sum of their products with the gradient.
+template <typename T>
+Vector<T> branch_distances(const BranchParams& p, const Branch<T>& branch, const T* weights, Vector<T> mean,
+                           const Packed<T>& input, const Packed<T>& grad, const Packed<T>& distance) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  Vector<T> product{};
+  for (int64_t y = 0; y < p.height; ++y) {
+    Vector<T> of_line{};
+    in_even_tiles(p.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
+      Vector<T> out[kColumns] = {};
+      convolve_positions<T>(n, input.at(y, x) + branch.corner, branch.offsets, weights, branch.taps, out);
+      const T* const from = grad.at(y, x);
+      T* const to = distance.at(y + p.reach, x + p.reach);
+      for (int64_t j = 0; j < n; ++j) {
+        const Vector<T> own = out[j] - mean;
+        store(to + j * lanes, own);
+        of_line += own * load(from + j * lanes);
+      }
+    });
+    product += of_line;
+  }
+  return product;
+}
+
 template <typename T>
 void branch_gradients(const BranchParams& p, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<T>::lanes;
   const int64_t blocks = number_of_blocks<T>(p.channels), taps = p.taps();
-  const int64_t bordered = Packed<T>::size(p.height, p.width, p.reach), plain = Packed<T>::size(p.height, p.width, 0);
-  Scratch<T> scratch(2 * bordered + 2 * plain + 3 * taps * lanes);
-  Packed<T> inputs{scratch.take(bordered), p.width + 2 * p.reach};
-  const Packed<T> of_branch{scratch.take(bordered), inputs.width};  // the gradient of a branch's output
-  Packed<T> grads{scratch.take(plain), p.width};
-  const Packed<T> grad_input{scratch.take(plain), p.width};
+  const int64_t images = p.whole_batch ? p.batch : 1;
+  Scratch<T> scratch(BranchImages<T>::size(p, images) + (2 + images) * taps * lanes);
+  BranchImages<T> maps(p, images, scratch);
   T* const weights = scratch.take(taps * lanes);
   T* const flipped = scratch.take(taps * lanes);
-  T* const sums = scratch.take(taps * lanes);
-  const Branches<T> branches(p, inputs.width);
-  const int64_t image_size = p.height * p.width * p.channels;
-  for (int64_t i = 0; i < bordered; ++i) of_branch.data[i] = T(0);
+  T* const sums = scratch.take(images * taps * lanes);
+  const Branches<T> branches(p, maps.bordered_width());
+  T* const products = static_cast<T*>(p.products);
 
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t image = item / blocks;
+    const int64_t first = item / blocks;
     const Block block = block_of<T>(p.channels, item % blocks);
-    inputs.pack(const_data<T>(p.input) + image * image_size, p.height, p.width, p.channels, block, 0, p.height, p.reach,
-                Vector<T>{});
-    grads.pack(const_data<T>(p.grad_output) + image * image_size, p.height, p.width, p.channels, block, 0, p.height, 0,
-               load_block(const_data<T>(p.grad_mean), block));
+    maps.pack(first, block);
     pack_branch_weights(p, branches, block, /*flipped=*/false, weights);
     pack_branch_weights(p, branches, block, /*flipped=*/true, flipped);
-    for (int64_t i = 0; i < plain; ++i) grad_input.data[i] = T(0);
-    for (int64_t i = 0; i < taps * lanes; ++i) sums[i] = T(0);
-    for (int i = 0; i < p.branches; ++i) {
-      const Branch<T>& branch = branches[i];
-      const T* const own_weights = weights + branch.first_tap * lanes;
-      const T* const own_flipped = flipped + branch.first_tap * lanes;
-      const Vector<T> mean = load_block(const_data<T>(p.mean) + i * p.channels, block);
-      const Vector<T> scale = load_block(const_data<T>(p.scale) + i * p.channels, block);
-      const Vector<T> slope = load_block(const_data<T>(p.slope) + i * p.channels, block);
-      for (int64_t y = 0; y < p.height; ++y) {
-        in_even_tiles(p.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
-          Vector<T> out[kColumns] = {};
-          convolve_positions<T>(n, inputs.at(y, x) + branch.corner, branch.offsets, own_weights, branch.taps, out);
-          const T* const grad = grads.at(y, x);
-          T* const to = of_branch.at(y + p.reach, x + p.reach);
-          for (int64_t j = 0; j < n; ++j)
-            store(to + j * lanes, scale * (load(grad + j * lanes) - slope * (out[j] - mean)));
-        });
+    for (int64_t i = 0; i < images * taps * lanes; ++i) sums[i] = T(0);
+    for (int b = 0; b < p.branches; ++b) {
+      const Branch<T>& branch = branches[b];
+      const Vector<T> mean = load_block(const_data<T>(p.mean) + b * p.channels, block);
+      Vector<T> product{};
+      for (int64_t i = 0; i < images; ++i) {
+        const Vector<T> of_image = branch_distances(p, branch, weights + branch.first_tap * lanes, mean, maps.input(i),
+                                                    maps.grad(i), maps.distance(i));
+        product += of_image;
+        if (p.whole_batch || !p.grad_input)
+          store_block(products + ((first + i) * p.branches + b) * p.channels, block, of_image);
       }
-      const Packed<T> inside{of_branch.at(p.reach, p.reach), of_branch.width};
-      const Packed<T> first_tap{inputs.data + branch.corner, inputs.width};
-      correlate(inside, first_tap, p.height, p.width, branch.kernel_size, branch.dilation,
-                sums + branch.first_tap * lanes);
-      for (int64_t y = 0; y < p.height; ++y) {
-        in_even_tiles(p.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
-          Vector<T> out[kColumns];
-          T* const to = grad_input.at(y, x);
-          for (int64_t j = 0; j < n; ++j) out[j] = load(to + j * lanes);
-          convolve_positions<T>(n, of_branch.at(y, x) + branch.corner, branch.offsets, own_flipped, branch.taps, out);
-          for (int64_t j = 0; j < n; ++j) store(to + j * lanes, out[j]);
-        });
+      if (!p.grad_input) continue;
+
+      if (!p.whole_batch) {
+        product = Vector<T>{};
+        for (int64_t i = 0; i < p.batch; ++i)
+          product += load_block(products + (i * p.branches + b) * p.channels, block);
+      }
+      const Vector<T> slope = product * load_block(const_data<T>(p.slope_of_product) + b * p.channels, block);
+      const Vector<T> scale = load_block(const_data<T>(p.scale) + b * p.channels, block);
+      for (int64_t i = 0; i < images; ++i) {
+        const Packed<T> of_output = maps.distance(i), grad_input = maps.grad_input(i);
+        for (int64_t y = 0; y < p.height; ++y) {
+          const T* const grad = maps.grad(i).at(y, 0);
+          T* const to = of_output.at(y + p.reach, p.reach);
+          for (int64_t x = 0; x < p.width * lanes; x += lanes)
+            store(to + x, scale * (load(grad + x) - slope * load(to + x)));
+        }
+        correlate({of_output.at(p.reach, p.reach), of_output.width},
+                  {maps.input(i).data + branch.corner, of_output.width}, p.height, p.width, branch.kernel_size,
+                  branch.dilation, sums + (i * taps + branch.first_tap) * lanes);
+        for (int64_t y = 0; y < p.height; ++y) {
+          in_even_tiles(p.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
+            Vector<T> out[kColumns];
+            T* const to = grad_input.at(y, x);
+            for (int64_t j = 0; j < n; ++j) out[j] = load(to + j * lanes);
+            convolve_positions<T>(n, of_output.at(y, x) + branch.corner, branch.offsets,
+                                  flipped + branch.first_tap * lanes, branch.taps, out);
+            for (int64_t j = 0; j < n; ++j) store(to + j * lanes, out[j]);
+          });
+        }
       }
     }
-    unpack_gradients(sums, taps, block, taps, static_cast<T*>(p.grad_weights) + image * p.channels * taps);
-    T* to = static_cast<T*>(p.grad_input) + image * image_size;
-    for (int64_t i = 0; i < p.height * p.width; ++i, to += p.channels)
-      store_block(to, block, load(grad_input.data + i * lanes));
+    for (int64_t i = 0; p.grad_input && i < images; ++i) {
+      unpack_gradients(sums + i * taps * lanes, taps, block, taps,
+                       static_cast<T*>(p.grad_weights) + (first + i) * p.channels * taps);
+      T* to = static_cast<T*>(p.grad_input) + (first + i) * p.height * p.width * p.channels;
+      for (int64_t at = 0; at < p.height * p.width; ++at, to += p.channels)
+        store_block(to, block, load(maps.grad_input(i).data + at * lanes));
+    }
   }
 }
 

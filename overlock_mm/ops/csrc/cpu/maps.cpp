@@ -2,6 +2,10 @@
 #include <ATen/Context.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
 #include "../depthwise_tensors.h"
 #include "dispatch.h"
 #include "maps_cpu.h"
@@ -77,14 +81,8 @@ std::pair<Tensor, Tensor> sums_of_products(const Tensor& input, const Tensor& ot
   return {sums, plain};
 }
 
-/// Sums over the map, (B, C).
-std::pair<Tensor, Tensor> channel_sums(const Tensor& input, const Tensor& other) {
-  const auto [products, plain] = sums_of_products(input, other);
-  return {products.sum(1), plain.sum(1)};
-}
-
 /// Sums over images and positions, (C). (Those of ATen depend on the number of threads.)
-Tensor sum_of_channels(const Tensor& map) { return channel_sums(map, map).second.sum(0); }
+Tensor sum_of_channels(const Tensor& map) { return sums_of_products(map, map).second.flatten(0, 1).sum(0); }
 
 // -------------------------------------------------------------------------------------------------------- one branch
 
@@ -174,12 +172,10 @@ Tensor convolve(const Tensor& input, const Tensor& weight, const Tensor& bias, i
   return output;
 }
 
-/// Gradient of a kernel, (C, 1, k, k), with `shift` (C) taken off grad_output first.
-Tensor weight_gradient(const Tensor& grad_output, const Tensor& input, const Tensor& weight, int64_t dilation,
-                       const Tensor& shift) {
+/// Gradient of a kernel, (C, 1, k, k).
+Tensor weight_gradient(const Tensor& grad_output, const Tensor& input, const Tensor& weight, int64_t dilation) {
   DepthwiseParams p = params_of(input, weight, dilation, false, false);
   p.grad_output = grad_output.data_ptr();
-  p.bias = shift.defined() ? shift.data_ptr() : nullptr;
   Tensor partial;
   with_kernels(input.scalar_type(), [&](const auto& kernel) {
     // Of blocks of 16 channels, whatever the lanes.
@@ -238,7 +234,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward_cpu(const Tensor& g
     // The gradient of the input is the convolution with the kernel turned round.
     if (output_mask[0])
       grad_input = convolve(grad, kernel_weight.flip({2, 3}), Tensor(), dilation, residual, /*gelu=*/false);
-    if (output_mask[1]) grad_weight = weight_gradient(grad, map, kernel_weight, dilation, Tensor());
+    if (output_mask[1]) grad_weight = weight_gradient(grad, map, kernel_weight, dilation);
     if (output_mask[2]) grad_bias = sum_of_channels(grad);
   }
   if (output_mask[0]) grad_input = as_output(grad_input, input);
@@ -265,33 +261,64 @@ BranchParams params_of(const Tensor& input, const Tensor& weights, at::IntArrayR
   return p;
 }
 
-/// Where the taps of a branch are in the widest branch's kernel, (k, k).
-Tensor window(const Tensor& kernel, const BranchParams& p, int branch) {
-  const int64_t k = p.kernel_size[branch], d = p.dilation[branch], margin = p.reach - k / 2 * d;
-  return kernel.slice(-2, margin, margin + (k - 1) * d + 1, d).slice(-1, margin, margin + (k - 1) * d + 1, d);
-}
+/// What the statistics of the batch make of the branches: one convolution.
+struct FoldedBranches {
+  Tensor kernel, bias;    ///< (C, 1, K, K), (C), as the map
+  Tensor mean, variance;  ///< (branches, C), likewise; the variance biased
+};
 
-/// The one kernel (C, 1, K, K) that the sum of branches is, each scaled by (branches, C).
-Tensor fold(const Tensor& weights, const Tensor& scales, const BranchParams& p) {
-  const int64_t side = 2 * p.reach + 1;
-  const Tensor folded = at::zeros({p.channels, 1, side, side}, scales.options());
-  int64_t first = 0;
-  for (int i = 0; i < p.branches; ++i) {
-    const int64_t k = p.kernel_size[i];
-    const Tensor own = weights.slice(1, first, first + k * k).to(scales.scalar_type()).view({p.channels, 1, k, k});
-    window(folded, p, i).add_(own * scales[i].view({-1, 1, 1, 1}));
-    first += k * k;
-  }
+/// From means and sums of squared distances of strips, (B, strips, branches, C). By hand: the operators that it takes
+/// otherwise, some hundred, cost more than all the rest on a small map.
+FoldedBranches fold_branches(const BranchParams& p, const Tensor& weights, const Tensor& means, const Tensor& squares,
+                             const Tensor& norm_weights, const Tensor& norm_biases, double eps) {
+  const int64_t side = 2 * p.reach + 1, channels = p.channels, parts = p.batch * p.strips;
+  const Tensor gammas = norm_weights.to(at::kDouble).contiguous(), betas = norm_biases.to(at::kDouble).contiguous();
+  const double *gamma = gammas.const_data_ptr<double>(), *beta = betas.const_data_ptr<double>();
+  const double positions = double(p.batch * p.height * p.width);
+  const auto positions_of = [&](int64_t part) {
+    const int64_t strip = part % p.strips;
+    return double(((strip + 1) * p.height / p.strips - strip * p.height / p.strips) * p.width);
+  };
+  FoldedBranches folded;
+  folded.kernel = at::empty({channels, 1, side, side}, weights.options());
+  folded.bias = at::empty({channels}, weights.options());
+  folded.mean = at::empty({p.branches, channels}, weights.options());
+  folded.variance = at::empty_like(folded.mean);
+  AT_DISPATCH_FLOATING_TYPES(weights.scalar_type(), "fold_branches", [&] {
+    const scalar_t *tap = weights.const_data_ptr<scalar_t>(), *part_means = means.const_data_ptr<scalar_t>(),
+                   *part_squares = squares.const_data_ptr<scalar_t>();
+    scalar_t *kernel = folded.kernel.mutable_data_ptr<scalar_t>(), *bias = folded.bias.mutable_data_ptr<scalar_t>(),
+             *to_mean = folded.mean.mutable_data_ptr<scalar_t>(),
+             *to_variance = folded.variance.mutable_data_ptr<scalar_t>();
+    std::vector<double> sum(side * side);
+    for (int64_t c = 0; c < channels; ++c, kernel += side * side) {
+      std::fill(sum.begin(), sum.end(), 0.0);
+      double shift = 0;
+      for (int64_t b = 0; b < p.branches; ++b) {
+        double mean = 0, distances = 0;
+        for (int64_t part = 0; part < parts; ++part)
+          mean += positions_of(part) * part_means[(part * p.branches + b) * channels + c];
+        mean /= positions;
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t at = (part * p.branches + b) * channels + c;
+          const double distance = part_means[at] - mean;
+          distances += part_squares[at] + distance * distance * positions_of(part);
+        }
+        const int64_t at = b * channels + c;
+        to_mean[at] = scalar_t(mean);
+        to_variance[at] = scalar_t(distances / positions);
+        const double scale = gamma[at] / std::sqrt(distances / positions + eps);
+        shift += beta[at] - mean * scale;
+        const int64_t k = p.kernel_size[b], d = p.dilation[b], margin = p.reach - k / 2 * d;
+        for (int64_t ky = 0; ky < k; ++ky) {
+          for (int64_t kx = 0; kx < k; ++kx) sum[(margin + ky * d) * side + margin + kx * d] += scale * *tap++;
+        }
+      }
+      bias[c] = scalar_t(shift);
+      for (int64_t i = 0; i < side * side; ++i) kernel[i] = scalar_t(sum[i]);
+    }
+  });
   return folded;
-}
-
-/// Mean and biased variance over parts, (parts, ...), from means and sums of squared distances in parts of given
-/// counts.
-std::pair<Tensor, Tensor> statistics_of_parts(const Tensor& means, const Tensor& squares, const Tensor& counts) {
-  const Tensor total = counts.sum(), weight = counts.view({-1, 1, 1});
-  const Tensor mean = (means * weight).sum(0) / total;
-  const Tensor distance = means - mean;
-  return {mean, (squares + distance * distance * weight).sum(0) / total};
 }
 
 std::tuple<Tensor, Tensor, Tensor> branch_norms_cpu(const Tensor& input, const Tensor& weights,
@@ -312,19 +339,13 @@ std::tuple<Tensor, Tensor, Tensor> branch_norms_cpu(const Tensor& input, const T
     in_parallel(p.batch * p.strips * divide_up(p.channels, kernel.lanes),
                 [&](int64_t begin, int64_t end) { kernel.branch_statistics(p, begin, end); });
   });
-  std::vector<double> lines;
-  for (int64_t i = 0; i < p.batch * p.strips; ++i) {
-    const int64_t strip = i % p.strips;
-    lines.push_back(double((strip + 1) * p.height / p.strips - strip * p.height / p.strips));
-  }
-  const auto [mean, variance] = statistics_of_parts(means.to(at::kDouble), squares.to(at::kDouble),
-                                                    at::tensor(lines, at::kDouble) * double(p.width));
-  const Tensor scale = norm_weights.to(at::kDouble) * (variance + eps).rsqrt();
-  const Tensor kernel = fold(kernels_of_branches, scale, p).to(map.scalar_type());
-  const Tensor bias = (norm_biases.to(at::kDouble) - mean * scale).sum(0).to(map.scalar_type());
-  const Tensor output = convolve(map, kernel, bias, /*dilation=*/1, /*residual=*/false, /*gelu=*/false);
-  return {as_output(output, input), mean.to(map.scalar_type()), variance.to(map.scalar_type())};
+  const FoldedBranches folded = fold_branches(p, kernels_of_branches, means, squares, norm_weights, norm_biases, eps);
+  const Tensor output = convolve(map, folded.kernel, folded.bias, /*dilation=*/1, /*residual=*/false, /*gelu=*/false);
+  return {as_output(output, input), folded.mean, folded.variance};
 }
+
+/// What a thread may take for the maps of a whole batch.
+constexpr int64_t kMostBytesOfThread = 64 * 1024 * 1024;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> branch_norms_backward_cpu(const Tensor& grad_output, const Tensor& input,
                                                                      const Tensor& weights, const Tensor& norm_weights,
@@ -341,40 +362,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_norms_backward_cpu(const Tenso
   const double positions = double(p.batch) * p.height * p.width;
   const Tensor grad_mean = sum_of_channels(grad) / positions;
 
-  // With g' the gradient less its mean, and G its correlation with the input: the gradient of a norm's weight, the sum
-  // of g' times the normalised output, is its kernel times G. So no branch has to be computed to know how far it goes
-  // down.
-  const int64_t side = 2 * p.reach + 1;
-  const Tensor correlation =
-      weight_gradient(grad, map, at::empty({p.channels, 1, side, side}, kernels_of_branches.options()), 1, grad_mean)
-          .to(at::kDouble);
   const Tensor inverse_deviation = (variance.to(at::kDouble) + eps).rsqrt();
-  const Tensor grad_norm_weights = at::empty({p.branches, p.channels}, correlation.options());
-  int64_t first = 0;
-  for (int i = 0; i < p.branches; ++i) {
-    const int64_t taps = p.kernel_size[i] * p.kernel_size[i];
-    const Tensor own = kernels_of_branches.slice(1, first, first + taps).to(at::kDouble);
-    grad_norm_weights[i].copy_((own * window(correlation, p, i).reshape({p.channels, taps})).sum(1));
-    first += taps;
-  }
-  grad_norm_weights.mul_(inverse_deviation);
   const Tensor scale = (norm_weights.to(at::kDouble) * inverse_deviation).to(dtype),
-               slope = (grad_norm_weights * inverse_deviation / positions).to(dtype),
+               slope_of_product = (inverse_deviation * inverse_deviation / positions).to(dtype),
                means = mean.to(dtype).contiguous();
-
   const Tensor grad_input = empty_output(map),
+               products = at::empty({p.batch, p.branches, p.channels}, kernels_of_branches.options()),
                partial = at::empty({p.batch, p.channels, p.taps()}, kernels_of_branches.options());
   p.grad_output = grad.data_ptr();
   p.grad_mean = grad_mean.data_ptr();
   p.mean = means.data_ptr();
   p.scale = scale.data_ptr();
-  p.slope = slope.data_ptr();
-  p.grad_input = grad_input.data_ptr();
+  p.slope_of_product = slope_of_product.data_ptr();
+  p.products = products.data_ptr();
   p.grad_weights = partial.data_ptr();
   with_kernels(dtype, [&](const auto& kernel) {
-    in_parallel(p.batch * divide_up(p.channels, kernel.lanes),
-                [&](int64_t begin, int64_t end) { kernel.branch_gradients(p, begin, end); });
+    const int64_t blocks = divide_up(p.channels, kernel.lanes);
+    // One pass instead of two, where that leaves no thread idle, or takes much memory. The results are the same.
+    const int64_t bytes = 4 * (p.height + 2 * p.reach) * (p.width + 2 * p.reach) * kernel.lanes * map.element_size();
+    p.whole_batch = p.batch == 1 || (blocks >= at::get_num_threads() && p.batch * bytes <= kMostBytesOfThread);
+    const int64_t items = p.whole_batch ? blocks : p.batch * blocks;
+    const auto pass = [&] {
+      in_parallel(items, [&](int64_t begin, int64_t end) { kernel.branch_gradients(p, begin, end); });
+    };
+    if (!p.whole_batch) pass();
+    p.grad_input = grad_input.data_ptr();
+    pass();
   });
+  const Tensor grad_norm_weights = products.to(at::kDouble).sum(0) * inverse_deviation;
   const Tensor grad_norm_biases = (grad_mean * positions).expand({p.branches, p.channels}).contiguous();
   return {as_output(grad_input, input), partial.sum(0), grad_norm_weights.to(dtype), grad_norm_biases};
 }
@@ -419,6 +434,50 @@ std::pair<Tensor, Tensor> response_and_scale(const Tensor& squares, const Tensor
     }
   });
   return {response, scale};
+}
+
+struct ResponseGradients {
+  Tensor scale, slope;  ///< (B, C): the gradient of the input is scale * grad_output + slope * input
+  Tensor gamma, beta;   ///< (C)
+};
+
+/// Of sums over parts, (B, strips, C), of input * grad_output, and of grad_output.
+ResponseGradients response_gradients(const Tensor& products, const Tensor& sums, const Tensor& gamma,
+                                     const Tensor& response, double eps) {
+  const int64_t batch = products.size(0), strips = products.size(1), channels = products.size(2);
+  ResponseGradients out{at::empty_like(response), at::empty_like(response), at::empty_like(gamma),
+                        at::empty_like(gamma)};
+  AT_DISPATCH_FLOATING_TYPES(products.scalar_type(), "response_gradients", [&] {
+    const scalar_t *product = products.const_data_ptr<scalar_t>(), *sum = sums.const_data_ptr<scalar_t>(),
+                   *weight = gamma.const_data_ptr<scalar_t>(), *norm = response.const_data_ptr<scalar_t>();
+    scalar_t *scale = out.scale.mutable_data_ptr<scalar_t>(), *slope = out.slope.mutable_data_ptr<scalar_t>();
+    std::vector<double> of_image(channels), grad_gamma(channels), grad_beta(channels);
+    for (int64_t image = 0; image < batch; ++image, norm += channels, scale += channels, slope += channels) {
+      std::fill(of_image.begin(), of_image.end(), 0.0);
+      for (int64_t strip = 0; strip < strips; ++strip, product += channels, sum += channels) {
+        for (int64_t c = 0; c < channels; ++c) {
+          of_image[c] += product[c];
+          grad_beta[c] += sum[c];
+        }
+      }
+      double mean = 0, of_mean = 0;
+      for (int64_t c = 0; c < channels; ++c) mean += norm[c];
+      mean = mean / double(channels) + eps;
+      for (int64_t c = 0; c < channels; ++c) of_mean += of_image[c] * weight[c] * norm[c];
+      of_mean /= mean * mean * double(channels);
+      for (int64_t c = 0; c < channels; ++c) {
+        const double normed = norm[c] / mean;
+        grad_gamma[c] += of_image[c] * normed;
+        scale[c] = scalar_t(weight[c] * normed + 1);
+        // By the response itself, and by the mean over channels that it is divided by. The norm of a map of zeros has
+        // no slope.
+        slope[c] = norm[c] > 0 ? scalar_t((of_image[c] * weight[c] / mean - of_mean) / norm[c]) : scalar_t(0);
+      }
+    }
+    std::copy(grad_gamma.begin(), grad_gamma.end(), out.gamma.mutable_data_ptr<scalar_t>());
+    std::copy(grad_beta.begin(), grad_beta.end(), out.beta.mutable_data_ptr<scalar_t>());
+  });
+  return out;
 }
 
 /// Of `map`, as the kernels take it, in `output`, which may be the map. The squares of the norm are summed on the way
@@ -479,17 +538,11 @@ std::tuple<Tensor, Tensor, Tensor> response_norm_backward_cpu(const Tensor& grad
   check_parameter("gamma", gamma, input, {input.sym_size(1)});
   check_parameter("response", response, input, {input.sym_size(0), input.sym_size(1)});
   const Tensor map = as_input(input), grad = as_input(grad_output), weight = as_parameter(gamma, input);
-  const auto [products, sums] = channel_sums(map, grad);
-  const Tensor mean = response.mean(1, /*keepdim=*/true) + eps;
-  const Tensor normed = response / mean;
-  const Tensor of_normed = products * weight;
-  // By the response itself, and by the mean over channels that it is divided by.
-  const Tensor of_response =
-      of_normed / mean - (of_normed * normed).sum(1, /*keepdim=*/true) / (mean * double(map.size(1)));
-  // The norm of a map of zeros has no slope.
-  const Tensor slope = at::where(response > 0, of_response / response, at::zeros_like(response));
-  const Tensor grad_input = combine(grad, weight * normed + 1, map, slope, Tensor(), empty_output(map));
-  return {as_output(grad_input, input), (products * normed).sum(0), sums.sum(0)};
+  const auto [products, sums] = sums_of_products(map, grad);
+  const ResponseGradients of =
+      response_gradients(products, sums, weight, response.to(map.scalar_type()).contiguous(), eps);
+  const Tensor grad_input = combine(grad, of.scale, map, of.slope, Tensor(), empty_output(map));
+  return {as_output(grad_input, input), of.gamma, of.beta};
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ struct MapKernels {
 
   /// B * strips * blocks items.
   void (*branch_statistics)(const BranchParams&, int64_t begin, int64_t end);
-  /// B * blocks items.
+  /// B * blocks items, or, of the whole batch, as many as there are blocks.
   void (*branch_gradients)(const BranchParams&, int64_t begin, int64_t end);
 
   /// B * strips items.

@@ -40,8 +40,9 @@ class recomputing:
     """
 
     def __init__(self) -> None:
-        # Tensors stay alive in the context, lest another one is taken for them at the same address.
-        self._made: dict[tuple, tuple[Tensor, _Remade]] = {}
+        # By address, which few of the tensors that are looked for share with one that was made. Tensors stay alive in the
+        # context, lest another one is taken for them at the same address.
+        self._made: dict[int, list[tuple[Tensor, _Remade]]] = {}
         self._outer: Optional[recomputing] = None
         self._hooks: Any = None
 
@@ -63,13 +64,14 @@ class recomputing:
         out = function(*inputs)
         if self._hooks is not None and out.requires_grad and not has_hooks(function):
             sources = [self._find(tensor) or _Kept(tensor) for tensor in inputs]
-            self._made[_place(out)] = (out, _Remade(again or function, sources, out.device.type))
+            made = (out, _Remade(again or function, sources, out.device.type))
+            self._made.setdefault(out.data_ptr(), []).append(made)
         return out
 
     def _find(self, tensor: Tensor) -> Optional[_Remade]:
-        found = self._made.get(_place(tensor))
-        if found is not None:
-            return found[1]
+        for made, how in reversed(self._made.get(tensor.data_ptr(), ())):
+            if made.shape == tensor.shape and made.stride() == tensor.stride() and made.dtype == tensor.dtype:
+                return how
         return None if self._outer is None else self._outer._find(tensor)
 
     def _pack(self, tensor: Tensor) -> Union[_Remade, _Kept]:
@@ -80,10 +82,6 @@ class recomputing:
 
 def _unpack(kept: Union[_Remade, _Kept]) -> Tensor:
     return kept.take()
-
-
-def _place(tensor: Tensor) -> tuple:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def has_hooks(function: Callable) -> bool:

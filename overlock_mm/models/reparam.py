@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -117,8 +118,7 @@ class DilatedReparamConv(nn.Module):
             [conv.dilation[0] for conv in convs],
             norms[0].eps,
         )
-        for norm, mean, variance in zip(norms, means, variances * (count / (count - 1))):
-            _update_running_statistics(norm, mean, variance)
+        _update_running_statistics(norms, means, variances * (count / (count - 1)))
         return out
 
     @torch.no_grad()
@@ -159,14 +159,27 @@ class DilatedReparamConv(nn.Module):
 
 
 @torch.no_grad()
-def _update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
-    """As ``norm`` does it in training; the variance is the unbiased one."""
-    if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
-        return
-    norm.num_batches_tracked.add_(1)
-    momentum = 1.0 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-    for running, new in ((norm.running_mean, mean), (norm.running_var, variance)):
-        running.mul_(1 - momentum).add_(new.to(running.dtype) * momentum)
+def _update_running_statistics(norms: Sequence[nn.BatchNorm2d], means: Tensor, variances: Tensor) -> None:
+    """As the norms do it in training; (norms, C), the variances unbiased."""
+    means, variances = means.unbind(), variances.unbind()
+    for momentum in dict.fromkeys(norm.momentum for norm in norms):
+        own = [
+            i
+            for i, norm in enumerate(norms)
+            if norm.momentum == momentum and norm.training and norm.track_running_stats and norm.running_mean is not None
+        ]
+        if not own:
+            continue
+        counts = [norms[i].num_batches_tracked for i in own]
+        running = [norms[i].running_mean for i in own] + [norms[i].running_var for i in own]
+        new = [means[i] for i in own] + [variances[i] for i in own]
+        torch._foreach_add_(counts, 1)
+        if momentum is None:  # the average of all batches so far
+            for old, each, count in zip(running, new, counts * 2):
+                old.mul_(1 - 1.0 / count).add_(each.to(old.dtype) / count)
+        else:
+            torch._foreach_mul_(running, 1 - momentum)
+            torch._foreach_add_(running, [each.to(old.dtype) for old, each in zip(running, new)], alpha=momentum)
 
 
 def fold_branches(state_dict: dict[str, Tensor], prefix: str, kernel_size: int, eps: float = 1e-5) -> tuple[Tensor, Tensor]:

@@ -54,4 +54,5 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', by_epoch=True, convert_to_iter_based=True, begin=0, end=max_epochs, eta_min=0),
 ]
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=1, max_keep_ckpts=1))
+custom_hooks = [dict(type='overlock_mm.KeepFreedMemoryHook')]  # it runs on a CPU
 randomness = dict(seed=0)

@@ -265,8 +265,8 @@ def test_the_demo_changes_only_what_it_says():
         'model.train_cfg.rpn.sampler.num', 'model.train_cfg.rpn_proposal.', 'model.train_cfg.rcnn.sampler.num',
         'model.test_cfg.rpn.', 'model.test_cfg.rcnn.max_per_img',
         'max_epochs', 'num_classes',
-        'train_cfg.', 'param_scheduler', 'default_hooks.logger.', 'default_hooks.checkpoint.', 'randomness', 'data_root',
-        'metainfo', 'image_size', 'train_pipeline', 'test_pipeline', 'train_dataloader.', 'val_dataloader.',
+        'train_cfg.', 'param_scheduler', 'default_hooks.logger.', 'default_hooks.checkpoint.', 'custom_hooks', 'randomness',
+        'data_root', 'metainfo', 'image_size', 'train_pipeline', 'test_pipeline', 'train_dataloader.', 'val_dataloader.',
         'test_dataloader.', 'val_evaluator.ann_file', 'test_evaluator.ann_file',
     )  # fmt: skip
     different = {key for key, _ in flat(demo.to_dict()) ^ flat(full.to_dict())}

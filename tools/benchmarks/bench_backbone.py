@@ -71,6 +71,7 @@ from measuring import (
 from published_backbone import published
 from torch import Tensor
 
+from overlock_mm.memory import keep_freed_memory
 from overlock_mm.models import OverLoCK
 from overlock_mm.models.overlock import ARCHITECTURES, OUT_TYPES, resolve_architecture
 
@@ -531,9 +532,9 @@ def resumed(options: argparse.Namespace, machine: dict[str, Any]) -> Optional[di
     if not options.resume or not Path(options.json).exists():
         return None
     record = json.loads(Path(options.json).read_text())
-    for name in ('device', 'threads', 'torch', 'git_commit'):
-        if record['machine'][name] != machine[name]:
-            raise ValueError(f'{options.json} has {name} {record["machine"][name]}, and this is {machine[name]}')
+    for name in ('device', 'threads', 'torch', 'git_commit', 'keeps_freed_memory'):
+        if record['machine'].get(name) != machine[name]:
+            raise ValueError(f'{options.json} has {name} {record["machine"].get(name)}, and this is {machine[name]}')
     return record
 
 
@@ -573,12 +574,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure all cases. The JSON file, if one is asked for, is written anew after each.
 
     Raises:
-        ValueError: the record to go on with does not fit.
+        ValueError: the record to go on with does not fit, or freed memory cannot be kept.
     """
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.keep_freed_memory and not keep_freed_memory():
+        raise ValueError('--keep-freed-memory: the C library is not glibc')
     cases = chosen_cases(options)
-    machine = describe_machine(options.device)
+    machine = dict(describe_machine(options.device), keeps_freed_memory=options.keep_freed_memory)
     before = resumed(options, machine)
     record = dict(machine=machine, settings=settings_of(options), ceilings=None, cases=[], not_run=0)
     kept = [measured_before(before, case) if before else None for case in cases]
@@ -676,6 +679,10 @@ def parse_options(arguments: Optional[list[str]] = None) -> argparse.Namespace:
 
     how = parser.add_argument_group('how to measure')
     add_machine_options(how)
+    how.add_argument(
+        '--keep-freed-memory', action='store_true',
+        help='let the C library give none back to the system: no page faults, whoever came before',
+    )  # fmt: skip
     how.add_argument('--seconds', type=float, default=20, help='for the rounds of a case; default: 20')
     how.add_argument('--min-rounds', type=positive_int, default=3, metavar='N', help='however long they take; default: 3')
     how.add_argument('--max-rounds', type=positive_int, default=50, metavar='N', help='default: 50')

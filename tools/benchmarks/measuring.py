@@ -181,11 +181,17 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
+    """With family and model where the name is that of many."""
+    found: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path('/proc/cpuinfo').read_text().splitlines():
-            if line.startswith('model name'):
-                return line.split(':', 1)[1].strip()
-    return platform.processor() or platform.machine()
+            name, _, value = line.partition(':')
+            found.setdefault(name.strip(), value.strip())
+    if 'model name' not in found:
+        return platform.processor() or platform.machine()
+    if any(character.isdigit() for character in found['model name']):
+        return found['model name']
+    return f'{found["model name"]} (family {found.get("cpu family")}, model {found.get("model")})'
 
 
 def git_commit() -> Optional[str]:

@@ -20,10 +20,12 @@ def keep_freed_memory() -> bool:
 
     glibc gives large blocks back to the system when they are freed. The next map of that size begins with page faults,
     which can take longer than what fills it: without them a training step of OverLoCK-T on a CPU takes a fifth less time,
-    and for small images two fifths (docs/performance.md). In return the process stays as large as it once was.
+    and for small images two fifths (docs/performance.md). In return the process stays as large as it once was, or larger:
+    what is free lies in pieces, which do not fit every size. It is for what the main thread allocates, and goes over to
+    processes that are forked from it. Where another allocator was preloaded (jemalloc, tcmalloc), it changes nothing.
 
     Returns:
-        bool: whether the C library does so now. Others than glibc are left as they are.
+        bool: whether the C library has taken the settings. Others than glibc are left as they are.
     """
     if platform.libc_ver()[0] != 'glibc':
         return False

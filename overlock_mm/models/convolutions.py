@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -21,17 +20,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..ops import depthwise_conv2d
 from ..ops._autocast import cast_as_autocast, dtype_under_autocast, is_autocast_enabled
 from ..ops._extension import is_compiling
-from ..ops._linear import has_linear, linear
 from ..ops._packed import PackedConv2d, can_pack
+from ..ops._products import conv2d_as_product, is_faster_as_product
 from .layers import DepthwiseConv, ResidualDepthwiseConv, batch_norm, is_plain, is_plain_gelu
-from .recompute import recomputing
+from .recompute import all_modules_have_hooks, recomputing
 
 #: Positions of a map from which on oneDNN's depth-wise 3x3 convolution is faster than this package's: the same as in
 #: ``library_is_fast`` (ops/csrc/cpu/maps.cpp).
 _LARGE_MAP = 512
-#: Numbers in a weight for one position of the output from which on a convolution is faster as a product of matrices, and
-#: its gradients are: PyTorch's convolution brings the weight, and its gradient, from one layout into another.
-_WEIGHTS_PER_POSITION = 128
 
 
 def convolve(
@@ -97,7 +93,7 @@ def add_projected(
         y = batch_norm(again, norm, y)
     if shift is not None:
         bias = shift if bias is None else bias + shift
-    y = _convolve_dense(again, y, weight, bias)
+    y = _pointwise(y, weight, bias)
     return x + y if scale is None else torch.addcmul(y, x, _per_channel(scale, x))
 
 
@@ -204,38 +200,21 @@ def _name_of(activation: Optional[nn.Module]) -> Optional[str]:
 def _convolve(again: recomputing, conv: nn.Module, x: Tensor) -> Tensor:
     if isinstance(conv, ResidualDepthwiseConv):
         return again(conv, x)
-    if is_plain(conv, nn.Conv2d) and _is_simple(conv):
-        return _convolve_dense(again, x, conv.weight, conv.bias, conv.stride)
+    ours = is_plain(conv, nn.Conv2d) and _is_simple(conv)
+    if ours and is_faster_as_product(x, conv.weight, conv.bias, conv.stride) and not all_modules_have_hooks():
+        return conv2d_as_product(x, conv.weight, conv.bias, conv.stride)
     return conv(x)
 
 
-def _convolve_dense(
-    again: recomputing, x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: tuple[int, int] = (1, 1)
-) -> Tensor:
-    """A convolution whose padding keeps the size of the map, but for the stride."""
-    kernel_size = weight.shape[2:]
-    padding = tuple(k // 2 for k in kernel_size)
-    # A graph is asked for before sizes are, which it would not be free in then.
-    if not has_linear(x):
-        return F.conv2d(x, weight, bias, stride, padding)
-    height, width = ((n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], padding, kernel_size, stride))
-    positions = x.shape[0] * height * width
-    if positions <= 0 or weight.numel() < _WEIGHTS_PER_POSITION * positions:
-        return F.conv2d(x, weight, bias, stride, padding)
-    rows = again(partial(_rows, kernel_size=kernel_size, stride=stride, padding=padding), x)
-    out = linear(rows, weight.flatten(1), bias)
-    return out.view(x.shape[0], height, width, -1).permute(0, 3, 1, 2)
+def _pointwise(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """A 1x1 convolution."""
+    if is_faster_as_product(x, weight, bias, (1, 1)):
+        return conv2d_as_product(x, weight, bias)
+    return F.conv2d(x, weight, bias)
 
 
 def _per_channel(parameter: Tensor, x: Tensor) -> Tensor:
     return parameter.view(1, -1, 1, 1).to(x.dtype)
-
-
-def _rows(x: Tensor, kernel_size: tuple, stride: tuple, padding: tuple) -> Tensor:
-    """What each position of the output is made of, (B * H' * W', C * k * k)."""
-    if tuple(kernel_size) == tuple(stride) == (1, 1):
-        return x.permute(0, 2, 3, 1).flatten(0, 2)
-    return F.unfold(x, kernel_size, padding=padding, stride=stride).transpose(1, 2).flatten(0, 1)
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, norm_first: bool) -> tuple[Tensor, Tensor]:

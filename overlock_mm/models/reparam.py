@@ -176,7 +176,8 @@ def _update_running_statistics(norms: Sequence[nn.BatchNorm2d], means: Tensor, v
         torch._foreach_add_(counts, 1)
         if momentum is None:  # the average of all batches so far
             for old, each, count in zip(running, new, counts * 2):
-                old.mul_(1 - 1.0 / count).add_(each.to(old.dtype) / count)
+                count = count.to(old.dtype)
+                old.mul_(1 - 1 / count).add_(each.to(old.dtype) / count)
         else:
             torch._foreach_mul_(running, 1 - momentum)
             torch._foreach_add_(running, [each.to(old.dtype) for old, each in zip(running, new)], alpha=momentum)

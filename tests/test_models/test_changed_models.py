@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from overlock_mm.models import OverLoCK, convolutions
 from overlock_mm.models.blocks import BasicBlock, DynamicBlock
-from overlock_mm.models.recompute import recomputing
 from overlock_mm.models.reparam import DilatedReparamConv
+from overlock_mm.ops import _products
+
+needs_products = pytest.mark.skipif(not _products.has_products(), reason='this PyTorch has no products of oneDNN')
 
 
 def bend(module: nn.Module, inputs: tuple, out: Tensor) -> Tensor:
@@ -271,6 +273,7 @@ def test_bfloat16_under_autocast(kind):
     assert relative_error(packed, expected) < max(1.2 * relative_error(plain, expected), 1e-2)
 
 
+@needs_products
 @pytest.mark.parametrize('kind', ['basic', 'dynamic'])
 def test_products_of_matrices(kind, monkeypatch):
     """A 1x1 convolution of few positions: the same results, gradients and memory, whichever way it goes."""
@@ -278,12 +281,12 @@ def test_products_of_matrices(kind, monkeypatch):
     x = torch.randn(2, 24, 8, 9).contiguous(memory_format=torch.channels_last)
     inputs = (x[:, :16],) if kind == 'basic' else (x[:, :16], x[:, 16:], x[:, 16:])
     products = []
-    monkeypatch.setattr(
-        convolutions, 'linear', lambda *args, linear=convolutions.linear: products.append(1) or linear(*args)
-    )
+    monkeypatch.setattr(_products, '_number_of_modes', lambda: 0)  # what counts bytes here is one
+    product = convolutions.conv2d_as_product
+    monkeypatch.setattr(convolutions, 'conv2d_as_product', lambda *args: products.append(1) or product(*args))
 
     def run(dtype, weights_per_position):
-        monkeypatch.setattr(convolutions, '_WEIGHTS_PER_POSITION', weights_per_position)
+        monkeypatch.setattr(_products, 'WEIGHTS_PER_POSITION', weights_per_position)
         copied = copy.deepcopy(block).to(dtype)
         leaves = [each.to(dtype, copy=True).requires_grad_() for each in inputs]
         with KeptBytes() as kept:
@@ -307,23 +310,46 @@ def test_products_of_matrices(kind, monkeypatch):
     assert other_bytes <= 1.02 * kept_bytes
 
 
-@pytest.mark.parametrize(
-    'kernel_size, stride, size', [(3, 2, (7, 10)), (3, 1, (1, 4)), (5, 3, (9, 6)), (1, 2, (5, 4)), (1, 1, (3, 3))]
-)
-def test_any_convolution_as_a_product(kernel_size, stride, size, monkeypatch):
-    conv = torch.nn.Conv2d(6, 10, kernel_size, stride, padding=kernel_size // 2)
-    x = torch.randn(2, 6, *size).contiguous(memory_format=torch.channels_last).requires_grad_()
-    leaves = [x, *conv.parameters()]
-    expected = conv(x)
-    grad_output = torch.randn_like(expected)
-    expected_gradients = torch.autograd.grad(expected, leaves, grad_output)
-    monkeypatch.setattr(convolutions, '_WEIGHTS_PER_POSITION', 0)
-    with recomputing() as again:
-        out = convolutions.convolve(again, conv, x)
-    assert type(out.grad_fn).__name__ != 'ConvolutionBackward0'
-    assert relative_error(out, expected) < 1e-6
-    for got, wanted in zip(torch.autograd.grad(out, leaves, grad_output), expected_gradients):
-        assert relative_error(got, wanted) < 1e-6
+def deep_stem(monkeypatch):
+    """Two 3x3 convolutions with norms; on a small map they are products of matrices."""
+    monkeypatch.setattr(_products, 'WEIGHTS_PER_POSITION', 0)
+    stem = convolutions.ConvSequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 12, 3, 2, 1), nn.BatchNorm2d(12)
+    )
+    return stem, torch.randn(2, 3, 12, 12)
+
+
+@needs_products
+def test_hooks_for_all_modules_see_convolutions_that_would_be_products(monkeypatch):
+    stem, x = deep_stem(monkeypatch)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    try:
+        expected = stem(x)
+    finally:
+        handle.remove()
+    assert seen.count(nn.Conv2d) == 2
+    assert relative_error(stem(x), expected) < 1e-6
+
+
+@needs_products
+def test_operations_are_counted(monkeypatch):
+    """PyTorch's counter does not know the products."""
+    counters = pytest.importorskip('torch.utils.flop_counter')
+    stem, x = deep_stem(monkeypatch)
+    with counters.FlopCounterMode(display=False) as counter:
+        stem(x)
+    assert counter.get_total_flops() == 2 * 2 * (36 * 8 * 27 + 9 * 12 * 72)
+
+
+@needs_products
+def test_what_does_not_fit_is_refused_by_the_convolution(monkeypatch):
+    stem, x = deep_stem(monkeypatch)
+    with pytest.raises(RuntimeError, match='channels'):
+        stem(x[:, :2])
+    stem[0].to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match='type'):
+        stem(x)
 
 
 def test_a_hook_runs_once(small_arch):

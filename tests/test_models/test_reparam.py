@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import torch.nn as nn
 from conftest import relative_error
 
 from overlock_mm.models import OverLoCK
@@ -87,3 +90,25 @@ def test_loading_does_not_change_what_is_loaded(small_arch):
 def test_unknown_kernel():
     with pytest.raises(ValueError, match=r'kernel_size must be one of \[5, 7, .*\], got 19'):
         DilatedReparamConv(4, 19)
+
+
+@pytest.mark.parametrize('settings', ['all alike', 'cumulative', 'mixed', 'one does not track'])
+def test_running_statistics_are_those_of_the_norms(settings):
+    """Also of norms that somebody has set otherwise; three batches."""
+    layer = DilatedReparamConv(6, 7).double().train()
+    norms = [module for module in layer.modules() if isinstance(module, nn.BatchNorm2d)]
+    for i, norm in enumerate(norms):
+        norm.momentum = {'all alike': 0.3, 'cumulative': None, 'mixed': (0.1, None, 0.4)[i % 3]}.get(settings, 0.1)
+    if settings == 'one does not track':
+        norms[1].track_running_stats = False
+        norms[1].running_mean = norms[1].running_var = norms[1].num_batches_tracked = None
+    expected = copy.deepcopy(layer)
+    for _ in range(3):
+        x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
+        out = layer(x)
+        plain = sum(norm(conv(x)) for conv, norm in expected._branches())
+        assert relative_error(out, plain) < 1e-12
+    state = layer.state_dict()
+    assert state.keys() == expected.state_dict().keys()
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-12, msg=name)

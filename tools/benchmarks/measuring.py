@@ -181,7 +181,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """With family and model where the name is that of many."""
+    """With family and model where the name has no number, and is that of many."""
     found: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path('/proc/cpuinfo').read_text().splitlines():

@@ -275,10 +275,7 @@ FoldedBranches fold_branches(const BranchParams& p, const Tensor& weights, const
   const Tensor gammas = norm_weights.to(at::kDouble).contiguous(), betas = norm_biases.to(at::kDouble).contiguous();
   const double *gamma = gammas.const_data_ptr<double>(), *beta = betas.const_data_ptr<double>();
   const double positions = double(p.batch * p.height * p.width);
-  const auto positions_of = [&](int64_t part) {
-    const int64_t strip = part % p.strips;
-    return double(((strip + 1) * p.height / p.strips - strip * p.height / p.strips) * p.width);
-  };
+  const int64_t of_all = p.branches * channels;
   FoldedBranches folded;
   folded.kernel = at::empty({channels, 1, side, side}, weights.options());
   folded.bias = at::empty({channels}, weights.options());
@@ -290,25 +287,30 @@ FoldedBranches fold_branches(const BranchParams& p, const Tensor& weights, const
     scalar_t *kernel = folded.kernel.mutable_data_ptr<scalar_t>(), *bias = folded.bias.mutable_data_ptr<scalar_t>(),
              *to_mean = folded.mean.mutable_data_ptr<scalar_t>(),
              *to_variance = folded.variance.mutable_data_ptr<scalar_t>();
+    // Statistics of the strips put together, (branches, C).
+    std::vector<double> mean(of_all), variance(of_all), share(parts);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t strip = part % p.strips;
+      share[part] = double(((strip + 1) * p.height / p.strips - strip * p.height / p.strips) * p.width) / positions;
+      for (int64_t i = 0; i < of_all; ++i) mean[i] += share[part] * part_means[part * of_all + i];
+    }
+    for (int64_t part = 0; part < parts; ++part) {
+      for (int64_t i = 0; i < of_all; ++i) {
+        const double distance = part_means[part * of_all + i] - mean[i];
+        variance[i] += part_squares[part * of_all + i] / positions + distance * distance * share[part];
+      }
+    }
+    std::copy(mean.begin(), mean.end(), to_mean);
+    std::copy(variance.begin(), variance.end(), to_variance);
+
     std::vector<double> sum(side * side);
     for (int64_t c = 0; c < channels; ++c, kernel += side * side) {
       std::fill(sum.begin(), sum.end(), 0.0);
       double shift = 0;
       for (int64_t b = 0; b < p.branches; ++b) {
-        double mean = 0, distances = 0;
-        for (int64_t part = 0; part < parts; ++part)
-          mean += positions_of(part) * part_means[(part * p.branches + b) * channels + c];
-        mean /= positions;
-        for (int64_t part = 0; part < parts; ++part) {
-          const int64_t at = (part * p.branches + b) * channels + c;
-          const double distance = part_means[at] - mean;
-          distances += part_squares[at] + distance * distance * positions_of(part);
-        }
         const int64_t at = b * channels + c;
-        to_mean[at] = scalar_t(mean);
-        to_variance[at] = scalar_t(distances / positions);
-        const double scale = gamma[at] / std::sqrt(distances / positions + eps);
-        shift += beta[at] - mean * scale;
+        const double scale = gamma[at] / std::sqrt(variance[at] + eps);
+        shift += beta[at] - mean[at] * scale;
         const int64_t k = p.kernel_size[b], d = p.dilation[b], margin = p.reach - k / 2 * d;
         for (int64_t ky = 0; ky < k; ++ky) {
           for (int64_t kx = 0; kx < k; ++kx) sum[(margin + ky * d) * side + margin + kx * d] += scale * *tap++;
@@ -344,7 +346,7 @@ std::tuple<Tensor, Tensor, Tensor> branch_norms_cpu(const Tensor& input, const T
   return {as_output(output, input), folded.mean, folded.variance};
 }
 
-/// What a thread may take for the maps of a whole batch.
+/// What a thread may take for its channels of a whole batch.
 constexpr int64_t kMostBytesOfThread = 64 * 1024 * 1024;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> branch_norms_backward_cpu(const Tensor& grad_output, const Tensor& input,
@@ -378,9 +380,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_norms_backward_cpu(const Tenso
   p.grad_weights = partial.data_ptr();
   with_kernels(dtype, [&](const auto& kernel) {
     const int64_t blocks = divide_up(p.channels, kernel.lanes);
-    // One pass instead of two, where that leaves no thread idle, or takes much memory. The results are the same.
+    const int64_t threads = at::get_num_threads();
     const int64_t bytes = 4 * (p.height + 2 * p.reach) * (p.width + 2 * p.reach) * kernel.lanes * map.element_size();
-    p.whole_batch = p.batch == 1 || (blocks >= at::get_num_threads() && p.batch * bytes <= kMostBytesOfThread);
+    // One pass in place of two, which make the outputs of the branches twice (4 parts of work and not 3), unless
+    // threads were idle, or it took much memory. The results are the same.
+    const int64_t one_pass = 3 * p.batch * divide_up(blocks, threads), two = 4 * divide_up(p.batch * blocks, threads);
+    p.whole_batch = p.batch == 1 || (one_pass <= two && p.batch * bytes <= kMostBytesOfThread);
     const int64_t items = p.whole_batch ? blocks : p.batch * blocks;
     const auto pass = [&] {
       in_parallel(items, [&](int64_t begin, int64_t end) { kernel.branch_gradients(p, begin, end); });

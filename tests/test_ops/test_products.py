@@ -1,0 +1,132 @@
+"""Convolutions as oneDNN's products of matrices, against PyTorch's convolution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative_error
+
+from overlock_mm.ops._products import WEIGHTS_PER_POSITION, conv2d_as_product, has_products, is_faster_as_product
+
+pytestmark = pytest.mark.skipif(not has_products(), reason='this PyTorch has no oneDNN, or not its products')
+
+SETTINGS = pytest.mark.parametrize(
+    'kernel_size, stride, size',
+    [(1, 1, (3, 5)), (1, 2, (5, 4)), (3, 1, (4, 6)), (3, 2, (7, 10)), (3, 2, (1, 1)), (5, 3, (9, 6))],
+)
+
+
+def make(kernel_size=3, size=(7, 10), batch=2, channels=6, outputs=10, bias=True):
+    return dict(
+        x=torch.randn(batch, channels, *size).contiguous(memory_format=torch.channels_last),
+        weight=torch.randn(outputs, channels, kernel_size, kernel_size) / kernel_size,
+        bias=torch.randn(outputs) if bias else None,
+    )
+
+
+def plain(x, weight, bias, stride=(1, 1)):
+    return F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2)
+
+
+def gradients_of(function, tensors, stride, dtype=torch.float32):
+    leaves = {name: each.detach().to(dtype).requires_grad_() for name, each in tensors.items() if each is not None}
+    out = function(**{**tensors, **leaves}, stride=(stride, stride))
+    generator = torch.Generator().manual_seed(0)
+    grad_output = torch.randn(out.shape, generator=generator).to(dtype)
+    return dict(out=out, **dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad_output))))
+
+
+@SETTINGS
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('layout', ['channels_last', 'contiguous', 'slice', 'weight in channels_last'])
+def test_results_and_gradients(kernel_size, stride, size, bias, layout):
+    tensors = make(kernel_size, size, bias=bias)
+    if layout == 'contiguous':
+        tensors['x'] = tensors['x'].contiguous()
+    elif layout == 'slice':
+        tensors['x'] = torch.cat([tensors['x'], tensors['x']], dim=1)[:, 3:9]
+    elif layout == 'weight in channels_last':
+        tensors['weight'] = tensors['weight'].contiguous(memory_format=torch.channels_last)
+    expected = gradients_of(plain, tensors, stride, torch.float64)
+    got = gradients_of(conv2d_as_product, tensors, stride)
+    assert got.keys() == expected.keys()
+    for name, each in expected.items():
+        assert got[name].shape == each.shape
+        assert relative_error(got[name], each) < 1e-6, name
+    assert got['out'].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize('wanted', ['x', 'weight', 'bias'])
+def test_only_the_gradients_asked_for(wanted):
+    tensors = make()
+    tensors[wanted].requires_grad_()
+    (got,) = torch.autograd.grad(conv2d_as_product(**tensors).square().sum(), tensors[wanted])
+    (expected,) = torch.autograd.grad(plain(**tensors).square().sum(), tensors[wanted])
+    assert relative_error(got, expected) < 1e-6
+
+
+@SETTINGS
+@pytest.mark.parametrize('frozen', [(), ('x',), ('weight',)])
+def test_it_keeps_what_a_convolution_keeps(kernel_size, stride, size, frozen):
+    """Not the rows, which are up to nine times the map."""
+    kept_bytes = []
+    for function in (plain, conv2d_as_product):
+        tensors = {name: each.requires_grad_(name not in frozen) for name, each in make(kernel_size, size).items()}
+        storages = {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = function(**tensors, stride=(stride, stride))
+        kept_bytes.append(sum(storages.values()))
+        assert out.requires_grad
+    assert 0 < kept_bytes[1] <= kept_bytes[0]
+
+
+def test_second_derivatives():
+    results = []
+    for function in (plain, conv2d_as_product):
+        torch.manual_seed(0)
+        tensors = {name: each.requires_grad_() for name, each in make().items()}
+        out = function(**tensors, stride=(2, 2))
+        first = torch.autograd.grad(out.square().sum(), list(tensors.values()), create_graph=True)
+        results.append(torch.autograd.grad(sum(each.square().sum() for each in first), list(tensors.values())))
+    for got, expected in zip(*reversed(results)):
+        assert relative_error(got, expected) < 1e-5
+
+
+def takes(x, weight, bias=None):
+    return is_faster_as_product(x, weight, bias, (1, 1))
+
+
+def test_which_it_takes():
+    x, weight, bias = torch.randn(1, 64, 2, 2), torch.randn(64, 64, 1, 1), torch.randn(64)
+    assert takes(x, weight, bias)
+    assert takes(x, torch.nn.Parameter(weight))
+    positions = weight.numel() // WEIGHTS_PER_POSITION
+    assert takes(torch.randn(1, 64, 1, positions), weight)
+    assert not takes(torch.randn(1, 64, 1, positions + 1), weight)
+    # What does not go together is for the convolution to refuse.
+    assert not takes(x[:, :5], weight)
+    assert not takes(x[0], weight)
+    assert not takes(x, weight.bfloat16())
+    assert not takes(x, weight, bias.half())
+    assert not takes(x.double(), weight.double())
+    assert not takes(x.to('meta'), weight.to('meta'))
+    assert not takes(x[:0], weight)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert not takes(x, weight)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not takes(x, weight)
+    with torch.autograd.forward_ad.dual_level():
+        assert not takes(x, weight)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('medium')
+    try:
+        assert not takes(x, weight)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert takes(x, weight)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
-from overlock_mm.models import OverLoCK
+from overlock_mm.models import OverLoCK, convolutions
 from overlock_mm.models.overlock import ARCHITECTURES
+from overlock_mm.ops import _products
 
 FOLDER = ROOT / 'tools' / 'benchmarks'
 SCRIPT = FOLDER / 'bench_backbone.py'
@@ -465,3 +466,22 @@ def test_operators_belong_to_parts(tools, small_arch, monkeypatch, training):
         assert folded['large depth-wise convolutions'] == 8
         for part in ('ContMix', 'depth-wise 3x3', '1x1 convolutions', 'stem and downsampling'):
             assert folded[part] == plain[part]
+
+
+def test_products_stay_products_under_the_clock(tools, monkeypatch):
+    if not _products.has_products():
+        pytest.skip('this PyTorch has no products of oneDNN')
+    monkeypatch.setattr(_products, 'WEIGHTS_PER_POSITION', 0)
+    products, product = [], convolutions.conv2d_as_product
+    monkeypatch.setattr(convolutions, 'conv2d_as_product', lambda *args: products.append(1) or product(*args))
+    model, outputs = convolutions.ConvSequential(torch.nn.Conv2d(4, 8, 1)), []
+    parts = tools.backbone_parts.time_parts(
+        model,
+        lambda: outputs.append(model(torch.randn(1, 4, 3, 3))),
+        lambda: outputs.pop().sum().backward(),
+        lambda: None,
+        torch.device('cpu'),
+    )
+    assert len(products) == 1
+    assert parts['1x1 convolutions'] > 0
+    assert _products._number_of_modes() == 0

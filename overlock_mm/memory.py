@@ -19,10 +19,11 @@ def keep_freed_memory() -> bool:
     """Have the C library keep what is freed, for the whole process and for good.
 
     glibc gives large blocks back to the system when they are freed. The next map of that size begins with page faults,
-    which can take longer than what fills it: without them a training step of OverLoCK-T on a CPU takes a fifth less time,
-    and for small images two fifths (docs/performance.md). In return the process stays as large as it once was, or larger:
-    what is free lies in pieces, which do not fit every size. It is for what the main thread allocates, and goes over to
-    processes that are forked from it. Where another allocator was preloaded (jemalloc, tcmalloc), it changes nothing.
+    which can take longer than what fills it: without them a training step of OverLoCK-T on a CPU took a tenth to a fifth
+    less time, and for small images up to two fifths (docs/performance.md). In return the process stays as large as it once
+    was, or larger: what is free lies in pieces, which do not fit every size. It is for what the main thread allocates, and
+    goes over to processes that are forked from it. Where another allocator was preloaded (jemalloc, tcmalloc), it changes
+    nothing.
 
     Returns:
         bool: whether the C library has taken the settings. Others than glibc are left as they are.

@@ -36,9 +36,11 @@ def keep_freed_memory() -> bool:
 
 @HOOKS.register_module()
 class KeepFreedMemoryHook(Hook):
-    """:func:`keep_freed_memory` for a run on the CPU; on other devices, which have allocators of their own, nothing. ::
+    """Keep freed memory in a run on the CPU, as :func:`keep_freed_memory` does.
 
-    custom_hooks = [dict(type='overlock_mm.KeepFreedMemoryHook')]
+    Other devices have allocators of their own: there it does nothing. ::
+
+        custom_hooks = [dict(type='overlock_mm.KeepFreedMemoryHook')]
     """
 
     def before_run(self, runner: Runner) -> None:

@@ -485,3 +485,20 @@ def test_products_stay_products_under_the_clock(tools, monkeypatch):
     assert len(products) == 1
     assert parts['1x1 convolutions'] > 0
     assert _products._number_of_modes() == 0
+
+
+@pytest.mark.parametrize('can', [True, False])
+def test_keeping_freed_memory(bench, monkeypatch, tmp_path, capsys, can):
+    """It is done before anything is measured, the record tells, and a record without it is nothing to go on with."""
+    kept = []
+    monkeypatch.setattr(bench, 'keep_freed_memory', lambda: kept.append(1) or can)
+    options = ('--implementations', 'ours-deploy', '--peers', '--json', 'record.json')
+    if not can:
+        assert bench.main_with(*options, '--keep-freed-memory') == 2
+        assert 'not glibc' in capsys.readouterr().err
+        return
+    assert bench.main_with(*options, '--keep-freed-memory') == 0
+    assert (len(kept), read(tmp_path / 'record.json')['machine']['keeps_freed_memory']) == (1, True)
+    assert bench.main_with(*options, '--resume') == 2
+    assert 'keeps_freed_memory True, and this is False' in capsys.readouterr().err
+    assert len(kept) == 1

@@ -268,7 +268,7 @@ struct FoldedBranches {
 };
 
 /// From means and sums of squared distances of strips, (B, strips, branches, C). By hand: the operators that it takes
-/// otherwise, some hundred, cost more than all the rest on a small map.
+/// otherwise, some hundred, are up to half of all the time on a small map.
 FoldedBranches fold_branches(const BranchParams& p, const Tensor& weights, const Tensor& means, const Tensor& squares,
                              const Tensor& norm_weights, const Tensor& norm_biases, double eps) {
   const int64_t side = 2 * p.reach + 1, channels = p.channels, parts = p.batch * p.strips;

@@ -25,8 +25,8 @@ from ..ops._products import conv2d_as_product, is_faster_as_product
 from .layers import DepthwiseConv, ResidualDepthwiseConv, batch_norm, is_plain, is_plain_gelu
 from .recompute import all_modules_have_hooks, recomputing
 
-#: Positions of a map from which on oneDNN's depth-wise 3x3 convolution is faster than this package's: the same as in
-#: ``library_is_fast`` (ops/csrc/cpu/maps.cpp).
+#: Positions of a bfloat16 map from which on oneDNN's depth-wise 3x3 convolution is faster than this package's, which goes
+#: through float32.
 _LARGE_MAP = 512
 
 
@@ -114,11 +114,12 @@ def packed_conv(
         return None
     if norm is not None and not _is_fixed(norm):
         return None
+    dtype = dtype_under_autocast(x)
     if isinstance(conv, DepthwiseConv):
         small = conv.kernel_size[0] == 3 and conv.dilation[0] == 1
-        if not small or not (activated or x.shape[2] * x.shape[3] >= _LARGE_MAP):
+        large_half = dtype == torch.bfloat16 and x.shape[2] * x.shape[3] >= _LARGE_MAP
+        if not small or not (activated or large_half):
             return None
-    dtype = dtype_under_autocast(x)
     sources = _sources(conv, norm) if shift is None else [*_sources(conv, norm), shift]
     if any(source.is_inference() for source in sources):  # without versions, they would be packed anew at every call
         return None

@@ -246,17 +246,23 @@ class Counter(TorchDispatchMode):
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='this torch has no oneDNN, and nothing is packed')
 @kinds
 def test_convolutions_are_packed(kind):
-    """In a deployed model at inference, and nowhere else."""
+    """In a deployed model at inference, and nowhere else; depth-wise 3x3 ones only in bfloat16."""
     block, inputs = make_deployed(kind)
     with torch.no_grad():
         block(*inputs)
         with Counter() as packed:
             block(*inputs)
+        with torch.autocast('cpu', torch.bfloat16):
+            block(*inputs)
+            with Counter() as packed_bfloat16:
+                block(*inputs)
         with Counter() as not_deployed:
             BasicBlock(16, 7, 4, 0.0, False).eval()(inputs[0])
     with Counter() as with_gradients:
         block(*inputs)
-    assert packed.counts['mkldnn'] == (11 if kind == 'dynamic' else 3)
+    number, depthwise = (9, 2) if kind == 'dynamic' else (2, 1)
+    assert packed.counts['mkldnn'] == number
+    assert packed_bfloat16.counts['mkldnn'] == number + depthwise
     assert not_deployed.counts['mkldnn'] == with_gradients.counts['mkldnn'] == 0
 
 

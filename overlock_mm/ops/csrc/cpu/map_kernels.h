@@ -2,8 +2,8 @@
 // instruction set, under the rules of contmix_kernels.h. docs/performance.md says why they are as they are.
 //
 // The lanes of a vector are channels. Two forms of a convolution:
-// - streamed (3x3, bound by memory): the lines of a strip pass through a ring of three lines with all channels, which
-//   stays in the L2 cache; what enters the ring may go through GELU on the way.
+// - streamed (3x3, bound by memory): line by line with all channels, read where they lie, three lines of which stay in
+//   the L2 cache. What goes through GELU first, or is overwritten, passes through a ring of three lines.
 // - by blocks (large kernels, bound by multiply-adds): one vector of channels of a strip is packed with a border of
 // zeros,
 //   so that no tap asks where it is, and a tile of positions is accumulated in registers over all taps.
@@ -132,56 +132,94 @@ constexpr int kStreamed = 3;                             // kernel size
 constexpr int kStreamTile = kVectorBytes == 64 ? 8 : 4;  // positions of a line in registers
 constexpr int kGradientTile = kVectorBytes == 64 ? 8 : 4;
 
-/// Three lines of a map with all channels, and a position of zeros at either end.
+/// A line of a map with its neighbours, all channels of a position side by side.
+template <typename T>
+struct Around {
+  const T*
+      lines[kStreamed];  ///< position 0 of the line above, of the line, and of the line below; null: outside the map
+  int64_t stride, width;
+
+  /// Channels from `first` on of n positions of a line and of their neighbours; zeros for those outside the map.
+  template <int n>
+  OVERLOCK_MM_INLINE void load_positions(int line, int64_t x, int64_t first, Vector<T>* in) const {
+    const T* const at = lines[line] + x * stride + first;
+    in[0] = x > 0 ? load(at - stride) : Vector<T>{};
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) in[i + 1] = load(at + i * stride);
+    in[n + 1] = x + n < width ? load(at + n * stride) : Vector<T>{};
+    // The lines above are in the cache. The processor does not foresee the way of a tile over this one.
+    if (line == kStreamed - 1) {
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) __builtin_prefetch(at + (n + i + 1) * stride);
+    }
+  }
+};
+
+/// Line y of an image (H, W, C), null outside of it.
+template <typename T>
+const T* line_of(const DepthwiseParams& p, const void* map, int64_t image, int64_t y) {
+  return y < 0 || y >= p.height ? nullptr : const_data<T>(map) + (image * p.height + y) * p.width * p.channels;
+}
+
+/// Line y where it lies. Only for as many channels as a vector has lanes, or more: Ring is for the others.
+template <typename T>
+Around<T> around_line(const DepthwiseParams& p, const void* map, int64_t image, int64_t y) {
+  return {{line_of<T>(p, map, image, y - 1), line_of<T>(p, map, image, y), line_of<T>(p, map, image, y + 1)},
+          p.channels,
+          p.width};
+}
+
+/// The last three lines of a map that were pushed, with whole vectors of channels.
 template <typename T>
 class Ring {
  public:
   /// A vector more than the channels, lest the positions of a tile share a few sets of the cache.
   static int64_t stride(int64_t channels) { return round_up<T>(channels) + Simd<T>::lanes; }
-  static int64_t size(int64_t channels, int64_t width) { return kStreamed * (width + 2) * stride(channels); }
+  static int64_t size(int64_t channels, int64_t width) { return kStreamed * width * stride(channels); }
 
-  Ring(Scratch<T>& scratch, int64_t channels, int64_t width)
-      : channels_(channels), width_(width), stride_(stride(channels)), data_(scratch.take(size(channels, width))) {
-    for (int64_t i = 0; i < size(channels, width); ++i) data_[i] = T(0);
-  }
+  Ring(Scratch<T>& scratch, const DepthwiseParams& p)
+      : p_(p), stride_(stride(p.channels)), data_(scratch.take(size(p.channels, p.width))) {}
 
-  /// Position -1 of line y, if that was pushed last or one or two lines before.
-  T* line(int64_t y) const { return data_ + (y + kStreamed) % kStreamed * (width_ + 2) * stride_; }
+  /// Line y, if it was pushed last or one or two lines before.
+  T* line(int64_t y) const { return data_ + y % kStreamed * p_.width * stride_; }
   int64_t stride() const { return stride_; }
 
-  /// Take in line y, (W, C) at `from`: function(vector) of it, and zeros for a line outside the map, which is null.
+  /// Line y, which was pushed one line before the last, or last at the end of the map.
+  Around<T> around(int64_t y) const {
+    return {{y > 0 ? line(y - 1) : nullptr, line(y), y + 1 < p_.height ? line(y + 1) : nullptr}, stride_, p_.width};
+  }
+
+  /// Take in line y, (W, C) at `from`: function(vector) of it. Nothing for a line outside the map, which is null.
   template <typename Function>
   OVERLOCK_MM_INLINE void push(const T* from, int64_t y, Function function) {
-    T* to = line(y) + stride_;
-    if (!from) {
-      for (int64_t i = 0; i < width_ * stride_; ++i) to[i] = T(0);
-      return;
-    }
-    const int64_t blocks = number_of_blocks<T>(channels_);
-    for (int64_t x = 0; x < width_; ++x, from += channels_, to += stride_) {
+    if (!from) return;
+    T* to = line(y);
+    const int64_t blocks = number_of_blocks<T>(p_.channels);
+    for (int64_t x = 0; x < p_.width; ++x, from += p_.channels, to += stride_) {
       for (int64_t b = 0; b < blocks; ++b) {
-        const Block block = block_of<T>(channels_, b);
+        const Block block = block_of<T>(p_.channels, b);
         store(to + block.first, function(load_block(from, block), x, block));
       }
     }
   }
 
  private:
-  int64_t channels_, width_, stride_;
+  const DepthwiseParams& p_;
+  int64_t stride_;
   T* data_;
 };
 
-/// Sums of n positions over the 3x3 taps around them; lines begin at the first position's left neighbour.
+/// Sums of n positions from x on over the 3x3 taps around them.
 template <typename T, int n>
-OVERLOCK_MM_INLINE void convolve_streamed(const T* const lines[3], int64_t stride, const T* weights, Vector<T> start,
-                                          Vector<T>* sums) {
+OVERLOCK_MM_INLINE void convolve_streamed(const Around<T>& around, int64_t x, int64_t first, const T* weights,
+                                          Vector<T> start, Vector<T>* sums) {
 #pragma GCC unroll 8
   for (int i = 0; i < n; ++i) sums[i] = start;
 #pragma GCC unroll 3
   for (int ky = 0; ky < 3; ++ky) {
+    if (!around.lines[ky]) continue;
     Vector<T> in[n + 2];
-#pragma GCC unroll 10
-    for (int i = 0; i < n + 2; ++i) in[i] = load(lines[ky] + i * stride);
+    around.template load_positions<n>(ky, x, first, in);
 #pragma GCC unroll 3
     for (int kx = 0; kx < 3; ++kx) {
       const Vector<T> w = load(weights + (3 * ky + kx) * Simd<T>::lanes);
@@ -198,12 +236,12 @@ OVERLOCK_MM_INLINE void in_tiles(int64_t x, int64_t width, Tile tile) {
   if constexpr (most > 1) in_tiles<most / 2>(x, width, tile);
 }
 
-/// A line of the ring, convolved. Tiles go through all channels before the next tile: what lies side by side is read
+/// A line, convolved. Tiles go through all channels before the next tile: what lies side by side is read
 /// and written together.
 template <typename T, typename Start, typename Finish>
 struct StreamedLine {
-  const T* lines[3];
-  int64_t stride, channels;
+  Around<T> around;
+  int64_t channels;
   const T* weights;  ///< (blocks, 9, lanes)
   Start start;       ///< of a block: what its sums begin with
   Finish finish;     ///< takes a position, a block and its sum
@@ -215,10 +253,8 @@ struct StreamedLine {
     const int64_t blocks = number_of_blocks<T>(channels);
     for (int64_t b = 0; b < blocks; ++b, block_weights += kStreamed * kStreamed * Simd<T>::lanes) {
       const Block block = block_of<T>(channels, b);
-      const T* at[3];
-      for (int ky = 0; ky < 3; ++ky) at[ky] = lines[ky] + x * stride + block.first;
       Vector<T> sums[n];
-      convolve_streamed<T, n>(at, stride, block_weights, start(block), sums);
+      convolve_streamed<T, n>(around, x, block.first, block_weights, start(block), sums);
 #pragma GCC unroll 8
       for (int i = 0; i < n; ++i) finish(x + i, block, sums[i]);
       if (squares) {
@@ -233,11 +269,10 @@ struct StreamedLine {
 };
 
 template <typename T, typename Start, typename Finish>
-OVERLOCK_MM_INLINE void convolve_line(const Ring<T>& ring, int64_t y, int64_t channels, const T* weights, int64_t width,
-                                      Start start, Finish finish, T* squares = nullptr) {
-  StreamedLine<T, Start, Finish> line{{}, ring.stride(), channels, weights, start, finish, squares};
-  for (int ky = 0; ky < 3; ++ky) line.lines[ky] = ring.line(y + ky - 1);
-  in_tiles<kStreamTile>(0, width, line);
+OVERLOCK_MM_INLINE void convolve_line(const Around<T>& around, int64_t channels, const T* weights, Start start,
+                                      Finish finish, T* squares = nullptr) {
+  in_tiles<kStreamTile>(0, around.width,
+                        StreamedLine<T, Start, Finish>{around, channels, weights, start, finish, squares});
 }
 
 /// The weights of all blocks, (blocks, 9, lanes), with the residual connection as a 1 on the middle tap.
@@ -252,18 +287,14 @@ void pack_streamed_weights(const DepthwiseParams& p, bool flipped, T* to) {
   }
 }
 
-/// Line y of an image (H, W, C), null outside of it.
-template <typename T>
-const T* line_of(const DepthwiseParams& p, const void* map, int64_t image, int64_t y) {
-  return y < 0 || y >= p.height ? nullptr : const_data<T>(map) + (image * p.height + y) * p.width * p.channels;
-}
-
 template <typename T>
 void stream(const DepthwiseParams& p, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<T>::lanes, taps = kStreamed * kStreamed;
   const int64_t blocks = number_of_blocks<T>(p.channels);
   Scratch<T> scratch(Ring<T>::size(p.channels, p.width) + blocks * (taps + 1) * lanes);
-  Ring<T> ring(scratch, p.channels, p.width);
+  Ring<T> ring(scratch, p);
+  // In place, and with channels that fill no vector, lines cannot be read where they lie.
+  const bool pushes = p.gelu || p.input == p.output || p.channels < lanes;
   T* const weights = scratch.take(blocks * taps * lanes);
   T* const squares = p.squares ? scratch.take(blocks * lanes) : nullptr;
   pack_streamed_weights(p, /*flipped=*/false, weights);
@@ -276,7 +307,7 @@ void stream(const DepthwiseParams& p, int64_t begin, int64_t end) {
     const Lines lines(p.height, p.strips, strip);
     for (int64_t i = 0; squares && i < blocks * lanes; ++i) squares[i] = T(0);
     for (int64_t pushed = lines.begin - 1; pushed <= lines.end; ++pushed) {
-      const T* from = line_of<T>(p, p.input, image, pushed);
+      const T* from = pushes ? line_of<T>(p, p.input, image, pushed) : nullptr;
       if (p.borders && from && (pushed < lines.begin || pushed == lines.end)) {
         const int64_t border = pushed < lines.begin ? 2 * strip - 2 : 2 * strip + 1;
         from = const_data<T>(p.borders) + (image * 2 * (p.strips - 1) + border) * p.width * p.channels;
@@ -291,7 +322,7 @@ void stream(const DepthwiseParams& p, int64_t begin, int64_t end) {
       if (y < lines.begin) continue;
       T* const to = output + y * p.width * p.channels;
       convolve_line(
-          ring, y, p.channels, weights, p.width,
+          pushes ? ring.around(y) : around_line<T>(p, p.input, image, y), p.channels, weights,
           [&](const Block& block) OVERLOCK_MM_INLINE_LAMBDA { return bias ? load_block(bias, block) : Vector<T>{}; },
           [&](int64_t x, const Block& block, Vector<T> sum)
               OVERLOCK_MM_INLINE_LAMBDA { store_repeated(to + x * p.channels, block, sum); },
@@ -306,9 +337,9 @@ void stream(const DepthwiseParams& p, int64_t begin, int64_t end) {
 /// Gradients of the taps, and of the bias, at the positions of a line, added up.
 template <typename T>
 struct StreamedGradient {
-  const T* lines[3];  ///< of f(input), from position -1 on
-  const T* grads;     ///< from position 0 on
-  int64_t stride, channels;
+  Around<T> inputs;  ///< f(input)
+  Around<T> grads;
+  int64_t channels;
   T* sums;  ///< (blocks, 10, lanes)
 
   template <int n>
@@ -321,15 +352,15 @@ struct StreamedGradient {
       Vector<T> grad[n], bias = load(to + taps * lanes);
 #pragma GCC unroll 8
       for (int i = 0; i < n; ++i) {
-        grad[i] = load(grads + (x + i) * stride + first);
+        grad[i] = load(grads.lines[1] + (x + i) * grads.stride + first);
         bias += grad[i];
       }
       store(to + taps * lanes, bias);
 #pragma GCC unroll 3
       for (int ky = 0; ky < 3; ++ky) {
+        if (!inputs.lines[ky]) continue;
         Vector<T> in[n + 2];
-#pragma GCC unroll 10
-        for (int i = 0; i < n + 2; ++i) in[i] = load(lines[ky] + (x + i) * stride + first);
+        inputs.template load_positions<n>(ky, x, first, in);
 #pragma GCC unroll 3
         for (int kx = 0; kx < 3; ++kx) {
           T* const tap = to + (3 * ky + kx) * lanes;
@@ -350,14 +381,16 @@ void stream_backward(const DepthwiseParams& p, int64_t begin, int64_t end) {
   const int64_t blocks = number_of_blocks<T>(p.channels);
   const int64_t ring_size = Ring<T>::size(p.channels, p.width), sums_size = blocks * (taps + 1) * lanes;
   Scratch<T> scratch((p.gelu ? 3 : 2) * ring_size + blocks * taps * lanes + sums_size);
-  Ring<T> grads(scratch, p.channels, p.width), inputs(scratch, p.channels, p.width);
+  Ring<T> grads(scratch, p), inputs(scratch, p);
+  // Channels that fill no vector cannot be read where they lie.
+  const bool pushes_grads = p.channels < lanes, pushes_inputs = p.gelu || pushes_grads;
   // gelu'(input), line by line as the inputs.
   T* const slopes = p.gelu ? scratch.take(ring_size) : nullptr;
   T* const weights = scratch.take(blocks * taps * lanes);
   T* const sums = scratch.take(sums_size);
   pack_streamed_weights(p, /*flipped=*/true, weights);
-  const int64_t stride = grads.stride(), line_size = (p.width + 2) * stride;
-  const auto slopes_of = [&](int64_t y) { return slopes + (y + kStreamed) % kStreamed * line_size; };
+  const int64_t stride = inputs.stride();
+  const auto slopes_of = [&](int64_t y) { return slopes + (y + kStreamed) % kStreamed * p.width * stride; };
   const int64_t image_size = p.height * p.width * p.channels;
 
   for (int64_t item = begin; item < end; ++item) {
@@ -365,9 +398,11 @@ void stream_backward(const DepthwiseParams& p, int64_t begin, int64_t end) {
     const Lines lines(p.height, p.strips, item % p.strips);
     for (int64_t i = 0; i < sums_size; ++i) sums[i] = T(0);
     for (int64_t pushed = lines.begin - 1; pushed <= lines.end; ++pushed) {
-      const T* const input = line_of<T>(p, p.input, image, pushed);
-      grads.push(line_of<T>(p, p.grad_output, image, pushed), pushed,
-                 [](Vector<T> g, int64_t, const Block&) OVERLOCK_MM_INLINE_LAMBDA { return g; });
+      if (pushes_grads) {
+        grads.push(line_of<T>(p, p.grad_output, image, pushed), pushed,
+                   [](Vector<T> g, int64_t, const Block&) OVERLOCK_MM_INLINE_LAMBDA { return g; });
+      }
+      const T* const input = pushes_inputs ? line_of<T>(p, p.input, image, pushed) : nullptr;
       if (p.gelu) {
         T* const to = slopes_of(pushed);
         inputs.push(input, pushed, [&](Vector<T> x, int64_t column, const Block& block) OVERLOCK_MM_INLINE_LAMBDA {
@@ -380,20 +415,20 @@ void stream_backward(const DepthwiseParams& p, int64_t begin, int64_t end) {
       }
       const int64_t y = pushed - 1;
       if (y < lines.begin) continue;
+      const Around<T> around_grad = pushes_grads ? grads.around(y) : around_line<T>(p, p.grad_output, image, y);
       if (p.grad_input) {
         T* const to = static_cast<T*>(p.grad_input) + image * image_size + y * p.width * p.channels;
         const T* const slope = p.gelu ? slopes_of(y) : nullptr;
         convolve_line(
-            grads, y, p.channels, weights, p.width, [](const Block&) OVERLOCK_MM_INLINE_LAMBDA { return Vector<T>{}; },
+            around_grad, p.channels, weights, [](const Block&) OVERLOCK_MM_INLINE_LAMBDA { return Vector<T>{}; },
             [&](int64_t x, const Block& block, Vector<T> sum) OVERLOCK_MM_INLINE_LAMBDA {
               if (slope) sum *= load(slope + x * stride + block.first);
               store_repeated(to + x * p.channels, block, sum);
             });
       }
       if (p.grad_weight || p.grad_bias) {
-        StreamedGradient<T> gradient{{}, grads.line(y) + stride, stride, p.channels, sums};
-        for (int ky = 0; ky < 3; ++ky) gradient.lines[ky] = inputs.line(y + ky - 1);
-        in_tiles<kGradientTile>(0, p.width, gradient);
+        const Around<T> around_input = pushes_inputs ? inputs.around(y) : around_line<T>(p, p.input, image, y);
+        in_tiles<kGradientTile>(0, p.width, StreamedGradient<T>{around_input, around_grad, p.channels, sums});
       }
     }
     for (int64_t b = 0; b < blocks; ++b) {

@@ -113,10 +113,11 @@ int64_t strips_for_outputs(int64_t items, int64_t height, int64_t least, int64_t
 }
 
 /// Whether oneDNN's forward, which is PyTorch's, is as fast as the kernels here, or faster
-/// (tools/benchmarks/bench_depthwise.py): it has one that is, in channels_last, for small kernels that reach no further
-/// than 13 positions, and another for large ones. Between them, and on small maps, it is up to three times slower.
+/// (tools/benchmarks/bench_depthwise.py): it has one that is, in channels_last, for kernels of 5 to 8 and dilated ones
+/// that reach no further than 13 positions, and another for large ones. Between them, for a plain 3x3, and on small
+/// maps, it is up to three times slower.
 bool library_is_fast(const Tensor& input, const DepthwiseParams& p) {
-  if (input.scalar_type() != at::kFloat || !at::hasMKLDNN() || !at::globalContext().userEnabledMkldnn() ||
+  if (streams(p) || input.scalar_type() != at::kFloat || !at::hasMKLDNN() || !at::globalContext().userEnabledMkldnn() ||
       p.height * p.width < 512) {
     return false;
   }

@@ -488,10 +488,10 @@ def test_products_stay_products_under_the_clock(tools, monkeypatch):
 
 
 @pytest.mark.parametrize('can', [True, False])
-def test_keeping_freed_memory(bench, monkeypatch, tmp_path, capsys, can):
+def test_keeping_freed_memory(bench, tools, monkeypatch, tmp_path, capsys, can):
     """It is done before anything is measured, the record tells, and a record without it is nothing to go on with."""
     kept = []
-    monkeypatch.setattr(bench, 'keep_freed_memory', lambda: kept.append(1) or can)
+    monkeypatch.setattr(tools.measuring, 'keep_freed_memory', lambda: kept.append(1) or can)
     options = ('--implementations', 'ours-deploy', '--peers', '--json', 'record.json')
     if not can:
         assert bench.main_with(*options, '--keep-freed-memory') == 2

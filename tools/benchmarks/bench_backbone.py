@@ -56,7 +56,6 @@ from measuring import (
     add_machine_options,
     allocated_by,
     copy_rate,
-    describe_machine,
     free_memory,
     image_size,
     is_out_of_memory,
@@ -64,6 +63,7 @@ from measuring import (
     positive_int,
     product_rate,
     resolve_device,
+    set_up_machine,
     spread,
     worst_error,
     write_json,
@@ -71,7 +71,6 @@ from measuring import (
 from published_backbone import published
 from torch import Tensor
 
-from overlock_mm.memory import keep_freed_memory
 from overlock_mm.models import OverLoCK
 from overlock_mm.models.overlock import ARCHITECTURES, OUT_TYPES, resolve_architecture
 
@@ -576,12 +575,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: the record to go on with does not fit, or freed memory cannot be kept.
     """
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if options.keep_freed_memory and not keep_freed_memory():
-        raise ValueError('--keep-freed-memory: the C library is not glibc')
-    cases = chosen_cases(options)
-    machine = dict(describe_machine(options.device), keeps_freed_memory=options.keep_freed_memory)
+    cases, machine = chosen_cases(options), set_up_machine(options)
     before = resumed(options, machine)
     record = dict(machine=machine, settings=settings_of(options), ceilings=None, cases=[], not_run=0)
     kept = [measured_before(before, case) if before else None for case in cases]
@@ -679,10 +673,6 @@ def parse_options(arguments: Optional[list[str]] = None) -> argparse.Namespace:
 
     how = parser.add_argument_group('how to measure')
     add_machine_options(how)
-    how.add_argument(
-        '--keep-freed-memory', action='store_true',
-        help='let the C library give none back to the system: no page faults, whoever came before',
-    )  # fmt: skip
     how.add_argument('--seconds', type=float, default=20, help='for the rounds of a case; default: 20')
     how.add_argument('--min-rounds', type=positive_int, default=3, metavar='N', help='however long they take; default: 3')
     how.add_argument('--max-rounds', type=positive_int, default=50, metavar='N', help='default: 50')

@@ -41,7 +41,6 @@ from measuring import (
     add_machine_options,
     best_rate,
     copy_rate,
-    describe_machine,
     free_memory,
     image_size,
     is_out_of_memory,
@@ -52,6 +51,7 @@ from measuring import (
     product_rate,
     resolve_device,
     saved_bytes,
+    set_up_machine,
     spread,
     worst_error,
     write_json,
@@ -407,12 +407,15 @@ def floor_is_too_high(case: dict[str, Any]) -> bool:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure all cases. The JSON file, if one is asked for, is written anew after each."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    """Measure all cases. The JSON file, if one is asked for, is written anew after each.
+
+    Raises:
+        LookupError: shapes are asked for that only the network knows, which does not import.
+        ValueError: freed memory cannot be kept.
+    """
     cases, source = chosen_cases(options)
     record = dict(
-        machine=describe_machine(options.device),
+        machine=set_up_machine(options),
         settings={
             key: str(value) if key == 'device' else value
             for key, value in vars(options).items()
@@ -499,7 +502,7 @@ def main() -> int:
     else:
         try:
             record = run(options)
-        except LookupError as error:
+        except (LookupError, ValueError) as error:
             print(error, file=sys.stderr)
             return 2
     table = contmix_report.short_table(record) if options.short else contmix_report.full_table(record)

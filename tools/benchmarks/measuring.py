@@ -18,6 +18,7 @@ from typing import Any, Optional
 import torch
 
 import overlock_mm
+from overlock_mm.memory import keep_freed_memory
 from overlock_mm.ops import _extension
 
 DTYPES = {name: getattr(torch, name) for name in ('float32', 'float64', 'float16', 'bfloat16')}
@@ -180,6 +181,19 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     )
 
 
+def set_up_machine(options: argparse.Namespace) -> dict[str, Any]:
+    """Do as the options say, and describe the machine.
+
+    Raises:
+        ValueError: freed memory cannot be kept.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.keep_freed_memory and not keep_freed_memory():
+        raise ValueError('--keep-freed-memory: the C library is not glibc')
+    return dict(describe_machine(options.device), keeps_freed_memory=options.keep_freed_memory)
+
+
 def cpu_name() -> str:
     """With family and model where the name has no number, and is that of many."""
     found: dict[str, str] = {}
@@ -235,12 +249,17 @@ def positive_int(text: str) -> int:
 
 
 def add_machine_options(group: argparse._ArgumentGroup) -> None:
-    """What every benchmark is told of the machine. :func:`resolve_device` completes it."""
+    """What every benchmark is told of the machine, for :func:`resolve_device` and :func:`set_up_machine`."""
     group.add_argument('--device', type=torch.device, help='cpu or cuda; default: the GPU if there is one')
     group.add_argument('--threads', type=positive_int, metavar='N', help="threads on the CPU; default: torch's")
     group.add_argument('--time-limit', type=float, metavar='SECONDS', help='start no more cases after so many seconds')
     group.add_argument('--bandwidth', type=float, metavar='GB/S', help='of memory, in place of a measured one')
     group.add_argument('--flops', type=float, metavar='TFLOP/S', help='two for a multiply-add, in place of a measured rate')
+    group.add_argument(
+        '--keep-freed-memory',
+        action='store_true',
+        help='let the C library give none back to the system: no page faults, whoever came before',
+    )
 
 
 def resolve_device(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -25,12 +25,15 @@ def cast_as_autocast(x: Tensor) -> Tensor:
     """``x`` in autocast's dtype where it is on. As torch's own autocast: float64 is left alone."""
     if not isinstance(x, Tensor):
         return x  # whoever checks arguments says so
-    return x.to(dtype_under_autocast(x))
+    dtype = dtype_under_autocast(x)
+    return x if dtype == x.dtype else x.to(dtype)  # to() takes longer to see that
 
 
 def dtype_under_autocast(x: Tensor) -> torch.dtype:
-    # The meta device, of shapes without data, knows no autocast.
-    device_type = x.device.type
-    if device_type != 'meta' and x.dtype != torch.float64 and is_autocast_enabled(device_type):
-        return autocast_dtype(device_type)
-    return x.dtype
+    dtype = x.dtype
+    if dtype != torch.float64:
+        device_type = x.device.type
+        # The meta device, of shapes without data, knows no autocast.
+        if device_type != 'meta' and is_autocast_enabled(device_type):
+            return autocast_dtype(device_type)
+    return dtype

@@ -19,6 +19,9 @@ from ._maps import DTYPES, is_channels_last
 
 #: PyTorch's forward on contiguous maps is fast for kernels that reach over so many positions, and falls off a cliff beyond.
 _FAST_EXTENT = 13
+#: On maps of fewer positions than these, kernels that reach over fewer than those are faster here, with the copies to
+#: channels_last and back: most of the time of PyTorch's is that of a call.
+_SMALL_MAP, _SMALL_EXTENT = 512, 11
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, dilation: int = 1) -> Tensor:
@@ -198,7 +201,8 @@ def residual_depthwise_norm(
 
 
 def _compiled(x: Tensor) -> bool:
-    return x.device.type == 'cpu' and not _extension.is_exporting() and _extension.compiled_for(x.device)
+    # Asked at every call, while a map goes through the caches: is_cpu takes a seventh of device.type.
+    return x.is_cpu and not _extension.is_exporting() and (not _extension.missing or _extension.compiled_for(x.device))
 
 
 def _conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> Tensor:
@@ -212,9 +216,12 @@ def _pytorch_is_as_fast(x: Tensor, weight: Tensor, dilation: int) -> bool:
     """Of contiguous maps: the compiled operator takes channels_last ones, and chooses there by itself."""
     if is_channels_last(x) or x.dtype == torch.float64 or not torch.backends.mkldnn.enabled:
         return False
+    extent = (weight.shape[-1] - 1) * dilation + 1
+    if extent < _SMALL_EXTENT and x.shape[2] * x.shape[3] < _SMALL_MAP:
+        return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return weight.shape[-1] == 3 and dilation == 1
-    return (weight.shape[-1] - 1) * dilation < _FAST_EXTENT
+    return extent <= _FAST_EXTENT
 
 
 def _check(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable
@@ -368,7 +369,7 @@ def test_every_instruction_set(capability, instruction_set):
     code = """
 import sys
 import torch
-from test_depthwise import CASES, OPERATORS, check, check_gelu
+from test_depthwise import CASES, OPERATORS, check, check_gelu, check_layouts
 failed = []
 for name, settings in (*CASES, ('convolution', dict(kernel_size=31)), ('convolution', dict(kernel_size=13, dilation=2))):
     for channels in (3, 5, 8, 11, 20, 37):
@@ -380,11 +381,29 @@ for name, settings in (*CASES, ('convolution', dict(kernel_size=31)), ('convolut
                 failed.append((name, settings, channels, dtype, str(error)[:100]))
 check_gelu(torch.float32, 1.2e-6)
 check_gelu(torch.float64, 1e-14)
+check_layouts()
 for each in failed:
     print(*each, file=sys.stderr)
 assert not failed, len(failed)
 """
     run_with_instruction_set(code, __file__, capability, instruction_set)
+
+
+def check_layouts() -> None:
+    """What goes from one layout into the other and back arrives where it was: through a kernel that copies."""
+    copy = torch.zeros(3, 3, dtype=torch.float64)
+    copy[1, 1] = 1
+    for batch, channels, height, width in itertools.product((1, 3), (1, 5, 16, 63, 64, 80, 131), (1, 8, 13), (1, 16, 25)):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            x = torch.randn(batch, channels, height, width).to(dtype)
+            weight = copy.expand(channels, 1, 3, 3).to(dtype)
+            out = torch.ops.overlock_mm._depthwise_conv2d(x, weight, None, 1, False, False)
+            assert out.is_contiguous()
+            assert torch.equal(out, x), (batch, channels, height, width, dtype)
+
+
+def test_contiguous_maps_come_back_as_they_were():
+    check_layouts()
 
 
 def check_gelu(dtype: torch.dtype, tolerance: float) -> None:

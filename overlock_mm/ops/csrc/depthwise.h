@@ -8,6 +8,15 @@
 
 namespace overlock_mm {
 
+/// Matrices of (rows, columns), to be laid out by columns.
+struct TransposeParams {
+  static constexpr int64_t kBlock = 64;  ///< rows and columns that are worked on together
+
+  int64_t batch, rows, columns;
+  const void* from;
+  void* to;
+};
+
 /// One convolution, of f(input), where f is GELU or nothing: output = conv(f(input)) + bias, and + f(input) if
 /// residual.
 struct DepthwiseParams {

@@ -83,6 +83,61 @@ struct Lines {
   int64_t count() const { return end - begin; }
 };
 
+// ------------------------------------------------------------------------------------------------------------ layout
+
+/// As many vectors as each has lanes, as the rows of a matrix that is to be transposed: blocks of `size` lanes of two
+/// rows change places, then those of half the size.
+template <typename T, int size = Simd<T>::lanes / 2>
+OVERLOCK_MM_INLINE void transpose_vectors(Vector<T>* rows) {
+  constexpr int lanes = Simd<T>::lanes;
+  if constexpr (size > 0) {
+    typename Simd<T>::Integers upper, lower;
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      upper[i] = i & size ? lanes + i - size : i;
+      lower[i] = i & size ? lanes + i : i + size;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      if (i & size) continue;
+      const Vector<T> a = rows[i], b = rows[i + size];
+      rows[i] = shuffle<T>(a, b, upper);
+      rows[i + size] = shuffle<T>(a, b, lower);
+    }
+    transpose_vectors<T, size / 2>(rows);
+  }
+}
+
+template <typename T>
+void transpose(const TransposeParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Simd<T>::lanes, block = TransposeParams::kBlock;
+  const int64_t row_blocks = (p.rows + block - 1) / block, column_blocks = (p.columns + block - 1) / block;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = item / (row_blocks * column_blocks), of_image = item % (row_blocks * column_blocks);
+    const int64_t first_row = of_image / column_blocks * block, first_column = of_image % column_blocks * block;
+    const int64_t last_row = min(first_row + block, p.rows), last_column = min(first_column + block, p.columns);
+    const T* const from = const_data<T>(p.from) + image * p.rows * p.columns;
+    T* const to = static_cast<T*>(p.to) + image * p.rows * p.columns;
+    for (int64_t row = first_row; row < last_row; row += lanes) {
+      for (int64_t column = first_column; column < last_column; column += lanes) {
+        if (row + lanes <= last_row && column + lanes <= last_column) {
+          Vector<T> tile[lanes];
+#pragma GCC unroll 16
+          for (int i = 0; i < lanes; ++i) tile[i] = load(from + (row + i) * p.columns + column);
+          transpose_vectors<T>(tile);
+#pragma GCC unroll 16
+          for (int i = 0; i < lanes; ++i) store(to + (column + i) * p.rows + row, tile[i]);
+          continue;
+        }
+        for (int64_t y = row; y < min(row + lanes, last_row); ++y) {
+          for (int64_t x = column; x < min(column + lanes, last_column); ++x)
+            to[x * p.rows + y] = from[y * p.columns + x];
+        }
+      }
+    }
+  }
+}
+
 // -------------------------------------------------------------------------------------------------------------- GELU
 
 /// The cumulative distribution function of the normal distribution.
@@ -942,9 +997,9 @@ void combine(const ResponseNormParams& p, int64_t begin, int64_t end) {
 }
 
 template <typename T>
-constexpr MapKernels<T> kMapKernels = {Simd<T>::lanes,       &stream<T>,          &stream_backward<T>,
-                                       &convolve<T>,         &weight_gradient<T>, &branch_statistics<T>,
-                                       &branch_gradients<T>, &channel_sums<T>,    &combine<T>};
+constexpr MapKernels<T> kMapKernels = {
+    Simd<T>::lanes,      &transpose<T>,         &stream<T>,           &stream_backward<T>, &convolve<T>,
+    &weight_gradient<T>, &branch_statistics<T>, &branch_gradients<T>, &channel_sums<T>,    &combine<T>};
 
 }  // namespace
 

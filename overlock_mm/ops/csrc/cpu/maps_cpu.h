@@ -10,9 +10,13 @@ namespace overlock_mm::cpu {
 
 template <typename T>
 struct MapKernels {
+  int64_t lanes;
+
+  /// B * blocks of rows * blocks of columns items.
+  void (*transpose)(const TransposeParams&, int64_t begin, int64_t end);
+
   // A convolution is streamed line by line with all channels (small kernels, which are bound by memory: B * strips
   // items), or done by blocks of channels, as many as a vector has lanes (B * strips * blocks items).
-  int64_t lanes;
   void (*stream)(const DepthwiseParams&, int64_t begin, int64_t end);
   void (*stream_backward)(const DepthwiseParams&, int64_t begin, int64_t end);
   void (*convolve)(const DepthwiseParams&, int64_t begin, int64_t end);

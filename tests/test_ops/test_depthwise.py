@@ -402,6 +402,30 @@ def check_layouts() -> None:
             assert torch.equal(out, x), (batch, channels, height, width, dtype)
 
 
+@pytest.mark.parametrize('shape', [(3, 4), (196, 768), (64, 64), (2, 3, 65, 130), (1, 17), (0, 5), (2, 5, 0)], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+def test_transpose(shape, dtype):
+    x = torch.randn(shape, dtype=dtype)
+    out = torch.ops.overlock_mm._transpose(x)
+    assert out.is_contiguous()
+    assert torch.equal(out, x.transpose(-1, -2))
+    assert out.shape == torch.ops.overlock_mm._transpose(x.to('meta')).shape
+
+
+@pytest.mark.parametrize(
+    'x, error, message',
+    [
+        (torch.zeros(3), ValueError, 'of 2 dimensions or more, got shape'),
+        (torch.zeros(3, 4).t(), ValueError, 'matrices must be contiguous'),
+        (torch.zeros(3, 4, dtype=torch.int64), TypeError, 'matrices must be float32 or float64, got'),
+    ],
+)
+def test_what_is_not_transposed(x, error, message):
+    for each in (x, x.to('meta')):
+        with pytest.raises(error, match=message):
+            torch.ops.overlock_mm._transpose(each)
+
+
 def test_contiguous_maps_come_back_as_they_were():
     check_layouts()
 
@@ -523,6 +547,8 @@ def internal_arguments(name: str, dtype=torch.float32, layout='contiguous') -> l
         return [grad_output, x, convolution[0], 1, True, True, [True, False, True]]
     if name.startswith('_residual_depthwise_norm'):
         return [x, *convolution, gamma, beta, 1e-6, True]
+    if name == '_transpose':
+        return [x.contiguous().to(x.dtype if x.dtype == torch.float64 else torch.float32)]
     if name == '_response_norm':
         return [x, gamma, beta, 1e-6]
     if name == '_response_norm_backward':
@@ -540,7 +566,7 @@ FOR_INFERENCE = ['_residual_depthwise_norm', '_residual_depthwise_norm_']
 
 @pytest.mark.skipif(TORCH < (2, 4), reason='torch < 2.4 has no torch.library.opcheck')
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last', 'slice of channels_last', 'transposed'])
-@pytest.mark.parametrize('name', [*FORWARDS, *BACKWARDS, *FOR_INFERENCE])
+@pytest.mark.parametrize('name', [*FORWARDS, *BACKWARDS, *FOR_INFERENCE, '_transpose'])
 def test_opcheck(name, layout):
     inputs = internal_arguments(name, layout=layout)
     torch.library.opcheck(getattr(torch.ops.overlock_mm, name).default, inputs)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
+from overlock_mm.ops import _extension
 from overlock_mm.ops._products import WEIGHTS_PER_POSITION, conv2d_as_product, has_products, is_faster_as_product
 
 pytestmark = pytest.mark.skipif(not has_products(), reason='this PyTorch has no oneDNN, or not its products')
@@ -55,6 +56,16 @@ def test_results_and_gradients(kernel_size, stride, size, bias, layout):
         assert got[name].shape == each.shape
         assert relative_error(got[name], each) < 1e-6, name
     assert got['out'].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_without_the_compiled_operator(monkeypatch):
+    """PyTorch's own copies do, and give the same bits."""
+    tensors = make()
+    expected = gradients_of(conv2d_as_product, tensors, stride=2)
+    monkeypatch.setattr(_extension, 'missing', 'for a test')
+    got = gradients_of(conv2d_as_product, tensors, stride=2)
+    for name, each in expected.items():
+        assert torch.equal(got[name], each), name
 
 
 @pytest.mark.parametrize('wanted', ['x', 'weight', 'bias'])
@@ -109,6 +120,11 @@ def test_which_it_takes():
     positions = weight.numel() // WEIGHTS_PER_POSITION
     assert takes(torch.randn(1, 64, 1, positions), weight)
     assert not takes(torch.randn(1, 64, 1, positions + 1), weight)
+    # A kernel in channels_last would have to be laid out anew, and so would its gradient.
+    kernel = torch.randn(64, 64, 3, 3)
+    assert takes(x, kernel)
+    assert not takes(x, kernel.contiguous(memory_format=torch.channels_last))
+    assert takes(x, weight.contiguous(memory_format=torch.channels_last))
     # What does not go together is for the convolution to refuse.
     assert not takes(x[:, :5], weight)
     assert not takes(x[0], weight)

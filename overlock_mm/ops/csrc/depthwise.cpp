@@ -42,6 +42,14 @@ void check_depthwise(const Tensor& input, const Tensor& weight, const OptionalTe
   if (bias) check_parameter("bias", *bias, input, {input.sym_size(1)});
 }
 
+void check_matrices(const Tensor& matrices) {
+  const at::ScalarType dtype = matrices.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "matrices must be float32 or float64, got ",
+                   name_of(dtype));
+  TORCH_CHECK_VALUE(matrices.dim() >= 2 && matrices.is_contiguous(),
+                    "matrices must be contiguous, of 2 dimensions or more, got shape ", shape_of(matrices));
+}
+
 void check_residual_depthwise_norm(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                    const Tensor& gamma, const Tensor& beta) {
   check_depthwise(input, weight, bias, /*dilation=*/1, /*gelu=*/false);
@@ -76,6 +84,13 @@ namespace {
 
 Tensor empty_like_map(const Tensor& map) {
   return at::empty_symint(map.sym_sizes(), map.options(), memory_format_of(map));
+}
+
+Tensor transpose_meta(const Tensor& matrices) {
+  check_matrices(matrices);
+  c10::SymDimVector shape(matrices.sym_sizes());
+  std::swap(shape[shape.size() - 1], shape[shape.size() - 2]);
+  return at::empty_symint(shape, matrices.options());
 }
 
 Tensor depthwise_conv2d_meta(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, int64_t dilation,
@@ -152,6 +167,8 @@ std::tuple<Tensor, Tensor, Tensor> response_norm_backward_meta(const Tensor& gra
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(overlock_mm, m) {
+  // The last two dimensions change places, in memory too. It has no derivative.
+  m.def("_transpose(Tensor matrices) -> Tensor");
   // conv(f(input), weight) + bias, and + f(input) if residual, where f is GELU or nothing. Stride 1, same size.
   m.def(
       "_depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias, int dilation, bool residual, bool gelu) -> Tensor");
@@ -185,6 +202,7 @@ TORCH_LIBRARY_FRAGMENT(overlock_mm, m) {
 }
 
 TORCH_LIBRARY_IMPL(overlock_mm, Meta, m) {
+  m.impl("_transpose", &transpose_meta);
   m.impl("_depthwise_conv2d", &depthwise_conv2d_meta);
   m.impl("_depthwise_conv2d_backward", &depthwise_conv2d_backward_meta);
   m.impl("_branch_norms", &branch_norms_meta);

@@ -12,6 +12,7 @@ void check_grad_output(const Tensor& grad_output, const Tensor& input);
 void check_parameter(const char* name, const Tensor& parameter, const Tensor& input, c10::SymIntArrayRef shape);
 void check_depthwise(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, int64_t dilation,
                      bool gelu);
+void check_matrices(const Tensor& matrices);
 void check_residual_depthwise_norm(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                    const Tensor& gamma, const Tensor& beta);
 void check_branches(const Tensor& input, const Tensor& weights, const Tensor& norm_weights,

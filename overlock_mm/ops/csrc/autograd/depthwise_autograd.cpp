@@ -194,7 +194,7 @@ void residual_depthwise_norm_inplace_version(Tensor& input, const Tensor& weight
 TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) {
   // These have no derivative, and say so if one is asked for.
   for (const char* name : {"_depthwise_conv2d_backward", "_branch_norms_backward", "_response_norm_backward",
-                           "_residual_depthwise_norm"}) {
+                           "_residual_depthwise_norm", "_transpose"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
   m.impl("_depthwise_conv2d", &depthwise_conv2d_autograd);

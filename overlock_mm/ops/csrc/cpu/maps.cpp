@@ -29,6 +29,15 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ------------------------------------------------------------------------------------------------------------ layout
 
+/// Matrices of (rows, columns) at `from`, laid out by columns at `to`.
+void transpose_into(const Tensor& from, const Tensor& to, int64_t batch, int64_t rows, int64_t columns) {
+  const TransposeParams p{batch, rows, columns, from.data_ptr(), to.data_ptr()};
+  const int64_t blocks = divide_up(rows, p.kBlock) * divide_up(columns, p.kBlock);
+  with_kernels(from.scalar_type(), [&](const auto& kernel) {
+    in_parallel(batch * blocks, [&](int64_t begin, int64_t end) { kernel.transpose(p, begin, end); });
+  });
+}
+
 /// A map of float32 or float64 in that layout. (ATen's copy from one layout into the other takes ten times as long as
 /// moving the bytes, and a hundred times where the lines of an image lie a power of two apart.)
 Tensor in_layout(const Tensor& map, at::MemoryFormat format) {
@@ -37,16 +46,21 @@ Tensor in_layout(const Tensor& map, at::MemoryFormat format) {
   if (map.is_contiguous(format) || !map.is_contiguous(other) || map.numel() == 0) return map.contiguous(format);
   const Tensor out = at::empty(map.sizes(), map.options(), format);
   const int64_t channels = map.size(1), positions = map.size(2) * map.size(3);
-  TransposeParams p{};
-  p.batch = map.size(0);
-  p.rows = to_channels_last ? channels : positions;
-  p.columns = to_channels_last ? positions : channels;
-  p.from = map.data_ptr();
-  p.to = out.data_ptr();
-  const int64_t blocks = divide_up(p.rows, p.kBlock) * divide_up(p.columns, p.kBlock);
-  with_kernels(map.scalar_type(), [&](const auto& kernel) {
-    in_parallel(p.batch * blocks, [&](int64_t begin, int64_t end) { kernel.transpose(p, begin, end); });
-  });
+  if (to_channels_last) {
+    transpose_into(map, out, map.size(0), channels, positions);
+  } else {
+    transpose_into(map, out, map.size(0), positions, channels);
+  }
+  return out;
+}
+
+Tensor transpose_cpu(const Tensor& matrices) {
+  check_matrices(matrices);
+  const int64_t rows = matrices.size(-2), columns = matrices.size(-1);
+  at::DimVector shape(matrices.sizes());
+  std::swap(shape[shape.size() - 1], shape[shape.size() - 2]);
+  const Tensor out = at::empty(shape, matrices.options());
+  if (out.numel() > 0) transpose_into(matrices, out, out.numel() / (rows * columns), rows, columns);
   return out;
 }
 
@@ -575,6 +589,7 @@ std::tuple<Tensor, Tensor, Tensor> response_norm_backward_cpu(const Tensor& grad
 }  // namespace
 
 TORCH_LIBRARY_IMPL(overlock_mm, CPU, m) {
+  m.impl("_transpose", &transpose_cpu);
   m.impl("_depthwise_conv2d", &depthwise_conv2d_cpu);
   m.impl("_depthwise_conv2d_backward", &depthwise_conv2d_backward_cpu);
   m.impl("_branch_norms", &branch_norms_cpu);

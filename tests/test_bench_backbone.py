@@ -14,6 +14,7 @@ from conftest import ROOT, run_script
 from overlock_mm.models import OverLoCK, convolutions
 from overlock_mm.models.overlock import ARCHITECTURES
 from overlock_mm.ops import _products
+from overlock_mm.versions import version_numbers
 
 FOLDER = ROOT / 'tools' / 'benchmarks'
 SCRIPT = FOLDER / 'bench_backbone.py'
@@ -25,6 +26,7 @@ FAST = (
 SMALLEST = dict(
     channels=(8, 12, 24, 40), depths=(1, 1, 1, 1), sub_depths=(1, 1), num_groups=(2, 4), kernel_sizes=(9, 7, 5, 5)
 )
+PLAIN_CASE = ('arch', 'out_type', 'size', 'batch', 'dtype', 'cast', 'mode', 'implementations')
 NAMES = ('bench_backbone', 'backbone_parts', 'backbone_report', 'measuring', 'published_backbone')
 
 
@@ -485,6 +487,23 @@ def test_products_stay_products_under_the_clock(tools, monkeypatch):
     assert len(products) == 1
     assert parts['1x1 convolutions'] > 0
     assert _products._number_of_modes() == 0
+
+
+@pytest.mark.skipif(version_numbers(torch.__version__)[:2] < (2, 4), reason='AdamW is fused on the CPU from torch 2.4 on')
+def test_fused_adamw(bench, tmp_path, capsys):
+    """A case of its own, named in the tables; an older record knows nothing of it, and its cases are those without."""
+    options = ('--mode', 'train', '--implementations', 'ours', '--peers', '--json', 'record.json')
+    assert bench.main_with(*options, '--fused-adamw') == 0
+    assert '\ntrain, fused AdamW, float32\n' in capsys.readouterr().out
+    (case,) = read(tmp_path / 'record.json')['cases']
+    assert case['fused_adamw'] is True
+    del case['fused_adamw']
+    plain, fused = bench.Case(**{name: case[name] for name in PLAIN_CASE}), bench.key_of({**case, 'fused_adamw': True})
+    assert bench.key_of(case) == plain.key != fused
+    for chosen in (False, True):
+        runner_case = bench.Case(**{name: case[name] for name in PLAIN_CASE}, fused_adamw=chosen)
+        runner = bench.Runner('ours', runner_case, torch.nn.Conv2d(3, 4, 1), torch.randn(1, 3, 8, 8), torch.device('cpu'))
+        assert bool(runner.optimizer.defaults['fused']) == chosen
 
 
 @pytest.mark.parametrize('can', [True, False])

@@ -29,7 +29,11 @@ STYLES = {
 
 
 def label(case: dict[str, Any]) -> str:
-    return f'{short_label(case)}, {precision(case)}, {case["mode"]}'
+    return f'{short_label(case)}, {precision(case)}, {mode_of(case)}'
+
+
+def mode_of(case: dict[str, Any]) -> str:
+    return case['mode'] + (', fused AdamW' if case.get('fused_adamw') else '')
 
 
 def short_label(case: dict[str, Any]) -> str:
@@ -93,7 +97,7 @@ def sections(record: dict[str, Any]) -> list[tuple[str, Table]]:
     found = []
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for case in record['cases']:
-        groups.setdefault((case['mode'], precision(case)), []).append(case)
+        groups.setdefault((mode_of(case), precision(case)), []).append(case)
     for (mode, dtype), cases in groups.items():
         found.append((f'{mode}, {dtype}', table_of(cases)))
     for case in record['cases']:
@@ -137,6 +141,7 @@ def curves(record: dict[str, Any], dtype: Optional[str] = None) -> list[tuple[st
     Of one variant and precision, those of most cases.
     """
     cases = [case for case in record['cases'] if dtype in (None, case['dtype'])]
+    cases = [case for case in cases if not case.get('fused_adamw')] or cases
     if not cases:
         return []
 

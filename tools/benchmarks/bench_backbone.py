@@ -123,11 +123,12 @@ class Case:
     mode: str
     implementations: tuple[str, ...]
     breakdown: tuple[str, ...] = ()  #: those of them that are taken apart
+    fused_adamw: bool = False  #: a step of AdamW is one kernel, not one after the other for each parameter
 
     @property
     def key(self) -> tuple:
         """Cases that differ in nothing else are the same."""
-        return self.arch, self.out_type, tuple(self.size), self.batch, self.dtype, self.cast, self.mode
+        return self.arch, self.out_type, tuple(self.size), self.batch, self.dtype, self.cast, self.mode, self.fused_adamw
 
 
 # ------------------------------------------------------------------------------------------------------ implementations
@@ -225,7 +226,8 @@ class Runner:
         self.cotangents: list[Tensor] = []
         if self.training:
             # A rate of 0 does all the work of a step and leaves the weights as they are.
-            self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            self.optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=case.fused_adamw or None)
         if name == 'ours-compiled':
             # For one shape at a time: nothing of the last one is to count towards the limit of recompilations.
             torch._dynamo.reset()
@@ -467,7 +469,8 @@ def chosen_cases(options: argparse.Namespace) -> list[Case]:
         names = options.implementations or DEFAULT_IMPLEMENTATIONS[mode]
         names = (*(name for name in names if mode in IMPLEMENTATIONS[name]), *options.peers)
         breakdown = tuple(name for name in names if can_be_taken_apart(name)) if options.breakdown else ()
-        cases.append(Case(arch, options.out_type, size, batch, dtype, options.cast, mode, names, breakdown))
+        fused = options.fused_adamw and mode == 'train'
+        cases.append(Case(arch, options.out_type, size, batch, dtype, options.cast, mode, names, breakdown, fused))
     return cases
 
 
@@ -510,7 +513,8 @@ def everything(on_gpu: bool) -> list[Case]:
 
 def key_of(recorded: dict[str, Any]) -> tuple:
     """:attr:`Case.key` of a case in a record."""
-    return Case(**{field.name: recorded[field.name] for field in fields(Case)}).key
+    # What a Case has not always had is not in older records.
+    return Case(**{field.name: recorded[field.name] for field in fields(Case) if field.name in recorded}).key
 
 
 def measured_before(record: dict[str, Any], case: Case) -> Optional[dict[str, Any]]:
@@ -668,6 +672,7 @@ def parse_options(arguments: Optional[list[str]] = None) -> argparse.Namespace:
         '--peers', nargs='*', default=list(DEFAULT_PEERS), choices=PEERS, metavar='NAME',
         help=f'of {", ".join(PEERS)}; default: {", ".join(DEFAULT_PEERS)}; none if no name follows',
     )  # fmt: skip
+    what.add_argument('--fused-adamw', action='store_true', help='AdamW(fused=True), on the CPU from torch 2.4 on')
     what.add_argument('--breakdown', action='store_true', help='where the time goes')
     what.add_argument('--everything', action='store_true', help='a plan of its own, in place of the above; an hour or two')
 

@@ -369,7 +369,7 @@ def test_every_instruction_set(capability, instruction_set):
     code = """
 import sys
 import torch
-from test_depthwise import CASES, OPERATORS, check, check_gelu, check_layouts
+from test_depthwise import CASES, OPERATORS, check, check_bfloat16, check_gelu, check_layouts
 failed = []
 for name, settings in (*CASES, ('convolution', dict(kernel_size=31)), ('convolution', dict(kernel_size=13, dilation=2))):
     for channels in (3, 5, 8, 11, 20, 37):
@@ -382,6 +382,7 @@ for name, settings in (*CASES, ('convolution', dict(kernel_size=31)), ('convolut
 check_gelu(torch.float32, 1.2e-6)
 check_gelu(torch.float64, 1e-14)
 check_layouts()
+check_bfloat16()
 for each in failed:
     print(*each, file=sys.stderr)
 assert not failed, len(failed)
@@ -400,6 +401,27 @@ def check_layouts() -> None:
             out = torch.ops.overlock_mm._depthwise_conv2d(x, weight, None, 1, False, False)
             assert out.is_contiguous()
             assert torch.equal(out, x), (batch, channels, height, width, dtype)
+
+
+def check_bfloat16() -> None:
+    """Products with one number, read from bfloat16, rounded to it: to the last bit as torch's conversion does."""
+    for channels in (3, 16, 37, 64):
+        x = torch.randn(2, channels, 33, 19).mul(10.0 ** torch.randint(-38, 38, (2, channels, 33, 19)))
+        x[:, 1] = torch.nan
+        x[:, 2] = torch.arange(33 * 19).view(33, 19) * 2.0**-133  # denormal
+        x = x.bfloat16().contiguous(memory_format=torch.channels_last)
+        weight = torch.zeros(channels, 1, 3, 3)
+        weight[:, :, 1, 1] = torch.randn(channels, 1)
+        out = torch.ops.overlock_mm._depthwise_conv2d(x, weight, None, 1, False, False)
+        expected = (x.float() * weight[:, :, 1, 1].view(1, -1, 1, 1)).bfloat16()
+        assert torch.equal(out.nan_to_num(nan=7), expected.nan_to_num(nan=7)), channels
+        assert out[:, 1].isnan().all()
+        (grad, _, _) = torch.ops.overlock_mm._depthwise_conv2d_backward(x, x, weight, 1, False, False, [True, False, False])
+        assert torch.equal(grad.nan_to_num(nan=7), expected.nan_to_num(nan=7)), channels
+
+
+def test_bfloat16_is_read_and_written_as_torch_does():
+    check_bfloat16()
 
 
 @pytest.mark.parametrize('shape', [(3, 4), (196, 768), (64, 64), (2, 3, 65, 130), (1, 17), (0, 5), (2, 5, 0)], ids=str)

@@ -30,6 +30,7 @@ struct DepthwiseParams {
   const void* bias;    ///< (C), or null
   void* output;        ///< map
   // Of the streamed form.
+  bool bfloat16;        ///< maps are bfloat16, all else float32
   void* squares;        ///< (B, strips, C): sums of the output's squares, or null
   const void* borders;  ///< in place: (B, strips - 1, 2, W, C), the input's lines on both sides of a cut; else null
 

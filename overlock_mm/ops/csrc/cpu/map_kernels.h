@@ -35,11 +35,11 @@ inline Block block_of(int64_t channels, int64_t index) {
 }
 
 /// Channels of the position at `from`.
-template <typename T>
-OVERLOCK_MM_INLINE Vector<T> load_block(const T* from, const Block& block) {
-  if (block.count == Simd<T>::lanes) return load(from + block.first);
-  Vector<T> out{};
-  for (int64_t i = 0; i < block.count; ++i) out[i] = from[i];
+template <typename E>
+OVERLOCK_MM_INLINE Vector<Computed<E>> load_block(const E* from, const Block& block) {
+  if (block.count == Simd<Computed<E>>::lanes) return load(from + block.first);
+  Vector<Computed<E>> out{};
+  for (int64_t i = 0; i < block.count; ++i) out[i] = load_one(from + i);
   return out;
 }
 
@@ -53,12 +53,12 @@ OVERLOCK_MM_INLINE void store_block(T* to, const Block& block, Vector<T> x) {
 }
 
 /// The same where all channels are written by one thread: repeated ones are written twice.
-template <typename T>
-OVERLOCK_MM_INLINE void store_repeated(T* to, const Block& block, Vector<T> x) {
-  if (block.count == Simd<T>::lanes) {
+template <typename E>
+OVERLOCK_MM_INLINE void store_repeated(E* to, const Block& block, Vector<Computed<E>> x) {
+  if (block.count == Simd<Computed<E>>::lanes) {
     store(to + block.first, x);
   } else {
-    for (int64_t i = 0; i < block.count; ++i) to[i] = x[i];
+    for (int64_t i = 0; i < block.count; ++i) store_one(to + i, x, i);
   }
 }
 
@@ -188,20 +188,19 @@ constexpr int kStreamTile = kVectorBytes == 64 ? 8 : 4;  // positions of a line 
 constexpr int kGradientTile = kVectorBytes == 64 ? 8 : 4;
 
 /// A line of a map with its neighbours, all channels of a position side by side.
-template <typename T>
+template <typename E>
 struct Around {
-  const T*
-      lines[kStreamed];  ///< position 0 of the line above, of the line, and of the line below; null: outside the map
+  const E* lines[kStreamed];  ///< position 0 of the lines above, here and below; null: outside the map
   int64_t stride, width;
 
   /// Channels from `first` on of n positions of a line and of their neighbours; zeros for those outside the map.
   template <int n>
-  OVERLOCK_MM_INLINE void load_positions(int line, int64_t x, int64_t first, Vector<T>* in) const {
-    const T* const at = lines[line] + x * stride + first;
-    in[0] = x > 0 ? load(at - stride) : Vector<T>{};
+  OVERLOCK_MM_INLINE void load_positions(int line, int64_t x, int64_t first, Vector<Computed<E>>* in) const {
+    const E* const at = lines[line] + x * stride + first;
+    in[0] = x > 0 ? load(at - stride) : Vector<Computed<E>>{};
 #pragma GCC unroll 8
     for (int i = 0; i < n; ++i) in[i + 1] = load(at + i * stride);
-    in[n + 1] = x + n < width ? load(at + n * stride) : Vector<T>{};
+    in[n + 1] = x + n < width ? load(at + n * stride) : Vector<Computed<E>>{};
     // The lines above are in the cache. The processor does not foresee the way of a tile over this one.
     if (line == kStreamed - 1) {
 #pragma GCC unroll 8
@@ -211,15 +210,15 @@ struct Around {
 };
 
 /// Line y of an image (H, W, C), null outside of it.
-template <typename T>
-const T* line_of(const DepthwiseParams& p, const void* map, int64_t image, int64_t y) {
-  return y < 0 || y >= p.height ? nullptr : const_data<T>(map) + (image * p.height + y) * p.width * p.channels;
+template <typename E>
+const E* line_of(const DepthwiseParams& p, const void* map, int64_t image, int64_t y) {
+  return y < 0 || y >= p.height ? nullptr : const_data<E>(map) + (image * p.height + y) * p.width * p.channels;
 }
 
 /// Line y where it lies. Only for as many channels as a vector has lanes, or more: Ring is for the others.
-template <typename T>
-Around<T> around_line(const DepthwiseParams& p, const void* map, int64_t image, int64_t y) {
-  return {{line_of<T>(p, map, image, y - 1), line_of<T>(p, map, image, y), line_of<T>(p, map, image, y + 1)},
+template <typename E>
+Around<E> around_line(const DepthwiseParams& p, const void* map, int64_t image, int64_t y) {
+  return {{line_of<E>(p, map, image, y - 1), line_of<E>(p, map, image, y), line_of<E>(p, map, image, y + 1)},
           p.channels,
           p.width};
 }
@@ -245,8 +244,8 @@ class Ring {
   }
 
   /// Take in line y, (W, C) at `from`: function(vector) of it. Nothing for a line outside the map, which is null.
-  template <typename Function>
-  OVERLOCK_MM_INLINE void push(const T* from, int64_t y, Function function) {
+  template <typename E, typename Function>
+  OVERLOCK_MM_INLINE void push(const E* from, int64_t y, Function function) {
     if (!from) return;
     T* to = line(y);
     const int64_t blocks = number_of_blocks<T>(p_.channels);
@@ -265,8 +264,8 @@ class Ring {
 };
 
 /// Sums of n positions from x on over the 3x3 taps around them.
-template <typename T, int n>
-OVERLOCK_MM_INLINE void convolve_streamed(const Around<T>& around, int64_t x, int64_t first, const T* weights,
+template <typename T, int n, typename E>
+OVERLOCK_MM_INLINE void convolve_streamed(const Around<E>& around, int64_t x, int64_t first, const T* weights,
                                           Vector<T> start, Vector<T>* sums) {
 #pragma GCC unroll 8
   for (int i = 0; i < n; ++i) sums[i] = start;
@@ -293,9 +292,9 @@ OVERLOCK_MM_INLINE void in_tiles(int64_t x, int64_t width, Tile tile) {
 
 /// A line, convolved. Tiles go through all channels before the next tile: what lies side by side is read
 /// and written together.
-template <typename T, typename Start, typename Finish>
+template <typename T, typename E, typename Start, typename Finish>
 struct StreamedLine {
-  Around<T> around;
+  Around<E> around;
   int64_t channels;
   const T* weights;  ///< (blocks, 9, lanes)
   Start start;       ///< of a block: what its sums begin with
@@ -323,11 +322,11 @@ struct StreamedLine {
   }
 };
 
-template <typename T, typename Start, typename Finish>
-OVERLOCK_MM_INLINE void convolve_line(const Around<T>& around, int64_t channels, const T* weights, Start start,
+template <typename T, typename E, typename Start, typename Finish>
+OVERLOCK_MM_INLINE void convolve_line(const Around<E>& around, int64_t channels, const T* weights, Start start,
                                       Finish finish, T* squares = nullptr) {
   in_tiles<kStreamTile>(0, around.width,
-                        StreamedLine<T, Start, Finish>{around, channels, weights, start, finish, squares});
+                        StreamedLine<T, E, Start, Finish>{around, channels, weights, start, finish, squares});
 }
 
 /// The weights of all blocks, (blocks, 9, lanes), with the residual connection as a 1 on the middle tap.
@@ -342,8 +341,9 @@ void pack_streamed_weights(const DepthwiseParams& p, bool flipped, T* to) {
   }
 }
 
-template <typename T>
-void stream(const DepthwiseParams& p, int64_t begin, int64_t end) {
+/// Maps of E, computed with in T.
+template <typename T, typename E>
+void stream_maps(const DepthwiseParams& p, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<T>::lanes, taps = kStreamed * kStreamed;
   const int64_t blocks = number_of_blocks<T>(p.channels);
   Scratch<T> scratch(Ring<T>::size(p.channels, p.width) + blocks * (taps + 1) * lanes);
@@ -358,14 +358,14 @@ void stream(const DepthwiseParams& p, int64_t begin, int64_t end) {
 
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / p.strips, strip = item % p.strips;
-    T* const output = static_cast<T*>(p.output) + image * image_size;
+    E* const output = static_cast<E*>(p.output) + image * image_size;
     const Lines lines(p.height, p.strips, strip);
     for (int64_t i = 0; squares && i < blocks * lanes; ++i) squares[i] = T(0);
     for (int64_t pushed = lines.begin - 1; pushed <= lines.end; ++pushed) {
-      const T* from = pushes ? line_of<T>(p, p.input, image, pushed) : nullptr;
+      const E* from = pushes ? line_of<E>(p, p.input, image, pushed) : nullptr;
       if (p.borders && from && (pushed < lines.begin || pushed == lines.end)) {
         const int64_t border = pushed < lines.begin ? 2 * strip - 2 : 2 * strip + 1;
-        from = const_data<T>(p.borders) + (image * 2 * (p.strips - 1) + border) * p.width * p.channels;
+        from = const_data<E>(p.borders) + (image * 2 * (p.strips - 1) + border) * p.width * p.channels;
       }
       if (p.gelu) {
         ring.push(from, pushed,
@@ -375,13 +375,20 @@ void stream(const DepthwiseParams& p, int64_t begin, int64_t end) {
       }
       const int64_t y = pushed - 1;
       if (y < lines.begin) continue;
-      T* const to = output + y * p.width * p.channels;
-      convolve_line(
-          pushes ? ring.around(y) : around_line<T>(p, p.input, image, y), p.channels, weights,
-          [&](const Block& block) OVERLOCK_MM_INLINE_LAMBDA { return bias ? load_block(bias, block) : Vector<T>{}; },
-          [&](int64_t x, const Block& block, Vector<T> sum)
-              OVERLOCK_MM_INLINE_LAMBDA { store_repeated(to + x * p.channels, block, sum); },
-          squares);
+      E* const to = output + y * p.width * p.channels;
+      const auto convolve = [&](const auto& around) OVERLOCK_MM_INLINE_LAMBDA {
+        convolve_line<T>(
+            around, p.channels, weights,
+            [&](const Block& block) OVERLOCK_MM_INLINE_LAMBDA { return bias ? load_block(bias, block) : Vector<T>{}; },
+            [&](int64_t x, const Block& block, Vector<T> sum)
+                OVERLOCK_MM_INLINE_LAMBDA { store_repeated(to + x * p.channels, block, sum); },
+            squares);
+      };
+      if (pushes) {
+        convolve(ring.around(y));
+      } else {
+        convolve(around_line<E>(p, p.input, image, y));
+      }
     }
     for (int64_t b = 0; squares && b < blocks; ++b)
       store_repeated(static_cast<T*>(p.squares) + item * p.channels, block_of<T>(p.channels, b),
@@ -389,11 +396,19 @@ void stream(const DepthwiseParams& p, int64_t begin, int64_t end) {
   }
 }
 
-/// Gradients of the taps, and of the bias, at the positions of a line, added up.
 template <typename T>
+void stream(const DepthwiseParams& p, int64_t begin, int64_t end) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (p.bfloat16) return stream_maps<T, BFloat16>(p, begin, end);
+  }
+  stream_maps<T, T>(p, begin, end);
+}
+
+/// Gradients of the taps, and of the bias, at the positions of a line, added up.
+template <typename T, typename I, typename G>
 struct StreamedGradient {
-  Around<T> inputs;  ///< f(input)
-  Around<T> grads;
+  Around<I> inputs;  ///< f(input)
+  Around<G> grads;
   int64_t channels;
   T* sums;  ///< (blocks, 10, lanes)
 
@@ -429,9 +444,15 @@ struct StreamedGradient {
   }
 };
 
+template <typename T, typename I, typename G>
+OVERLOCK_MM_INLINE StreamedGradient<T, I, G> streamed_gradient(const Around<I>& inputs, const Around<G>& grads,
+                                                               int64_t channels, T* sums) {
+  return {inputs, grads, channels, sums};
+}
+
 /// All gradients in one pass over input and grad_output.
-template <typename T>
-void stream_backward(const DepthwiseParams& p, int64_t begin, int64_t end) {
+template <typename T, typename E>
+void stream_maps_backward(const DepthwiseParams& p, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<T>::lanes, taps = kStreamed * kStreamed;
   const int64_t blocks = number_of_blocks<T>(p.channels);
   const int64_t ring_size = Ring<T>::size(p.channels, p.width), sums_size = blocks * (taps + 1) * lanes;
@@ -454,10 +475,10 @@ void stream_backward(const DepthwiseParams& p, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < sums_size; ++i) sums[i] = T(0);
     for (int64_t pushed = lines.begin - 1; pushed <= lines.end; ++pushed) {
       if (pushes_grads) {
-        grads.push(line_of<T>(p, p.grad_output, image, pushed), pushed,
+        grads.push(line_of<E>(p, p.grad_output, image, pushed), pushed,
                    [](Vector<T> g, int64_t, const Block&) OVERLOCK_MM_INLINE_LAMBDA { return g; });
       }
-      const T* const input = pushes_inputs ? line_of<T>(p, p.input, image, pushed) : nullptr;
+      const E* const input = pushes_inputs ? line_of<E>(p, p.input, image, pushed) : nullptr;
       if (p.gelu) {
         T* const to = slopes_of(pushed);
         inputs.push(input, pushed, [&](Vector<T> x, int64_t column, const Block& block) OVERLOCK_MM_INLINE_LAMBDA {
@@ -470,20 +491,26 @@ void stream_backward(const DepthwiseParams& p, int64_t begin, int64_t end) {
       }
       const int64_t y = pushed - 1;
       if (y < lines.begin) continue;
-      const Around<T> around_grad = pushes_grads ? grads.around(y) : around_line<T>(p, p.grad_output, image, y);
-      if (p.grad_input) {
-        T* const to = static_cast<T*>(p.grad_input) + image * image_size + y * p.width * p.channels;
-        const T* const slope = p.gelu ? slopes_of(y) : nullptr;
-        convolve_line(
-            around_grad, p.channels, weights, [](const Block&) OVERLOCK_MM_INLINE_LAMBDA { return Vector<T>{}; },
-            [&](int64_t x, const Block& block, Vector<T> sum) OVERLOCK_MM_INLINE_LAMBDA {
-              if (slope) sum *= load(slope + x * stride + block.first);
-              store_repeated(to + x * p.channels, block, sum);
-            });
-      }
-      if (p.grad_weight || p.grad_bias) {
-        const Around<T> around_input = pushes_inputs ? inputs.around(y) : around_line<T>(p, p.input, image, y);
-        in_tiles<kGradientTile>(0, p.width, StreamedGradient<T>{around_input, around_grad, p.channels, sums});
+      const auto differentiate = [&](const auto& around_input, const auto& around_grad) OVERLOCK_MM_INLINE_LAMBDA {
+        if (p.grad_input) {
+          E* const to = static_cast<E*>(p.grad_input) + image * image_size + y * p.width * p.channels;
+          const T* const slope = p.gelu ? slopes_of(y) : nullptr;
+          convolve_line<T>(
+              around_grad, p.channels, weights, [](const Block&) OVERLOCK_MM_INLINE_LAMBDA { return Vector<T>{}; },
+              [&](int64_t x, const Block& block, Vector<T> sum) OVERLOCK_MM_INLINE_LAMBDA {
+                if (slope) sum *= load(slope + x * stride + block.first);
+                store_repeated(to + x * p.channels, block, sum);
+              });
+        }
+        if (p.grad_weight || p.grad_bias)
+          in_tiles<kGradientTile>(0, p.width, streamed_gradient<T>(around_input, around_grad, p.channels, sums));
+      };
+      if (pushes_grads) {
+        differentiate(inputs.around(y), grads.around(y));
+      } else if (pushes_inputs) {
+        differentiate(inputs.around(y), around_line<E>(p, p.grad_output, image, y));
+      } else {
+        differentiate(around_line<E>(p, p.input, image, y), around_line<E>(p, p.grad_output, image, y));
       }
     }
     for (int64_t b = 0; b < blocks; ++b) {
@@ -497,6 +524,14 @@ void stream_backward(const DepthwiseParams& p, int64_t begin, int64_t end) {
       }
     }
   }
+}
+
+template <typename T>
+void stream_backward(const DepthwiseParams& p, int64_t begin, int64_t end) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (p.bfloat16) return stream_maps_backward<T, BFloat16>(p, begin, end);
+  }
+  stream_maps_backward<T, T>(p, begin, end);
 }
 
 // --------------------------------------------------------------------------------------------------------- by blocks

@@ -1,5 +1,6 @@
 // Static depth-wise convolutions and response norms for tensors on the CPU.
 #include <ATen/Context.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -76,6 +77,12 @@ Tensor as_output(const Tensor& map, const Tensor& like) {
   return in_layout(map, memory_format_of(like)).to(like.scalar_type());
 }
 
+/// Maps as the streamed kernels take them, which read and write bfloat16 too.
+Tensor as_streamed_input(const Tensor& map) {
+  const bool as_it_is = map.scalar_type() == at::kBFloat16 && map.is_contiguous(at::MemoryFormat::ChannelsLast);
+  return as_it_is ? map : as_input(map);
+}
+
 Tensor as_parameter(const Tensor& parameter, const Tensor& input) {
   return parameter.to(accumulation_type(input)).contiguous();
 }
@@ -121,6 +128,7 @@ Tensor sum_of_channels(const Tensor& map) { return sums_of_products(map, map).se
 
 // -------------------------------------------------------------------------------------------------------- one branch
 
+bool streams(const Tensor& weight, int64_t dilation) { return weight.size(2) == 3 && dilation == 1; }
 bool streams(const DepthwiseParams& p) { return p.kernel_size == 3 && p.dilation == 1; }
 
 DepthwiseParams params_of(const Tensor& input, const Tensor& weight, int64_t dilation, bool residual, bool gelu) {
@@ -133,6 +141,7 @@ DepthwiseParams params_of(const Tensor& input, const Tensor& weight, int64_t dil
   p.dilation = dilation;
   p.residual = residual;
   p.gelu = gelu;
+  p.bfloat16 = input.scalar_type() == at::kBFloat16;
   p.input = input.data_ptr();
   p.weight = weight.data_ptr();
   return p;
@@ -158,6 +167,21 @@ bool library_is_fast(const Tensor& input, const DepthwiseParams& p) {
   }
   const int64_t extent = (p.kernel_size - 1) * p.dilation + 1;
   return (p.kernel_size <= 8 && extent <= 13) || (p.kernel_size >= 14 && p.dilation == 1);
+}
+
+/// The same for maps and kernels of bfloat16 on a processor that has it: kernels here but the streamed ones go through
+/// float32. Its forward, that is: PyTorch's gradients of dilated ones are wrong there (torch 2.11).
+bool library_is_fast_in_bfloat16(const Tensor& input, const Tensor& weight, int64_t dilation) {
+  static const bool has_bfloat16 = [] {
+    const auto asked = c10::Dispatcher::singleton().findSchema({"mkldnn::_is_mkldnn_bf16_supported", ""});
+    return asked && asked->typed<bool()>().call();
+  }();
+  const int64_t kernel_size = weight.size(2), extent = (kernel_size - 1) * dilation + 1;
+  return has_bfloat16 && !streams(weight, dilation) && at::globalContext().userEnabledMkldnn() &&
+         input.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16 &&
+         memory_format_of(input) == at::MemoryFormat::ChannelsLast &&
+         input.is_contiguous(at::MemoryFormat::ChannelsLast) && input.size(2) * input.size(3) >= 512 &&
+         ((kernel_size <= 9 && extent <= 13) || (kernel_size >= 14 && dilation == 1));
 }
 
 Tensor convolve_by_library(const Tensor& input, const Tensor& weight, const Tensor& bias, int64_t dilation,
@@ -228,7 +252,9 @@ Tensor weight_gradient(const Tensor& grad_output, const Tensor& input, const Ten
 Tensor depthwise_conv2d_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, int64_t dilation,
                             bool residual, bool gelu) {
   check_depthwise(input, weight, bias, dilation, gelu);
-  const Tensor map = as_input(input);
+  if (!residual && !gelu && input.numel() > 0 && library_is_fast_in_bfloat16(input, weight, dilation))
+    return convolve_by_library(input, weight, bias.value_or(Tensor()), dilation, /*residual=*/false);
+  const Tensor map = streams(weight, dilation) ? as_streamed_input(input) : as_input(input);
   return as_output(convolve(map, as_parameter(weight, input), bias ? as_parameter(*bias, input) : Tensor(), dilation,
                             residual, gelu),
                    input);
@@ -239,8 +265,10 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward_cpu(const Tensor& g
                                                                  bool gelu, std::array<bool, 3> output_mask) {
   check_depthwise(input, weight, OptionalTensor(), dilation, gelu);
   check_grad_output(grad_output, input);
-  const Tensor map = as_input(input), grad = as_input(grad_output), kernel_weight = as_parameter(weight, input);
-  Tensor grad_input, grad_weight, grad_bias;
+  const Tensor kernel_weight = as_parameter(weight, input);
+  Tensor map = input, grad = grad_output, grad_input, grad_weight, grad_bias;
+  if (streams(weight, dilation)) map = as_streamed_input(map), grad = as_streamed_input(grad);
+  if (!streams(weight, dilation) || map.scalar_type() != grad.scalar_type()) map = as_input(map), grad = as_input(grad);
   if (input.numel() == 0) {
     if (output_mask[0]) grad_input = empty_output(map);
     if (output_mask[1]) grad_weight = at::zeros_like(kernel_weight);

@@ -20,6 +20,7 @@ struct Simd<float> {
   typedef float Vector __attribute__((vector_size(kVectorBytes)));
   typedef uint32_t Integers __attribute__((vector_size(kVectorBytes)));
   typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(float)), may_alias));
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2), aligned(sizeof(uint16_t)), may_alias));
   static constexpr float rounder = 12582912.0f;  // 1.5 * 2^23: adding it leaves a float's integral part in its low bits
   static constexpr int mantissa_bits = 23;
   static constexpr uint32_t one = 0x3F800000;
@@ -65,6 +66,57 @@ template <typename T>
 inline void store(T* to, Vector<T> x) {
   *reinterpret_cast<typename Simd<T>::Unaligned*>(to) = x;
 }
+
+/// A bfloat16 in memory: the upper half of a float.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+/// In which numbers of a type in memory are computed with.
+template <typename E>
+struct ComputedIn {
+  using type = E;
+};
+template <>
+struct ComputedIn<BFloat16> {
+  using type = float;
+};
+template <typename E>
+using Computed = typename ComputedIn<E>::type;
+
+inline Vector<float> load(const BFloat16* from) {
+  const auto halves = *reinterpret_cast<const Simd<float>::Halves*>(from);
+  return (Vector<float>)(__builtin_convertvector(halves, Simd<float>::Integers) << 16);
+}
+
+/// The upper half of each lane, rounded to nearest, half to even.
+inline Simd<float>::Integers upper_halves(Vector<float> x) {
+  typedef Simd<float>::Integers Integers;
+  const Integers bits = (Integers)x;
+  const Integers rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  return x == x ? rounded : Integers{} + 0x7FC0;
+}
+
+inline void store(BFloat16* to, Vector<float> x) {
+  *reinterpret_cast<Simd<float>::Halves*>(to) = __builtin_convertvector(upper_halves(x), Simd<float>::Halves);
+}
+
+/// Lane i of a vector from memory, and to it.
+template <typename T>
+inline T load_one(const T* from) {
+  return *from;
+}
+inline float load_one(const BFloat16* from) {
+  const uint32_t bits = uint32_t(from->bits) << 16;
+  float out;
+  __builtin_memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+template <typename T>
+inline void store_one(T* to, Vector<T> x, int64_t i) {
+  *to = x[i];
+}
+inline void store_one(BFloat16* to, Vector<float> x, int64_t i) { to->bits = uint16_t(upper_halves(x)[i]); }
 
 /// 2^x for x <= 0 (and a little above). NaN stays NaN, what would be denormal is 0.
 template <typename T>

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import depthwise_conv2d
+from ..ops import _maps, depthwise_conv2d
 from ..ops._autocast import cast_as_autocast, dtype_under_autocast, is_autocast_enabled
 from ..ops._extension import is_compiling
 from ..ops._packed import PackedConv2d, can_pack
@@ -25,9 +25,9 @@ from ..ops._products import conv2d_as_product, is_faster_as_product
 from .layers import DepthwiseConv, ResidualDepthwiseConv, batch_norm, is_plain, is_plain_gelu
 from .recompute import all_modules_have_hooks, recomputing
 
-#: Positions of a bfloat16 map from which on oneDNN's depth-wise 3x3 convolution is faster than this package's, which goes
-#: through float32.
-_LARGE_MAP = 512
+#: Positions of a bfloat16 map from which on oneDNN's depth-wise 3x3 convolution is faster than this package's, where the
+#: processor computes in bfloat16.
+_LARGE_MAP = 2048
 
 
 def convolve(
@@ -117,7 +117,7 @@ def packed_conv(
     dtype = dtype_under_autocast(x)
     if isinstance(conv, DepthwiseConv):
         small = conv.kernel_size[0] == 3 and conv.dilation[0] == 1
-        large_half = dtype == torch.bfloat16 and x.shape[2] * x.shape[3] >= _LARGE_MAP
+        large_half = dtype == torch.bfloat16 and x.shape[2] * x.shape[3] >= _LARGE_MAP and _maps.HAS_FAST_BFLOAT16
         if not small or not (activated or large_half):
             return None
     sources = _sources(conv, norm) if shift is None else [*_sources(conv, norm), shift]

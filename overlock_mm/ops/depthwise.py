@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _extension
+from . import _extension, _maps
 from ._autocast import cast_as_autocast
 from ._maps import DTYPES, is_channels_last
 
-#: PyTorch's forward on contiguous maps is fast for kernels that reach over so many positions, and falls off a cliff beyond.
+#: PyTorch's forward on contiguous maps is fast for kernels that reach over no more positions, and falls off a cliff beyond.
 _FAST_EXTENT = 13
-#: On maps of fewer positions than these, kernels that reach over fewer than those are faster here, with the copies to
-#: channels_last and back: most of the time of PyTorch's is that of a call.
-_SMALL_MAP, _SMALL_EXTENT = 512, 11
+#: On maps of fewer positions than these, with fewer multiply-adds, the operator here is faster, copies to channels_last and
+#: back included: most of the time of PyTorch's is that of a call.
+_SMALL_MAP, _SMALL_WORK = 512, 2**21
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, dilation: int = 1) -> Tensor:
@@ -214,14 +214,15 @@ def _conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) ->
 
 def _pytorch_is_as_fast(x: Tensor, weight: Tensor, dilation: int) -> bool:
     """Of contiguous maps: the compiled operator takes channels_last ones, and chooses there by itself."""
-    if is_channels_last(x) or x.dtype == torch.float64 or not torch.backends.mkldnn.enabled:
+    if is_channels_last(x) or not torch.backends.mkldnn.enabled:
         return False
-    extent = (weight.shape[-1] - 1) * dilation + 1
-    if extent < _SMALL_EXTENT and x.shape[2] * x.shape[3] < _SMALL_MAP:
+    if x.dtype != torch.float32 and not (x.dtype == torch.bfloat16 and _maps.HAS_FAST_BFLOAT16):
+        return False
+    if x.shape[2] * x.shape[3] < _SMALL_MAP and x.numel() * weight.shape[-1] ** 2 < _SMALL_WORK:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return weight.shape[-1] == 3 and dilation == 1
-    return extent <= _FAST_EXTENT
+    return (weight.shape[-1] - 1) * dilation + 1 <= _FAST_EXTENT
 
 
 def _check(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> None:

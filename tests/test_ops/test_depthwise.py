@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from conftest import KeptBytes, autocast_dtypes, instruction_sets, relative_error, run_with_instruction_set
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from overlock_mm.ops import (
     _extension,
+    _maps,
     branch_norms,
     depthwise_conv2d,
     global_response_norm,
@@ -291,6 +293,33 @@ def test_half_types(name, settings, dtype, tolerance, layout):
     check(name, OPERATORS[name].make(channels=18, height=12, width=13, **settings), dtype, tolerance, layout)
 
 
+@pytest.mark.parametrize('kernel_size, dilation', [(3, 1), (5, 1), (5, 3), (9, 2), (15, 1)])
+@pytest.mark.parametrize('parameters', ['bfloat16', 'bfloat16 without bias', 'float32 bias', 'float32'])
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+def test_large_maps_of_bfloat16(kernel_size, dilation, parameters, layout):
+    """Where oneDNN may be the faster one; what it does not take is not left to it."""
+    settings = dict(kernel_size=kernel_size, dilation=dilation)
+    arguments = to(OPERATORS['convolution'].make(channels=18, height=24, width=26, **settings), torch.bfloat16)
+    for name in ('weight', 'bias'):
+        if parameters == 'float32' or (name, parameters) == ('bias', 'float32 bias'):
+            arguments[name] = arguments[name].float()
+    if 'without' in parameters:
+        arguments['bias'] = None
+    arguments['x'] = LAYOUTS[layout](arguments['x'])
+    grad_output = LAYOUTS[layout](torch.randn_like(arguments['x']))
+    run, plain = OPERATORS['convolution'].run, OPERATORS['convolution'].plain
+    expected = with_gradients(plain, to(arguments, torch.float64), grad_output)
+    got = with_gradients(run, arguments, grad_output)
+    for each, error in errors(got, expected, 0.1 * grad_output.double().norm().item()).items():
+        assert error < 8e-3, (each, error)
+        of = grad_output if each == 'output' else arguments[each]
+        assert (got[each].shape, got[each].dtype) == (of.shape, of.dtype), each
+    with torch.no_grad():
+        inference = run(**arguments)
+    assert relative_error(inference, expected['output']) < 8e-3
+    assert (inference.stride(), inference.dtype) == (arguments['x'].stride(), torch.bfloat16)
+
+
 @cases
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)], ids=str)
@@ -371,10 +400,13 @@ import sys
 import torch
 from test_depthwise import CASES, OPERATORS, check, check_bfloat16, check_gelu, check_layouts
 failed = []
+torch.manual_seed(0)
 for name, settings in (*CASES, ('convolution', dict(kernel_size=31)), ('convolution', dict(kernel_size=13, dilation=2))):
     for channels in (3, 5, 8, 11, 20, 37):
         arguments = OPERATORS[name].make(channels=channels, height=17, width=23, **settings)
-        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 8e-3)):
+            if dtype == torch.bfloat16 and name not in ('convolution', 'residual', 'gelu'):
+                continue  # nothing reads or writes it but kernels of convolutions
             try:
                 check(name, arguments, dtype, tolerance, 'channels_last')
             except AssertionError as error:
@@ -403,8 +435,47 @@ def check_layouts() -> None:
             assert torch.equal(out, x), (batch, channels, height, width, dtype)
 
 
+class Namespaces(TorchDispatchMode):
+    """Whose operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function.namespace)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    'channels, size, kernel_size, gradients, dtype, ours',
+    [
+        (4, 22, 3, False, torch.float32, True),
+        (4, 22, 3, True, torch.float32, True),
+        (4, 22, 9, False, torch.float32, True),
+        (128, 22, 9, False, torch.float32, False),  # the map is small, the work is not
+        (4, 23, 3, False, torch.float32, False),
+        (4, 23, 3, True, torch.float32, False),
+        (4, 23, 13, False, torch.float32, False),
+        (4, 23, 5, True, torch.float32, True),
+        (4, 23, 15, False, torch.float32, True),
+        (4, 23, 3, False, torch.float64, True),
+        (4, 23, 3, False, torch.float16, True),
+        (4, 23, 3, False, torch.bfloat16, not _maps.HAS_FAST_BFLOAT16),
+    ],
+)
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='this torch has no oneDNN, and all is ours')
+def test_who_runs_contiguous_maps(channels, size, kernel_size, gradients, dtype, ours):
+    """PyTorch those of 512 positions and more, where it is fast."""
+    x = torch.randn(1, channels, size, size, dtype=dtype)
+    weight = torch.randn(channels, 1, kernel_size, kernel_size, dtype=dtype)
+    with Namespaces() as namespaces, torch.set_grad_enabled(gradients):
+        depthwise_conv2d(x, weight.requires_grad_(gradients))
+    assert ('overlock_mm' in namespaces.seen) == ours
+
+
 def check_bfloat16() -> None:
-    """Products with one number, read from bfloat16, rounded to it: to the last bit as torch's conversion does."""
+    """Products with one number, read from bfloat16 and rounded to it: the numbers that torch's conversion gives."""
     for channels in (3, 16, 37, 64):
         x = torch.randn(2, channels, 33, 19).mul(10.0 ** torch.randint(-38, 38, (2, channels, 33, 19)))
         x[:, 1] = torch.nan
@@ -510,10 +581,11 @@ SHAPES = [
 
 
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @cases
-def test_numbers_of_threads_give_the_same_bits(name, settings, shape):
+def test_numbers_of_threads_give_the_same_bits(name, settings, dtype, shape):
     operator = OPERATORS[name]
-    arguments = to(operator.make(**shape, **settings), torch.float32)
+    arguments = to(operator.make(**shape, **settings), dtype)
     arguments['x'] = LAYOUTS['channels_last'](arguments['x'])
     if shape['channels'] == 1 and (name, settings) == CASES[0]:
         pytest.skip('a map of one channel is contiguous, and this convolution of one is left to PyTorch')

@@ -406,16 +406,15 @@ def floor_is_too_high(case: dict[str, Any]) -> bool:
     return any(ours.get(mode, {}).get('over_floor', 1) < 1 for mode in MODES)
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace, machine: dict[str, Any]) -> dict[str, Any]:
     """Measure all cases. The JSON file, if one is asked for, is written anew after each.
 
     Raises:
         LookupError: shapes are asked for that only the network knows, which does not import.
-        ValueError: freed memory cannot be kept.
     """
     cases, source = chosen_cases(options)
     record = dict(
-        machine=set_up_machine(options),
+        machine=machine,
         settings={
             key: str(value) if key == 'device' else value
             for key, value in vars(options).items()
@@ -501,8 +500,13 @@ def main() -> int:
         record = json.loads(Path(options.report).read_text())
     else:
         try:
-            record = run(options)
-        except (LookupError, ValueError) as error:
+            machine = set_up_machine(options)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+        try:
+            record = run(options, machine)
+        except LookupError as error:
             print(error, file=sys.stderr)
             return 2
     table = contmix_report.short_table(record) if options.short else contmix_report.full_table(record)

@@ -58,7 +58,7 @@ OVERLOCK_MM_INLINE void store_repeated(E* to, const Block& block, Vector<Compute
   if (block.count == Simd<Computed<E>>::lanes) {
     store(to + block.first, x);
   } else {
-    for (int64_t i = 0; i < block.count; ++i) store_one(to + i, x, i);
+    store_lanes(to, x, block.count);
   }
 }
 
@@ -231,8 +231,8 @@ class Ring {
   static int64_t stride(int64_t channels) { return round_up<T>(channels) + Simd<T>::lanes; }
   static int64_t size(int64_t channels, int64_t width) { return kStreamed * width * stride(channels); }
 
-  Ring(Scratch<T>& scratch, const DepthwiseParams& p)
-      : p_(p), stride_(stride(p.channels)), data_(scratch.take(size(p.channels, p.width))) {}
+  /// `data`: memory for `size` numbers.
+  Ring(const DepthwiseParams& p, T* data) : p_(p), stride_(stride(p.channels)), data_(data) {}
 
   /// Line y, if it was pushed last or one or two lines before.
   T* line(int64_t y) const { return data_ + y % kStreamed * p_.width * stride_; }
@@ -346,10 +346,11 @@ template <typename T, typename E>
 void stream_maps(const DepthwiseParams& p, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<T>::lanes, taps = kStreamed * kStreamed;
   const int64_t blocks = number_of_blocks<T>(p.channels);
-  Scratch<T> scratch(Ring<T>::size(p.channels, p.width) + blocks * (taps + 1) * lanes);
-  Ring<T> ring(scratch, p);
   // In place, and with channels that fill no vector, lines cannot be read where they lie.
   const bool pushes = p.gelu || p.input == p.output || p.channels < lanes;
+  const int64_t ring_size = pushes ? Ring<T>::size(p.channels, p.width) : 0;
+  Scratch<T> scratch(ring_size + blocks * (taps + 1) * lanes);
+  Ring<T> ring(p, scratch.take(ring_size));
   T* const weights = scratch.take(blocks * taps * lanes);
   T* const squares = p.squares ? scratch.take(blocks * lanes) : nullptr;
   pack_streamed_weights(p, /*flipped=*/false, weights);
@@ -456,10 +457,11 @@ void stream_maps_backward(const DepthwiseParams& p, int64_t begin, int64_t end) 
   constexpr int64_t lanes = Simd<T>::lanes, taps = kStreamed * kStreamed;
   const int64_t blocks = number_of_blocks<T>(p.channels);
   const int64_t ring_size = Ring<T>::size(p.channels, p.width), sums_size = blocks * (taps + 1) * lanes;
-  Scratch<T> scratch((p.gelu ? 3 : 2) * ring_size + blocks * taps * lanes + sums_size);
-  Ring<T> grads(scratch, p), inputs(scratch, p);
   // Channels that fill no vector cannot be read where they lie.
   const bool pushes_grads = p.channels < lanes, pushes_inputs = p.gelu || pushes_grads;
+  Scratch<T> scratch((pushes_grads + pushes_inputs + p.gelu) * ring_size + blocks * taps * lanes + sums_size);
+  Ring<T> grads(p, pushes_grads ? scratch.take(ring_size) : nullptr);
+  Ring<T> inputs(p, pushes_inputs ? scratch.take(ring_size) : nullptr);
   // gelu'(input), line by line as the inputs.
   T* const slopes = p.gelu ? scratch.take(ring_size) : nullptr;
   T* const weights = scratch.take(blocks * taps * lanes);

@@ -1,10 +1,10 @@
 // Static depth-wise convolutions and response norms for tensors on the CPU.
 #include <ATen/Context.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "../depthwise_tensors.h"
@@ -77,10 +77,10 @@ Tensor as_output(const Tensor& map, const Tensor& like) {
   return in_layout(map, memory_format_of(like)).to(like.scalar_type());
 }
 
-/// Maps as the streamed kernels take them, which read and write bfloat16 too.
-Tensor as_streamed_input(const Tensor& map) {
-  const bool as_it_is = map.scalar_type() == at::kBFloat16 && map.is_contiguous(at::MemoryFormat::ChannelsLast);
-  return as_it_is ? map : as_input(map);
+/// Whether the streamed kernels take the map as it is: they read and write bfloat16 too.
+bool streams_bfloat16(const Tensor& map, const Tensor& weight, int64_t dilation) {
+  return weight.size(2) == 3 && dilation == 1 && map.scalar_type() == at::kBFloat16 &&
+         map.is_contiguous(at::MemoryFormat::ChannelsLast);
 }
 
 Tensor as_parameter(const Tensor& parameter, const Tensor& input) {
@@ -128,7 +128,6 @@ Tensor sum_of_channels(const Tensor& map) { return sums_of_products(map, map).se
 
 // -------------------------------------------------------------------------------------------------------- one branch
 
-bool streams(const Tensor& weight, int64_t dilation) { return weight.size(2) == 3 && dilation == 1; }
 bool streams(const DepthwiseParams& p) { return p.kernel_size == 3 && p.dilation == 1; }
 
 DepthwiseParams params_of(const Tensor& input, const Tensor& weight, int64_t dilation, bool residual, bool gelu) {
@@ -156,32 +155,34 @@ int64_t strips_for_outputs(int64_t items, int64_t height, int64_t least, int64_t
   return std::max<int64_t>(1, std::min(std::max(for_threads, divide_up(height, lines)), divide_up(height, least)));
 }
 
-/// Whether oneDNN's forward, which is PyTorch's, is as fast as the kernels here, or faster
-/// (tools/benchmarks/bench_depthwise.py): it has one that is, in channels_last, for kernels of 5 to 8 and dilated ones
-/// that reach no further than 13 positions, and another for large ones. Between them, for a plain 3x3, and on small
-/// maps, it is up to three times slower.
-bool library_is_fast(const Tensor& input, const DepthwiseParams& p) {
-  if (streams(p) || input.scalar_type() != at::kFloat || !at::hasMKLDNN() || !at::globalContext().userEnabledMkldnn() ||
-      p.height * p.width < 512) {
-    return false;
-  }
-  const int64_t extent = (p.kernel_size - 1) * p.dilation + 1;
-  return (p.kernel_size <= 8 && extent <= 13) || (p.kernel_size >= 14 && p.dilation == 1);
+/// Kernels of which oneDNN's forward, which is PyTorch's, is as fast in channels_last as those here, or faster
+/// (tools/benchmarks/bench_depthwise.py): it has one for kernels up to 8 that reach no further than 13 positions, and
+/// another for large ones. Between them, for a plain 3x3, and on small maps, it is up to three times slower.
+bool library_is_fast(int64_t kernel_size, int64_t dilation, int64_t positions) {
+  const int64_t extent = (kernel_size - 1) * dilation + 1;
+  const bool is_3x3 = kernel_size == 3 && dilation == 1;
+  return at::hasMKLDNN() && at::globalContext().userEnabledMkldnn() && positions >= 512 && !is_3x3 &&
+         ((kernel_size <= 8 && extent <= 13) || (kernel_size >= 14 && dilation == 1));
 }
 
-/// The same for maps and kernels of bfloat16 on a processor that has it: kernels here but the streamed ones go through
-/// float32. Its forward, that is: PyTorch's gradients of dilated ones are wrong there (torch 2.11).
-bool library_is_fast_in_bfloat16(const Tensor& input, const Tensor& weight, int64_t dilation) {
-  static const bool has_bfloat16 = [] {
-    const auto asked = c10::Dispatcher::singleton().findSchema({"mkldnn::_is_mkldnn_bf16_supported", ""});
-    return asked && asked->typed<bool()>().call();
-  }();
-  const int64_t kernel_size = weight.size(2), extent = (kernel_size - 1) * dilation + 1;
-  return has_bfloat16 && !streams(weight, dilation) && at::globalContext().userEnabledMkldnn() &&
-         input.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16 &&
+bool library_is_fast(const Tensor& input, const DepthwiseParams& p) {
+  return input.scalar_type() == at::kFloat && library_is_fast(p.kernel_size, p.dilation, p.height * p.width);
+}
+
+/// The same for arguments of bfloat16, all of them, as a model has that is cast. (Under autocast parameters stay
+/// float32.) Its forward, that is: PyTorch's gradient of a dilated kernel is wrong there (torch 2.11).
+bool library_is_fast_in_bfloat16(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                 int64_t dilation) {
+#if defined(__x86_64__)
+  // oneDNN takes bfloat16 from AVX-512 on, and is up to 50 times slower where the processor does not.
+  static const bool has_bfloat16 = __builtin_cpu_supports("avx512bf16");
+#else
+  constexpr bool has_bfloat16 = false;  // not measured
+#endif
+  return has_bfloat16 && input.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16 &&
+         (!bias || bias->scalar_type() == at::kBFloat16) && input.is_contiguous(at::MemoryFormat::ChannelsLast) &&
          memory_format_of(input) == at::MemoryFormat::ChannelsLast &&
-         input.is_contiguous(at::MemoryFormat::ChannelsLast) && input.size(2) * input.size(3) >= 512 &&
-         ((kernel_size <= 9 && extent <= 13) || (kernel_size >= 14 && dilation == 1));
+         library_is_fast(weight.size(2), dilation, input.size(2) * input.size(3));
 }
 
 Tensor convolve_by_library(const Tensor& input, const Tensor& weight, const Tensor& bias, int64_t dilation,
@@ -252,9 +253,9 @@ Tensor weight_gradient(const Tensor& grad_output, const Tensor& input, const Ten
 Tensor depthwise_conv2d_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, int64_t dilation,
                             bool residual, bool gelu) {
   check_depthwise(input, weight, bias, dilation, gelu);
-  if (!residual && !gelu && input.numel() > 0 && library_is_fast_in_bfloat16(input, weight, dilation))
+  if (!residual && !gelu && input.numel() > 0 && library_is_fast_in_bfloat16(input, weight, bias, dilation))
     return convolve_by_library(input, weight, bias.value_or(Tensor()), dilation, /*residual=*/false);
-  const Tensor map = streams(weight, dilation) ? as_streamed_input(input) : as_input(input);
+  const Tensor map = streams_bfloat16(input, weight, dilation) ? input : as_input(input);
   return as_output(convolve(map, as_parameter(weight, input), bias ? as_parameter(*bias, input) : Tensor(), dilation,
                             residual, gelu),
                    input);
@@ -267,8 +268,10 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward_cpu(const Tensor& g
   check_grad_output(grad_output, input);
   const Tensor kernel_weight = as_parameter(weight, input);
   Tensor map = input, grad = grad_output, grad_input, grad_weight, grad_bias;
-  if (streams(weight, dilation)) map = as_streamed_input(map), grad = as_streamed_input(grad);
-  if (!streams(weight, dilation) || map.scalar_type() != grad.scalar_type()) map = as_input(map), grad = as_input(grad);
+  if (!streams_bfloat16(map, weight, dilation) || !streams_bfloat16(grad, weight, dilation)) {
+    map = as_input(map);
+    grad = as_input(grad);
+  }
   if (input.numel() == 0) {
     if (output_mask[0]) grad_input = empty_output(map);
     if (output_mask[1]) grad_weight = at::zeros_like(kernel_weight);
@@ -586,7 +589,13 @@ void residual_depthwise_norm_inplace_cpu(Tensor& input, const Tensor& weight, co
   check_residual_depthwise_norm(input, weight, bias, gamma, beta);
   const Tensor map = as_input(input);
   residual_depthwise_norm(map, weight, bias, gamma, beta, eps, gelu, map);
-  if (!map.is_same(input)) input.copy_(map);
+  if (map.is_same(input)) return;
+  const bool back = input.is_contiguous() && input.scalar_type() == map.scalar_type() && input.numel() > 0;
+  if (back) {
+    transpose_into(map, input, input.size(0), input.size(2) * input.size(3), input.size(1));
+  } else {
+    input.copy_(map);
+  }
 }
 
 std::tuple<Tensor, Tensor> response_norm_cpu(const Tensor& input, const Tensor& gamma, const Tensor& beta, double eps) {

@@ -1,7 +1,7 @@
 // CPU kernels over channels_last maps, compiled once for every instruction set, and what runs them.
 //
-// They work in float32 or float64. Each function does the items [begin, end) of its phase; the items of a phase are
-// independent, and how they are shared out changes no result.
+// They work in float32 or float64; streamed maps may be bfloat16 in memory. Each function does the items [begin, end)
+// of its phase; the items of a phase are independent, and how they are shared out changes no result.
 #pragma once
 
 #include "../depthwise.h"

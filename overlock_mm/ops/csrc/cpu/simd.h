@@ -101,7 +101,7 @@ inline void store(BFloat16* to, Vector<float> x) {
   *reinterpret_cast<Simd<float>::Halves*>(to) = __builtin_convertvector(upper_halves(x), Simd<float>::Halves);
 }
 
-/// Lane i of a vector from memory, and to it.
+/// A number from memory, and the first lanes of a vector to it.
 template <typename T>
 inline T load_one(const T* from) {
   return *from;
@@ -113,10 +113,13 @@ inline float load_one(const BFloat16* from) {
   return out;
 }
 template <typename T>
-inline void store_one(T* to, Vector<T> x, int64_t i) {
-  *to = x[i];
+inline void store_lanes(T* to, Vector<T> x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = x[i];
 }
-inline void store_one(BFloat16* to, Vector<float> x, int64_t i) { to->bits = uint16_t(upper_halves(x)[i]); }
+inline void store_lanes(BFloat16* to, Vector<float> x, int64_t count) {
+  const Simd<float>::Integers halves = upper_halves(x);
+  for (int64_t i = 0; i < count; ++i) to[i].bits = uint16_t(halves[i]);
+}
 
 /// 2^x for x <= 0 (and a little above). NaN stays NaN, what would be denormal is 0.
 template <typename T>

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
+from overlock_mm import memory
 from overlock_mm.models import OverLoCK, convolutions
 from overlock_mm.models.overlock import ARCHITECTURES
 from overlock_mm.ops import _products
@@ -507,10 +508,10 @@ def test_fused_adamw(bench, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('can', [True, False])
-def test_keeping_freed_memory(bench, tools, monkeypatch, tmp_path, capsys, can):
+def test_keeping_freed_memory(bench, monkeypatch, tmp_path, capsys, can):
     """It is done before anything is measured, the record tells, and a record without it is nothing to go on with."""
     kept = []
-    monkeypatch.setattr(tools.measuring, 'keep_freed_memory', lambda: kept.append(1) or can)
+    monkeypatch.setattr(memory, 'keep_freed_memory', lambda: kept.append(1) or can)
     options = ('--implementations', 'ours-deploy', '--peers', '--json', 'record.json')
     if not can:
         assert bench.main_with(*options, '--keep-freed-memory') == 2

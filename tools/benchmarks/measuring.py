@@ -18,7 +18,6 @@ from typing import Any, Optional
 import torch
 
 import overlock_mm
-from overlock_mm.memory import keep_freed_memory
 from overlock_mm.ops import _extension
 
 DTYPES = {name: getattr(torch, name) for name in ('float32', 'float64', 'float16', 'bfloat16')}
@@ -189,8 +188,11 @@ def set_up_machine(options: argparse.Namespace) -> dict[str, Any]:
     """
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.keep_freed_memory and not keep_freed_memory():
-        raise ValueError('--keep-freed-memory: the C library is not glibc')
+    if options.keep_freed_memory:
+        from overlock_mm.memory import keep_freed_memory  # with its hook, which needs OpenMMLab: operators need torch alone
+
+        if not keep_freed_memory():
+            raise ValueError('--keep-freed-memory: the C library is not glibc')
     return dict(describe_machine(options.device), keeps_freed_memory=options.keep_freed_memory)
 
 

@@ -27,7 +27,7 @@ from .recompute import all_modules_have_hooks, recomputing
 
 #: Positions of a bfloat16 map from which on oneDNN's depth-wise 3x3 convolution is faster than this package's, where the
 #: processor computes in bfloat16.
-_LARGE_MAP = 2048
+_LARGE_MAP = 4200
 
 
 def convolve(

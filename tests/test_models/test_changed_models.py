@@ -75,7 +75,7 @@ def test_hooks_count_at_inference(deploy, dtype, tolerance):
 
 
 def make_deployed(kind: str, size: int = 24) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """A block and its inputs. From 46 x 46 positions on, 3x3 depth-wise convolutions in bfloat16 are oneDNN's."""
+    """A block and its inputs. From 65 x 65 positions on, 3x3 depth-wise convolutions in bfloat16 are oneDNN's."""
     torch.manual_seed(0)
     x = torch.randn(2, 16, size, size)
     if kind == 'basic':
@@ -247,7 +247,7 @@ class Counter(TorchDispatchMode):
 @kinds
 def test_convolutions_are_packed(kind):
     """In a deployed model at inference, and nowhere else; depth-wise 3x3 ones only in bfloat16."""
-    block, inputs = make_deployed(kind, size=46)
+    block, inputs = make_deployed(kind, size=65)
     with torch.no_grad():
         block(*inputs)
         with Counter() as packed:

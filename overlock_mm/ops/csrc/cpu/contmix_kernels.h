@@ -137,28 +137,6 @@ inline T* line(const Map& map, int64_t image, int64_t channel, int64_t y) {
   return static_cast<T*>(map.data) + image * map.batch_stride + channel * map.channel_stride + y * map.row_stride;
 }
 
-/// Transpose a square of vectors: swap blocks of 1, 2, 4, ... lanes across the diagonals of squares twice their size.
-template <typename T, int size = 1>
-OVERLOCK_MM_INLINE void transpose(Vector<T> (&rows)[Simd<T>::lanes]) {
-  constexpr int lanes = Simd<T>::lanes;
-  if constexpr (size < lanes) {
-    typename Simd<T>::Integers upper, lower;
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) {
-      upper[i] = i & size ? lanes + i - size : i;
-      lower[i] = i & size ? lanes + i : i + size;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) {
-      if (i & size) continue;
-      const Vector<T> a = rows[i], b = rows[i + size];
-      rows[i] = shuffle<T>(a, b, upper);
-      rows[i + size] = shuffle<T>(a, b, lower);
-    }
-    transpose<T, 2 * size>(rows);
-  }
-}
-
 /// Positions (n, padded channels) of a line from a map, with zeros in the padding.
 template <typename T>
 OVERLOCK_MM_NOINLINE void read_positions(const Map& map, const T* from, int64_t n, int64_t channels, int64_t padded,
@@ -173,7 +151,7 @@ OVERLOCK_MM_NOINLINE void read_positions(const Map& map, const T* from, int64_t 
         for (int i = 0; i < lanes; ++i) {
           rows[i] = c + i < channels ? load(from + (c + i) * map.channel_stride + x) : Vector<T>{};
         }
-        transpose<T>(rows);
+        transpose_square<T>(rows);
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) store(to + (x + i) * padded + c, rows[i]);
       }
@@ -196,7 +174,7 @@ OVERLOCK_MM_NOINLINE void write_positions(const Map& map, T* to, int64_t n, int6
         Vector<T> rows[lanes];
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) rows[i] = load(from + (x + i) * padded + c);
-        transpose<T>(rows);
+        transpose_square<T>(rows);
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) {
           if (c + i < channels) store(to + (c + i) * map.channel_stride + x, rows[i]);

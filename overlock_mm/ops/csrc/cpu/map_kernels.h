@@ -5,8 +5,7 @@
 // - streamed (3x3, bound by memory): line by line with all channels, read where they lie, three lines of which stay in
 //   the L2 cache. What goes through GELU first, or is overwritten, passes through a ring of three lines.
 // - by blocks (large kernels, bound by multiply-adds): one vector of channels of a strip is packed with a border of
-// zeros,
-//   so that no tap asks where it is, and a tile of positions is accumulated in registers over all taps.
+//   zeros, so that no tap asks where it is, and a tile of positions is accumulated in registers over all taps.
 
 #include "simd.h"
 
@@ -85,29 +84,6 @@ struct Lines {
 
 // ------------------------------------------------------------------------------------------------------------ layout
 
-/// As many vectors as each has lanes, as the rows of a matrix that is to be transposed: blocks of `size` lanes of two
-/// rows change places, then those of half the size.
-template <typename T, int size = Simd<T>::lanes / 2>
-OVERLOCK_MM_INLINE void transpose_vectors(Vector<T>* rows) {
-  constexpr int lanes = Simd<T>::lanes;
-  if constexpr (size > 0) {
-    typename Simd<T>::Integers upper, lower;
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) {
-      upper[i] = i & size ? lanes + i - size : i;
-      lower[i] = i & size ? lanes + i : i + size;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) {
-      if (i & size) continue;
-      const Vector<T> a = rows[i], b = rows[i + size];
-      rows[i] = shuffle<T>(a, b, upper);
-      rows[i + size] = shuffle<T>(a, b, lower);
-    }
-    transpose_vectors<T, size / 2>(rows);
-  }
-}
-
 template <typename T>
 void transpose(const TransposeParams& p, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<T>::lanes, block = TransposeParams::kBlock;
@@ -124,7 +100,7 @@ void transpose(const TransposeParams& p, int64_t begin, int64_t end) {
           Vector<T> tile[lanes];
 #pragma GCC unroll 16
           for (int i = 0; i < lanes; ++i) tile[i] = load(from + (row + i) * p.columns + column);
-          transpose_vectors<T>(tile);
+          transpose_square<T>(tile);
 #pragma GCC unroll 16
           for (int i = 0; i < lanes; ++i) store(to + (column + i) * p.rows + row, tile[i]);
           continue;

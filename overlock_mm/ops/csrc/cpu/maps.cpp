@@ -77,9 +77,12 @@ Tensor as_output(const Tensor& map, const Tensor& like) {
   return in_layout(map, memory_format_of(like)).to(like.scalar_type());
 }
 
+/// Which kernels are streamed.
+bool streams(int64_t kernel_size, int64_t dilation) { return kernel_size == 3 && dilation == 1; }
+
 /// Whether the streamed kernels take the map as it is: they read and write bfloat16 too.
 bool streams_bfloat16(const Tensor& map, const Tensor& weight, int64_t dilation) {
-  return weight.size(2) == 3 && dilation == 1 && map.scalar_type() == at::kBFloat16 &&
+  return streams(weight.size(2), dilation) && map.scalar_type() == at::kBFloat16 &&
          map.is_contiguous(at::MemoryFormat::ChannelsLast);
 }
 
@@ -128,7 +131,7 @@ Tensor sum_of_channels(const Tensor& map) { return sums_of_products(map, map).se
 
 // -------------------------------------------------------------------------------------------------------- one branch
 
-bool streams(const DepthwiseParams& p) { return p.kernel_size == 3 && p.dilation == 1; }
+bool streams(const DepthwiseParams& p) { return streams(p.kernel_size, p.dilation); }
 
 DepthwiseParams params_of(const Tensor& input, const Tensor& weight, int64_t dilation, bool residual, bool gelu) {
   DepthwiseParams p{};
@@ -160,8 +163,8 @@ int64_t strips_for_outputs(int64_t items, int64_t height, int64_t least, int64_t
 /// another for large ones. Between them, for a plain 3x3, and on small maps, it is up to three times slower.
 bool library_is_fast(int64_t kernel_size, int64_t dilation, int64_t positions) {
   const int64_t extent = (kernel_size - 1) * dilation + 1;
-  const bool is_3x3 = kernel_size == 3 && dilation == 1;
-  return at::hasMKLDNN() && at::globalContext().userEnabledMkldnn() && positions >= 512 && !is_3x3 &&
+  return at::hasMKLDNN() && at::globalContext().userEnabledMkldnn() && positions >= 512 &&
+         !streams(kernel_size, dilation) &&
          ((kernel_size <= 8 && extent <= 13) || (kernel_size >= 14 && dilation == 1));
 }
 
@@ -180,8 +183,7 @@ bool library_is_fast_in_bfloat16(const Tensor& input, const Tensor& weight, cons
   constexpr bool has_bfloat16 = false;  // not measured
 #endif
   return has_bfloat16 && input.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16 &&
-         (!bias || bias->scalar_type() == at::kBFloat16) && input.is_contiguous(at::MemoryFormat::ChannelsLast) &&
-         memory_format_of(input) == at::MemoryFormat::ChannelsLast &&
+         (!bias || bias->scalar_type() == at::kBFloat16) && memory_format_of(input) == at::MemoryFormat::ChannelsLast &&
          library_is_fast(weight.size(2), dilation, input.size(2) * input.size(3));
 }
 

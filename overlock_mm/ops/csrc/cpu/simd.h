@@ -149,6 +149,28 @@ OVERLOCK_MM_INLINE Vector<T> shuffle(Vector<T> a, Vector<T> b, typename Simd<T>:
 #endif
 }
 
+/// Transpose a square of vectors: swap blocks of 1, 2, 4, ... lanes across the diagonals of squares twice their size.
+template <typename T, int size = 1>
+OVERLOCK_MM_INLINE void transpose_square(Vector<T> (&rows)[Simd<T>::lanes]) {
+  constexpr int lanes = Simd<T>::lanes;
+  if constexpr (size < lanes) {
+    typename Simd<T>::Integers upper, lower;
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      upper[i] = i & size ? lanes + i - size : i;
+      lower[i] = i & size ? lanes + i : i + size;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      if (i & size) continue;
+      const Vector<T> a = rows[i], b = rows[i + size];
+      rows[i] = shuffle<T>(a, b, upper);
+      rows[i + size] = shuffle<T>(a, b, lower);
+    }
+    transpose_square<T, 2 * size>(rows);
+  }
+}
+
 /// Lanes first, first + 1, ... of a and b laid end to end.
 template <int first, typename T>
 OVERLOCK_MM_INLINE Vector<T> lanes_from(Vector<T> a, Vector<T> b) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -37,3 +39,8 @@ def dtype_under_autocast(x: Tensor) -> torch.dtype:
         if device_type != 'meta' and is_autocast_enabled(device_type):
             return autocast_dtype(device_type)
     return dtype
+
+
+def autocast_disabled(device_type: str) -> contextlib.AbstractContextManager:
+    """Context without autocast. The meta device has none."""
+    return contextlib.nullcontext() if device_type == 'meta' else torch.autocast(device_type, enabled=False)

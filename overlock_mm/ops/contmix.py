@@ -14,9 +14,11 @@ from torch import Tensor
 from . import _extension
 from ._autocast import cast_as_autocast
 from ._maps import DTYPES, is_channels_last
+from ._overridable import overridable
 from ._reference import contmix_reference
 
 
+@overridable
 def contmix(
     value: Tensor,
     query: Tensor,

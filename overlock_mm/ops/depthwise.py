@@ -16,6 +16,7 @@ from torch import Tensor
 from . import _extension, _maps
 from ._autocast import cast_as_autocast
 from ._maps import DTYPES, is_channels_last
+from ._overridable import overridable
 
 #: PyTorch's forward on contiguous maps is fast for kernels that reach over no more positions, and falls off a cliff beyond.
 _FAST_EXTENT = 13
@@ -24,6 +25,7 @@ _FAST_EXTENT = 13
 _SMALL_MAP, _SMALL_WORK = 512, 2**21
 
 
+@overridable
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, dilation: int = 1) -> Tensor:
     """Depth-wise convolution of stride 1 that keeps the size of the map: zeros around it.
 
@@ -52,6 +54,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, d
     return torch.ops.overlock_mm._depthwise_conv2d(x, weight, bias, dilation, False, False)
 
 
+@overridable
 def residual_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, gelu: bool = False) -> Tensor:
     """``y + depthwise_conv2d(y, weight, bias)`` with y = x, or y = GELU(x): one pass over the map, forward and backward.
 
@@ -77,6 +80,7 @@ def residual_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] 
     return torch.ops.overlock_mm._depthwise_conv2d(x, weight, bias, 1, True, gelu)
 
 
+@overridable
 def branch_norms(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -127,6 +131,7 @@ def has_depthwise(x: Tensor) -> bool:
     return _compiled(x)
 
 
+@overridable
 def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-6) -> Tensor:
     """Global response normalisation (Woo et al., ConvNeXt V2, eq. 1-3): ``x * (gamma * n + 1) + beta``.
 
@@ -156,6 +161,7 @@ def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e
     return torch.addcmul(beta.view(1, -1, 1, 1).to(x.dtype), x, scale)
 
 
+@overridable
 def residual_depthwise_norm(
     x: Tensor,
     weight: Tensor,
@@ -188,10 +194,11 @@ def residual_depthwise_norm(
     _check(x, weight, bias, 1)
     if weight.shape[-1] != 3:
         raise ValueError(f'weight must be (C, 1, 3, 3), got {tuple(weight.shape)}')
-    if inplace and (torch.is_grad_enabled() or x.dtype != given.dtype):
-        reason = 'gradients are enabled' if torch.is_grad_enabled() else f'autocast makes {x.dtype} of {given.dtype}'
+    wants_gradient = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, weight, bias, gamma, beta))
+    if inplace and (wants_gradient or x.dtype != given.dtype):
+        reason = 'a gradient is asked for' if wants_gradient else f'autocast makes {x.dtype} of {given.dtype}'
         raise ValueError(f'inplace must be False where {reason}, got True')
-    if torch.is_grad_enabled() or not _compiled(x):
+    if wants_gradient or not _compiled(x):
         out = global_response_norm(residual_depthwise_conv2d(x, weight, bias, gelu), gamma, beta, eps)
         return x.copy_(out) if inplace else out
     if inplace:

@@ -1,8 +1,8 @@
-"""Convolutions as oneDNN's products of matrices, with gradients, where maps are small and weights large.
+"""Dense convolutions. On the CPU, where maps are small and weights large, they are oneDNN's products of matrices.
 
-PyTorch's convolution on the CPU brings the weight, and its gradient, from one layout into another, which on few positions
+PyTorch's convolution on the CPU brings the weight, and its gradient, from one layout into another. On few positions that
 takes longer than the arithmetic. It leaves float32 products to MKL or OpenBLAS, which are not equally fast on all
-processors; these are oneDNN's (docs/performance.md).
+processors. The products here are oneDNN's (docs/notes/products.md).
 """
 
 from __future__ import annotations
@@ -19,17 +19,47 @@ from . import _extension
 from ._autocast import dtype_under_autocast
 from ._extension import is_compiling, is_exporting
 from ._maps import is_channels_last
+from ._overridable import overridable
 
-#: Numbers in a weight for one position of the output from which on the product is faster.
+#: From this many numbers in a weight for one position of the output on, the product is faster.
 WEIGHTS_PER_POSITION = 128
 
 
-def is_faster_as_product(x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: tuple[int, int]) -> bool:
-    """Whether :func:`conv2d_as_product` takes these, and is faster than PyTorch's convolution.
+@overridable
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor] = None,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """:func:`torch.nn.functional.conv2d`, by the fastest way there is. It keeps the same for the backward.
 
-    All are to be float32 on the CPU, the weight large for the map, and nobody to look on: no graph, export, transform or
-    dispatch mode (such as counts operations by PyTorch's operators). What does not fit is left to the convolution, which
-    says what is wrong.
+    Args:
+        x (Tensor[B, C, H, W])
+        weight (Tensor[C_out, C / groups, k, k])
+        bias (Tensor[C_out] | None)
+        stride, padding, dilation, groups: as of PyTorch's.
+
+    Returns:
+        Tensor[B, C_out, H', W']
+    """
+    if dilation == (1, 1) and groups == 1 and x.ndim == weight.ndim == 4 and padding == _padding(weight):
+        if x.shape[2:] == weight.shape[2:] == (1, 1):
+            return F.linear(x.flatten(1), weight.flatten(1), bias)[..., None, None]
+        if is_faster_as_product(x, weight, bias, stride):
+            return _Convolution.apply(x, weight, bias, stride)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def is_faster_as_product(x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: tuple[int, int]) -> bool:
+    """Whether a convolution with a padding of k // 2 can be a product of matrices, and is faster so.
+
+    All tensors must be float32 on the CPU and the weight large for the map. Nobody may look on: no graph, export, transform
+    or dispatch mode (which may count PyTorch's operators). What does not fit is left to PyTorch's convolution, whose errors
+    say what is wrong.
     """
     # A graph is asked for first: torch.compile cannot look into what comes after.
     if is_compiling() or is_exporting() or type(x) is not Tensor or not _is_float32_on_cpu(x, weight, bias):
@@ -44,22 +74,6 @@ def is_faster_as_product(x: Tensor, weight: Tensor, bias: Optional[Tensor], stri
     # A product may be asked to round its factors. A convolution is not meant.
     exact = torch.get_float32_matmul_precision() == 'highest'
     return exact and dtype_under_autocast(x) == torch.float32 and torch.backends.mkldnn.enabled and has_products()
-
-
-def conv2d_as_product(x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: tuple[int, int] = (1, 1)) -> Tensor:
-    """``torch.nn.functional.conv2d`` with a padding of k // 2.
-
-    It keeps for the backward what a convolution does: ``x`` and ``weight``.
-
-    Args:
-        x (Tensor[B, C, H, W]), weight (Tensor[C_out, C, k, k]), bias (Tensor[C_out] | None): see
-            :func:`is_faster_as_product`.
-        stride: of the convolution.
-
-    Returns:
-        Tensor[B, C_out, H', W']: channels_last.
-    """
-    return _Convolution.apply(x, weight, bias, tuple(stride))
 
 
 @cache

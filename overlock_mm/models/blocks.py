@@ -1,38 +1,31 @@
-"""The two blocks of OverLoCK: the static one of Base-Net and Overview-Net, and the dynamic one of Focus-Net."""
+"""The two blocks of OverLoCK: the static one of Base-Net and Overview-Net, and the dynamic one of Focus-Net.
+
+B images, maps of H x W positions. x has C channels, the context h and the context prior have Ch = C4 / 4.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import Optional
+from typing import Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
 from ..ops import contmix
-from ..ops._autocast import cast_as_autocast
-from ..ops._packed import can_pack
-from .convolutions import add_convolved, add_projected, convolve, is_pointwise, packed_conv
 from .layers import (
+    Conv2d,
     DepthwiseConv,
+    DropPath,
     GlobalResponseNorm,
     LayerNorm2d,
     LayerScale,
     ResidualDepthwiseConv,
     SqueezeExcitation,
-    batch_norm,
-    can_join,
-    gelu_mix_norm,
-    is_plain,
-    is_plain_gelu,
-    layer_norm,
-    mix_norm,
+    as_matrix,
 )
-from .recompute import all_modules_have_hooks, has_hooks, recomputing
 from .reparam import DilatedReparamConv
 
 
@@ -45,7 +38,7 @@ class BasicBlock(nn.Module):
         mlp_ratio: hidden channels of the MLP over C.
         drop_path: probability of dropping the residual branch of a sample (stochastic depth).
         layer_scale: whether the shortcut has a LayerScale (stages 3 and 4).
-        deploy: build the folded form.
+        deploy: build the large convolution in its folded form.
     """
 
     def __init__(
@@ -59,29 +52,19 @@ class BasicBlock(nn.Module):
             DilatedReparamConv(channels, kernel_size, deploy),
             nn.BatchNorm2d(channels),
             SqueezeExcitation(channels),
-            nn.Conv2d(channels, hidden, kernel_size=1),
+            Conv2d(channels, hidden, kernel_size=1),
             nn.GELU(),
             ResidualDepthwiseConv(hidden),
             GlobalResponseNorm(hidden),
-            nn.Conv2d(hidden, channels, kernel_size=1),
+            Conv2d(hidden, channels, kernel_size=1),
             DropPath(drop_path),
         )
         self.ls = LayerScale(channels) if layer_scale else nn.Identity()
-        self.deploy = deploy
-
-    def switch_to_deploy(self) -> None:
-        self.deploy = True
 
     def forward(self, x: Tensor) -> Tensor:
-        norm, large_conv, second_norm, attention, expand, gelu, mix, response_norm, project, drop_path = self.proj
-        inplace = self.deploy and can_pack(x)  # what nobody holds is overwritten
-        with recomputing() as again:
-            x = convolve(again, self.dwconv, x, deploy=self.deploy)
-            y = dilated_norm(again, large_conv, second_norm, layer_norm(again, norm, x), self.deploy)
-            y = attend(again, attention, y, inplace and nobody_holds(large_conv, second_norm, attention))
-            y = hidden(again, expand, gelu, mix, response_norm, y, self.deploy)
-            owned = inplace and nobody_holds(self.dwconv, norm)
-            return add_branch(again, x, self.ls, project, y, drop_path, deploy=self.deploy, inplace=owned)
+        """(B, C, H, W) to (B, C, H, W)."""
+        x = self.dwconv(x)
+        return self.ls(x) + self.proj(x)
 
 
 class DynamicBlock(nn.Module):
@@ -99,7 +82,7 @@ class DynamicBlock(nn.Module):
         drop_path: probability of dropping a residual branch of a sample (stochastic depth).
         mix_context: whether the context first takes in the context prior again (all blocks but the first).
         last: whether the block gives [x, h] undivided (the last of the network).
-        deploy: build the folded form.
+        deploy: build the large convolution in its folded form.
     """
 
     small_kernel_size = 5
@@ -120,6 +103,7 @@ class DynamicBlock(nn.Module):
         super().__init__()
         both = channels + context_channels
         inner = channels // 2
+        tokens = self.context_size**2
         self.channels = channels
         self.context_channels = context_channels
         self.num_groups = num_groups
@@ -128,8 +112,8 @@ class DynamicBlock(nn.Module):
         self.last = last
 
         if mix_context:
-            self.x_scale = LayerScale(context_channels)  # the paper's alpha
-            self.h_scale = LayerScale(context_channels)  # the paper's beta
+            self.x_scale = LayerScale(context_channels)
+            self.h_scale = LayerScale(context_channels)
         self.mix_context = mix_context
         self.dwconv1 = ResidualDepthwiseConv(both)
         self.norm1 = LayerNorm2d(both)
@@ -137,155 +121,76 @@ class DynamicBlock(nn.Module):
             DepthwiseConv(both, kernel_size=3),
             nn.BatchNorm2d(both),
             nn.GELU(),
-            nn.Conv2d(both, channels, kernel_size=1),
+            Conv2d(both, channels, kernel_size=1),
             GlobalResponseNorm(channels),
         )
-        self.weight_query = nn.Sequential(nn.Conv2d(channels, inner, kernel_size=1, bias=False), nn.BatchNorm2d(inner))
+        self.weight_query = nn.Sequential(Conv2d(channels, inner, kernel_size=1, bias=False), nn.BatchNorm2d(inner))
         self.weight_key = nn.Sequential(
             nn.AdaptiveAvgPool2d(self.context_size),
-            nn.Conv2d(context_channels, inner, kernel_size=1, bias=False),
+            Conv2d(context_channels, inner, kernel_size=1, bias=False),
             nn.BatchNorm2d(inner),
         )
-        # W_d, kept as a 1x1 convolution for the checkpoints' sake.
-        self.weight_proj = nn.Conv2d(self.context_size**2, self.small_kernel_size**2 + kernel_size**2, kernel_size=1)
+        self.weight_proj = nn.Conv2d(tokens, self.small_kernel_size**2 + kernel_size**2, kernel_size=1)
         self.rpb1 = nn.Parameter(torch.zeros(num_groups, 2 * self.small_kernel_size - 1, 2 * self.small_kernel_size - 1))
         self.rpb2 = nn.Parameter(torch.zeros(num_groups, 2 * kernel_size - 1, 2 * kernel_size - 1))
-        self.dyconv_proj = nn.Sequential(nn.Conv2d(channels, channels, kernel_size=1, bias=False), nn.BatchNorm2d(channels))
+        self.dyconv_proj = nn.Sequential(Conv2d(channels, channels, kernel_size=1, bias=False), nn.BatchNorm2d(channels))
         self.lepe = nn.Sequential(DilatedReparamConv(channels, kernel_size, deploy), nn.BatchNorm2d(channels))
         self.se_layer = SqueezeExcitation(channels)
         self.gate = nn.Sequential(
-            nn.Conv2d(channels, channels, kernel_size=1, bias=False), nn.BatchNorm2d(channels), nn.SiLU()
+            Conv2d(channels, channels, kernel_size=1, bias=False), nn.BatchNorm2d(channels), nn.SiLU()
         )
-        self.proj = nn.Sequential(nn.BatchNorm2d(channels), nn.Conv2d(channels, both, kernel_size=1))
+        self.proj = nn.Sequential(nn.BatchNorm2d(channels), Conv2d(channels, both, kernel_size=1))
         self.ls1 = LayerScale(both)
 
         hidden = channels * mlp_ratio
         self.dwconv2 = ResidualDepthwiseConv(both)
         self.norm2 = LayerNorm2d(both)
         self.mlp = nn.Sequential(
-            nn.Conv2d(both, hidden, kernel_size=1),
+            Conv2d(both, hidden, kernel_size=1),
             nn.GELU(),
             ResidualDepthwiseConv(hidden),
             GlobalResponseNorm(hidden),
-            nn.Conv2d(hidden, both, kernel_size=1),
+            Conv2d(hidden, both, kernel_size=1),
         )
         self.ls2 = LayerScale(both)
         self.drop_path = DropPath(drop_path)
-        self.deploy = deploy
 
-    def switch_to_deploy(self) -> None:
-        self.deploy = True
-
-    def forward(self, x: Tensor, h: Tensor, prior: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+    def forward(self, x: Tensor, h: Tensor, prior: Tensor) -> Union[Tensor, tuple[Tensor, Tensor]]:
         """Features (B, C, H, W), context and context prior (B, Ch, H, W) to (x, h), or to [x, h] from the last block."""
         if self.mix_context:
-            h = self.x_scale(h) + self.h_scale(prior)
-        inplace = self.deploy and can_pack(x)  # what nobody holds is overwritten
-        with recomputing() as again:
-            y = convolve(again, self.dwconv1, torch.cat([x, h], dim=1), deploy=self.deploy)
-            mixed = self._mixer(again, layer_norm(again, self.norm1, y), inplace)
-            norm, project = self.proj
-            owned = inplace and nobody_holds(self.dwconv1, self.norm1)
-            y = add_branch(again, y, self.ls1, project, mixed, self.drop_path, norm, self.deploy, owned)
-            y = convolve(again, self.dwconv2, y, deploy=self.deploy)
-            expand, gelu, mix, response_norm, project = self.mlp
-            z = hidden(again, expand, gelu, mix, response_norm, layer_norm(again, self.norm2, y), self.deploy)
-            owned = inplace and nobody_holds(self.dwconv2, self.norm2)
-            y = add_branch(again, y, self.ls2, project, z, self.drop_path, None, self.deploy, owned)
-        if self.last:
-            return y
-        x, h = y.split([self.channels, self.context_channels], dim=1)
-        return x, h
+            h = self.x_scale(h) + self.h_scale(prior)  # the paper's alpha and beta
+        y = self.dwconv1(torch.cat([x, h], dim=1))
+        normed = self.norm1(y)
+        fused = self.fusion(normed)
+        mixed = self.dyconv_proj(self.contmix(fused, normed)) + self.lepe(fused)
+        mixed = self.gate(fused) * self.se_layer(mixed)
+        y = self.ls1(y) + self.drop_path(self.proj(mixed))
+        y = self.dwconv2(y)
+        y = self.ls2(y) + self.drop_path(self.mlp(self.norm2(y)))
+        return y if self.last else y.split([self.channels, self.context_channels], dim=1)
 
-    def _mixer(self, again: recomputing, normed: Tensor, inplace: bool) -> Tensor:
-        """Gated context mixing of a normalised map (B, C + Ch, H, W) to (B, C, H, W), up to the last norm."""
-        conv, norm, gelu, project, response_norm = self.fusion
-        fused = convolve(again, project, convolve(again, conv, normed, norm, gelu, self.deploy), deploy=self.deploy)
-        fused = again(response_norm, fused)
-        mixed = mix_at_fitting_size(partial(self._mix, again), self.kernel_size, fused, normed)
-        local = dilated_norm(again, *self.lepe, fused, self.deploy)
-        conv, norm = self.dyconv_proj
-        owned = inplace and nobody_holds(*self.lepe)
-        mixed = add_convolved(again, local, conv, mixed, norm, self.deploy, owned)
-        gate_conv, gate_norm, activation = self.gate
-        gate = convolve(again, gate_conv, fused, gate_norm, activation, self.deploy)
-        owned = owned and nobody_holds(self.se_layer)
-        mixed = attend(again, self.se_layer, mixed, owned)
-        return mixed.mul_(gate) if owned else again(torch.mul, mixed, gate)
+    def contmix(self, fused: Tensor, normed: Tensor) -> Tensor:
+        """Context mixing of ``fused`` (B, C, H, W), by kernels made from ``normed`` (B, C + Ch, H, W) (section 3.3)."""
+        return mix_at_fitting_size(self._mix, self.kernel_size, fused, normed)
 
-    def _mix(self, again: recomputing, fused: Tensor, normed: Tensor) -> Tensor:
-        """Context mixing of ``fused`` (B, C, H, W) by kernels made from ``normed`` (B, C + Ch, H, W)."""
-        x = again(lambda normed: normed[:, : self.channels].contiguous(memory_format=torch.channels_last), normed)
-        h = again(lambda normed: normed[:, self.channels :], normed)
-        query_conv, query_norm = self.weight_query
-        query = convolve(again, query_conv, x, query_norm, deploy=self.deploy)
-        pool, key_conv, key_norm = self.weight_key
+    def _mix(self, fused: Tensor, normed: Tensor) -> Tensor:
+        x, h = normed.split([self.channels, self.context_channels], dim=1)
+        x = x.contiguous(memory_format=torch.channels_last)  # a slice of channels has a layout of its own
+        query = self.weight_query(x) * self.query_scale
+        key = self.weight_key(h)
+        kernel_weight, kernel_bias = as_matrix(self.weight_proj, self.context_size**2, like=key)  # the paper's W_d
         return contmix(
             fused,
-            again(lambda query: query * self.query_scale, query),
-            convolve(again, key_conv, pool(h), key_norm, deploy=self.deploy),
-            self.weight_proj.weight.flatten(1),
-            self.weight_proj.bias,
+            query,
+            key,
+            kernel_weight,
+            kernel_bias,
             self.rpb1,
             self.rpb2,
             num_groups=self.num_groups,
             small_kernel_size=self.small_kernel_size,
             large_kernel_size=self.kernel_size,
         )
-
-
-def dilated_norm(again: recomputing, conv: DilatedReparamConv, norm: nn.Module, x: Tensor, deploy: bool) -> Tensor:
-    """``norm(conv(x))``."""
-    folds = deploy and is_plain(conv, DilatedReparamConv) and conv.deploy
-    return convolve(again, conv.lk_origin if folds else conv, x, norm, deploy=folds)
-
-
-def nobody_holds(*layers: nn.Module) -> bool:
-    """Whether a map that these layers, and no others, make or read is nobody else's: they are ours, and without hooks."""
-    ours = (ResidualDepthwiseConv, DilatedReparamConv, nn.BatchNorm2d, LayerNorm2d, SqueezeExcitation)
-    return not all_modules_have_hooks() and all(type(layer) in ours and not has_hooks(layer) for layer in layers)
-
-
-def attend(again: recomputing, attention: SqueezeExcitation, x: Tensor, inplace: bool) -> Tensor:
-    """``attention(x)``, in the place of ``x`` where it may be."""
-    return attention(x, inplace=True) if inplace else again(attention, x)
-
-
-def hidden(
-    again: recomputing,
-    expand: nn.Conv2d,
-    gelu: nn.Module,
-    mix: nn.Module,
-    norm: nn.Module,
-    x: Tensor,
-    deploy: bool,
-) -> Tensor:
-    """``norm(mix(gelu(expand(x))))``, the hidden map of an MLP."""
-    packed = packed_conv(expand, x, deploy=deploy)
-    if packed and is_plain_gelu(gelu) and can_join(mix, norm, x):
-        return mix_norm(mix, norm, packed(cast_as_autocast(x), 'gelu'), inplace=True)
-    return gelu_mix_norm(again, gelu, mix, norm, convolve(again, expand, x, deploy=deploy))
-
-
-def add_branch(
-    again: recomputing,
-    x: Tensor,
-    scale: nn.Module,
-    project: nn.Conv2d,
-    y: Tensor,
-    drop_path: DropPath,
-    norm: Optional[nn.Module] = None,
-    deploy: bool = False,
-    inplace: bool = False,
-) -> Tensor:
-    """``scale(x) + drop_path(project(norm(y)))`` with a LayerScale or nothing for ``scale``; ``inplace``: over x."""
-    dropped = has_hooks(drop_path) or (drop_path.training and drop_path.drop_prob > 0)
-    if dropped or not is_pointwise(project) or not (is_plain(scale, LayerScale) or is_plain(scale, nn.Identity)):
-        return scale(x) + drop_path(convolve(again, project, y if norm is None else batch_norm(again, norm, y)))
-    if isinstance(scale, nn.Identity):
-        return add_projected(again, x, project, y, norm, deploy, inplace)
-    # The scale's shift goes along with the projection's bias, the scaling with the sum.
-    return add_projected(again, x, project, y, norm, deploy, inplace, scale.weight.flatten(), scale.bias)
 
 
 def mix_at_fitting_size(mix: Callable[..., Tensor], kernel_size: int, *maps: Tensor) -> Tensor:
@@ -297,7 +202,7 @@ def mix_at_fitting_size(mix: Callable[..., Tensor], kernel_size: int, *maps: Ten
         maps: each (B, *, H, W).
 
     Returns:
-        What ``mix`` gives, (B, *, H, W).
+        The result of ``mix``, (B, *, H, W).
     """
     size = maps[0].shape[2:]
     if min(size) >= kernel_size:
@@ -311,7 +216,7 @@ def _size_that_holds(kernel_size: int, height: int, width: int) -> tuple[int, in
     """Size to which a map too small for the kernel is enlarged, its sides in about the same ratio.
 
     The floating-point products are the published ones and decide the size of maps near the kernel's. They may fall one
-    short of the kernel (15 on 11 x 11), which the kernel cannot.
+    short of the kernel (15 on 11 x 11). Then the kernel's size is taken.
     """
     if height < width:
         return kernel_size, max(kernel_size, math.floor(kernel_size / height * width))

@@ -7,7 +7,6 @@ from typing import Any, Optional, Union
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from ..ops import contmix
 from ..registry import MODELS
 from .blocks import mix_at_fitting_size
-from .layers import LayerNorm2d, LayerScale
+from .layers import Conv2d, LayerNorm2d, LayerScale, as_matrix
 
 #: Channels of a group in each branch, about; the released networks have 8 to 16.
 _CHANNELS_PER_GROUP = 16
@@ -50,7 +49,7 @@ class ContMixBlock(BaseModule):
             A map too small for the kernel is enlarged to it, and the result averaged back.
         small_kernel_size: of the small kernel, odd, at most ``kernel_size``.
         context_size: S; the context has S x S tokens.
-        norm_cfg: config of the norm of the input. By default a LayerNorm over the channels, which works with any batch,
+        norm_cfg: mmcv's config of the norm of the input. By default a LayerNorm over the channels, which works with any batch,
             and with ``norm_eval``: new batch norms among frozen ones would never see statistics to normalise by.
         layer_scale_init_value: what the scale of the residual branch starts at.
         init_cfg: mmengine's initialisation, applied after the block's own: weights from a truncated normal distribution of
@@ -96,17 +95,18 @@ class ContMixBlock(BaseModule):
         self.small_kernel_size = small_kernel_size
         self.query_scale = (inner // num_groups) ** -0.5
 
-        self.norm = LayerNorm2d(in_channels) if norm_cfg is None else build_norm_layer(norm_cfg, in_channels)[1]
-        self.value = nn.Conv2d(in_channels, channels, kernel_size=1)
-        self.query = nn.Conv2d(in_channels, inner, kernel_size=1, bias=False)
+        self.context_size = context_size
+        self.norm = LayerNorm2d(in_channels) if norm_cfg is None else _build_norm(norm_cfg, in_channels)
+        self.value = Conv2d(in_channels, channels, kernel_size=1)
+        self.query = Conv2d(in_channels, inner, kernel_size=1, bias=False)
         self.key = nn.Sequential(
-            nn.AdaptiveAvgPool2d(context_size), nn.Conv2d(in_channels, inner, kernel_size=1, bias=False)
+            nn.AdaptiveAvgPool2d(context_size), Conv2d(in_channels, inner, kernel_size=1, bias=False)
         )
         self.kernel_proj = nn.Linear(context_size**2, small_kernel_size**2 + kernel_size**2)  # the paper's W_d
         self.rpb_small = nn.Parameter(torch.zeros(num_groups, 2 * small_kernel_size - 1, 2 * small_kernel_size - 1))
         self.rpb_large = nn.Parameter(torch.zeros(num_groups, 2 * kernel_size - 1, 2 * kernel_size - 1))
-        self.gate = nn.Conv2d(in_channels, channels, kernel_size=1)
-        self.proj = nn.Conv2d(channels, in_channels, kernel_size=1)
+        self.gate = Conv2d(in_channels, channels, kernel_size=1)
+        self.proj = Conv2d(channels, in_channels, kernel_size=1)
         self.layer_scale = LayerScale(in_channels, layer_scale_init_value)
         self._reset_parameters()
 
@@ -135,15 +135,20 @@ class ContMixBlock(BaseModule):
         if x.ndim != 4 or x.shape[1] != self.in_channels or 0 in x.shape[2:]:
             raise ValueError(f'the input must have shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}')
         normed = self.norm(x)
-        key = self.key(normed)
+        mixed = self.contmix(self.value(normed), self.query(normed) * self.query_scale, self.key(normed))
+        return x + self.layer_scale(self.proj(mixed * F.silu(self.gate(normed))))
+
+    def contmix(self, value: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Context mixing of ``value`` (B, C', H, W), by kernels made from ``query`` and ``key`` (section 3.3)."""
+        kernel_weight, kernel_bias = as_matrix(self.kernel_proj, self.context_size**2, like=key, size=())
 
         def mix(value: Tensor, query: Tensor) -> Tensor:
             return contmix(
                 value,
                 query,
                 key,
-                self.kernel_proj.weight,
-                self.kernel_proj.bias,
+                kernel_weight,
+                kernel_bias,
                 self.rpb_small,
                 self.rpb_large,
                 num_groups=self.num_groups,
@@ -151,9 +156,13 @@ class ContMixBlock(BaseModule):
                 large_kernel_size=self.kernel_size,
             )
 
-        query = self.query(normed) * self.query_scale
-        mixed = mix_at_fitting_size(mix, self.kernel_size, self.value(normed), query)
-        return x + self.layer_scale(self.proj(mixed * F.silu(self.gate(normed))))
+        return mix_at_fitting_size(mix, self.kernel_size, value, query)
+
+
+def _build_norm(norm_cfg: dict[str, Any], channels: int) -> nn.Module:
+    from mmcv.cnn import build_norm_layer  # only for those who name a norm of mmcv's
+
+    return build_norm_layer(norm_cfg, channels)[1]
 
 
 def _check_positive_ints(**values: int) -> None:

@@ -1,55 +1,36 @@
-"""Small layers of OverLoCK, with the parameter names of the released checkpoints."""
+"""Small layers of OverLoCK, with the parameter names of the released checkpoints.
+
+B images, C channels, maps of H x W positions.
+"""
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Optional
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import (
-    depthwise_conv2d,
-    global_response_norm,
-    has_depthwise,
-    residual_depthwise_conv2d,
-    residual_depthwise_norm,
-)
-from ..ops._autocast import cast_as_autocast
-from .recompute import has_hooks, recomputing
+from ..ops import conv2d, depthwise_conv2d, global_response_norm, residual_depthwise_conv2d
+from ..ops._autocast import autocast_disabled, cast_as_autocast
 
 
-class LayerNorm2d(nn.LayerNorm):
-    """Layer normalisation over the channels of (B, C, H, W), at every position on its own."""
-
-    def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
-        super().__init__(num_channels, eps=eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
-        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2)
-
-
-class LayerScale(nn.Module):
-    """A learnt scale and shift per channel: ``x * weight + bias``.
+class Conv2d(nn.Conv2d):
+    """A dense convolution, padded so that a stride of 1 keeps the size of the map.
 
     Args:
-        channels: C of the input (B, C, H, W).
-        init_value: what every weight starts at; the bias starts at 0.
+        in_channels, out_channels: C of the input and the output (B, C, H, W).
+        kernel_size: odd.
+        stride: of the convolution.
+        bias: whether there is one.
     """
 
-    def __init__(self, channels: int, init_value: float = 1.0) -> None:
-        super().__init__()
-        # (C, 1, 1, 1) is the checkpoints' shape: the release runs it as a depth-wise 1x1 convolution.
-        self.weight = nn.Parameter(torch.full((channels, 1, 1, 1), float(init_value)))
-        self.bias = nn.Parameter(torch.zeros(channels))
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Parameters follow the input's dtype, so that autocast keeps the residual stream in half precision.
-        weight = self.weight.view(1, -1, 1, 1).to(x.dtype)
-        return torch.addcmul(self.bias.view(1, -1, 1, 1).to(x.dtype), x, weight)
+        return conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -58,7 +39,7 @@ class DepthwiseConv(nn.Conv2d):
     Args:
         channels: C of the input and the output (B, C, H, W).
         kernel_size: odd.
-        dilation: distance of the kernel's taps.
+        dilation: distance between the taps of the kernel, in positions.
         bias: whether there is one.
     """
 
@@ -71,42 +52,31 @@ class DepthwiseConv(nn.Conv2d):
 
 
 class ResidualDepthwiseConv(DepthwiseConv):
-    """``x + depth-wise 3x3 convolution of x``, or the same of GELU(x)."""
+    """``x + depth-wise 3x3 convolution of x``."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, kernel_size=3)
 
-    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
-        return residual_depthwise_conv2d(x, self.weight, self.bias, gelu)
+    def forward(self, x: Tensor) -> Tensor:
+        return residual_depthwise_conv2d(x, self.weight, self.bias)
 
 
-class SqueezeExcitation(nn.Module):
-    """Channel attention from the global mean (Hu et al., CVPR 2018), with at least 16 hidden channels."""
+class LayerNorm2d(nn.LayerNorm):
+    """Layer normalisation over the channels of (B, C, H, W), at every position by itself.
 
-    def __init__(self, channels: int, reduction: int = 8) -> None:
-        super().__init__()
-        hidden = max(16, channels // reduction)
-        self.proj = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(channels, hidden, kernel_size=1),
-            nn.GELU(),
-            nn.Conv2d(hidden, channels, kernel_size=1),
-            nn.Sigmoid(),
-        )
+    Under autocast it computes in float32, as PyTorch's does, and gives the dtype that convolutions take.
+    """
 
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        _, reduce, gelu, expand, sigmoid = self.proj
-        if not (is_plain(reduce, nn.Conv2d) and is_plain(expand, nn.Conv2d)):
-            return x * self.proj(x)
-        # Matrix products: on a map of one position a convolution costs many times its arithmetic.
-        attention = F.linear(x.mean(dim=(2, 3)), reduce.weight.flatten(1), reduce.bias)  # (B, hidden)
-        attention = F.linear(gelu(attention), expand.weight.flatten(1), expand.bias)  # (B, C)
-        attention = sigmoid(attention)[..., None, None]
-        return x.mul_(attention) if inplace else x * attention
+    def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
+        super().__init__(num_channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return cast_as_autocast(x.permute(0, 3, 1, 2))
 
 
 class GlobalResponseNorm(nn.Module):
-    """Global response normalisation of (B, C, H, W) (Woo et al., ConvNeXt V2, eq. 1-3); the identity at the start."""
+    """Global response normalisation of (B, C, H, W) (Woo et al., ConvNeXt V2, eq. 1-3). It starts as the identity."""
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -118,52 +88,94 @@ class GlobalResponseNorm(nn.Module):
         return global_response_norm(x, self.gamma.flatten(), self.beta.flatten(), self.eps)
 
 
-def is_plain(module: nn.Module, expected: type) -> bool:
-    """Whether a module is what was built, so that its weights may be used without calling it: not wrapped, no hooks."""
-    return type(module) is expected and not has_hooks(module)
+class LayerScale(nn.Module):
+    """A learnt scale and shift per channel: ``x * weight + bias``.
+
+    Args:
+        channels: C of the input (B, C, H, W).
+        init_value: initial value of the weights. The biases start at 0.
+    """
+
+    def __init__(self, channels: int, init_value: float = 1.0) -> None:
+        super().__init__()
+        # The checkpoints have (C, 1, 1, 1): the release runs it as a depth-wise 1x1 convolution.
+        self.weight = nn.Parameter(torch.full((channels, 1, 1, 1), float(init_value)))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Parameters follow the input's dtype, so that autocast keeps the residual stream in half precision.
+        weight = self.weight.view(1, -1, 1, 1).to(x.dtype)
+        return torch.addcmul(self.bias.view(1, -1, 1, 1).to(x.dtype), x, weight)
 
 
-def layer_norm(again: recomputing, norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(x)`` for a convolution: under autocast, which makes norms in float32, in the dtype that it takes."""
-    if has_hooks(norm):
-        return norm(x)
-    return again(lambda x: cast_as_autocast(norm(x)), x)
+class SqueezeExcitation(nn.Module):
+    """Channel attention from the global mean (Hu et al., CVPR 2018), with at least 16 hidden channels."""
+
+    def __init__(self, channels: int, reduction: int = 8) -> None:
+        super().__init__()
+        hidden = max(16, channels // reduction)
+        self.proj = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            Conv2d(channels, hidden, kernel_size=1),
+            nn.GELU(),
+            Conv2d(hidden, channels, kernel_size=1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.proj(x)
 
 
-def gelu_mix_norm(again: recomputing, gelu: nn.Module, mix: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
-    """The middle of an MLP: GELU, residual depth-wise convolution, response norm."""
-    if not (is_plain_gelu(gelu) and can_join(mix, norm, x)):
-        return again(norm, again(mix, again(gelu, x)))
-    if torch.is_grad_enabled():
-        return again(norm, again(partial(mix, gelu=True), x))
-    return mix_norm(mix, norm, x, gelu=True)
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., ECCV 2016): in training, a sample's branch is dropped or scaled up.
+
+    Args:
+        drop_prob: probability of dropping the branch of a sample.
+    """
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_prob == 0:
+            return x
+        keep_prob = 1 - self.drop_prob
+        kept = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep_prob)  # (B, 1, 1, 1)
+        return x * (kept / keep_prob)
+
+    def extra_repr(self) -> str:
+        return f'drop_prob={self.drop_prob}'
 
 
-def can_join(mix: nn.Module, norm: nn.Module, x: Tensor) -> bool:
-    """Whether there is an operator that does both of ``norm(mix(x))``."""
-    return is_plain(mix, ResidualDepthwiseConv) and is_plain(norm, GlobalResponseNorm) and has_depthwise(x)
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks of its own, or a forward put in the place of its class's."""
+    attributes = module.__dict__  # by hand: this is asked for hundreds of layers in a forward
+    return bool(
+        attributes['_forward_hooks']
+        or attributes['_forward_pre_hooks']
+        or attributes['_backward_hooks']
+        or attributes['_backward_pre_hooks']
+        or 'forward' in attributes
+    )
 
 
-def mix_norm(mix: nn.Module, norm: nn.Module, x: Tensor, gelu: bool = False, inplace: bool = False) -> Tensor:
-    """``norm(mix(x))``, or of GELU(x), without gradients."""
-    gamma, beta = norm.gamma.flatten(), norm.beta.flatten()
-    return residual_depthwise_norm(x, mix.weight, mix.bias, gamma, beta, norm.eps, gelu, inplace)
+def as_matrix(layer: nn.Module, num_features: int, like: Tensor, size: tuple[int, ...] = (1, 1)) -> tuple[Tensor, Optional[Tensor]]:
+    """The matrix (L, N) and the bias (L) of a layer that is affine in its features, such as a 1x1 convolution.
 
+    The layer is called, on the N basis vectors and on zero. So its hooks run, and a wrapper, an adapter, a pruned or a
+    normalised weight counts. Autocast is off for it: a matrix is rounded where it is used, and not twice.
 
-def is_plain_gelu(module: nn.Module) -> bool:
-    """Whether it is the exact GELU."""
-    return is_plain(module, nn.GELU) and module.approximate == 'none'
-
-
-def batch_norm(again: recomputing, norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(x)``, which the backward makes again without updating the running statistics a second time."""
-    if not is_plain(norm, nn.BatchNorm2d):
-        return norm(x)  # a synchronised one talks to other processes
-    of_batch = norm.training or norm.running_mean is None
-    statistics = (None, None) if of_batch else (norm.running_mean, norm.running_var)
-    second = partial(_normalise, norm=norm, statistics=statistics, of_batch=of_batch)
-    return again(norm, x, again=second)
-
-
-def _normalise(x: Tensor, norm: nn.BatchNorm2d, statistics: tuple, of_batch: bool) -> Tensor:
-    return F.batch_norm(x, *statistics, norm.weight, norm.bias, of_batch, 0.0, norm.eps)
+    Args:
+        layer: takes N features, and gives L.
+        num_features: N.
+        like: a tensor on the layer's device.
+        size: of the map that the layer takes, (1, 1), or () for a linear layer.
+    """
+    scale = 64.0  # of the basis: beside large outputs, adding and subtracting the bias costs no precision
+    dtype = next(layer.parameters()).dtype
+    basis = scale * torch.eye(num_features + 1, num_features, dtype=dtype, device=like.device)  # (N + 1, N), last row 0
+    with autocast_disabled(like.device.type):
+        out = layer(basis.view(num_features + 1, num_features, *size)).flatten(1)  # (N + 1, L)
+    bias = out[num_features]
+    return (out[:num_features] - bias).t() / scale, bias

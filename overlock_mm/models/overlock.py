@@ -13,12 +13,13 @@ from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..ops._maps import is_channels_last
 from ..registry import MODELS
 from .blocks import BasicBlock, DynamicBlock
 from .checkpoint import TakesReleasedCheckpoints, check_variant, openmmlab_name
-from .convolutions import ConvSequential, forget_folded
-from .layers import LayerNorm2d, LayerScale
-from .recompute import checkpoint_block
+from .economy import POLICIES, run_block
+from .layers import Conv2d, LayerNorm2d, LayerScale
+from .reparam import DilatedReparamConv
 
 #: Published variants. ``num_groups`` is twice the heads that the release lists for a branch.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -35,15 +36,13 @@ STAGES = ('blocks1', 'blocks2', 'blocks3', 'blocks4', 'sub_blocks3', 'sub_blocks
 OUT_TYPES = ('features', 'pyramid', 'pyramid_with_overview')
 
 
-def _downsample(in_channels: int, out_channels: int, deploy: bool) -> ConvSequential:
-    return ConvSequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
-        deploy=deploy,
+def _downsample(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        Conv2d(in_channels, out_channels, kernel_size=3, stride=2, bias=False), nn.BatchNorm2d(out_channels)
     )
 
 
-def _stem(in_channels: int, out_channels: int, deploy: bool) -> ConvSequential:
+def _stem(in_channels: int, out_channels: int) -> nn.Sequential:
     """Image to features at a quarter of its size: four 3x3 convolutions, of strides 2, 1, 2, 1."""
     half = out_channels // 2
     layers: list[nn.Module] = []
@@ -53,18 +52,18 @@ def _stem(in_channels: int, out_channels: int, deploy: bool) -> ConvSequential:
         (half, out_channels, 2),
         (out_channels, out_channels, 1),
     ):
-        conv = nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False)
+        conv = Conv2d(inputs, outputs, kernel_size=3, stride=stride, bias=False)
         layers += [conv, nn.BatchNorm2d(outputs), nn.GELU()]
-    return ConvSequential(*layers[:-1], deploy=deploy)
+    return nn.Sequential(*layers[:-1])
 
 
-class _ContextDownsample(nn.Module):
+class ContextDownsample(nn.Module):
     """Features x and context h of stage 3 to half their size, for stage 4."""
 
-    def __init__(self, in_channels: int, out_channels: int, context_channels: int, deploy: bool) -> None:
+    def __init__(self, in_channels: int, out_channels: int, context_channels: int) -> None:
         super().__init__()
-        self.x_proj = _downsample(in_channels, out_channels, deploy)
-        self.h_proj = _downsample(context_channels, context_channels, deploy)
+        self.x_proj = _downsample(in_channels, out_channels)
+        self.h_proj = _downsample(context_channels, context_channels)
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         return self.x_proj(x), self.h_proj(h)
@@ -106,7 +105,10 @@ class OverLoCK(TakesReleasedCheckpoints):
         norm_eval: whether batch norms keep to their running statistics in training.
         with_cp: trade time for memory by recomputing blocks in the backward: True for all, or the names of the stages
             (among ``blocks1..4, sub_blocks3, sub_blocks4``). Running statistics are updated once all the same.
-        deploy: build the folded (re-parameterised) form, for inference. It loads folded and unfolded checkpoints.
+        memory: what autograd keeps of the blocks that are not in ``with_cp``: 'lean' makes norms, activations and small
+            depth-wise convolutions again in the backward, 'fast' keeps all. Outputs and gradients are the same.
+        deploy: build the large convolutions in their folded form, that of the released ``*_reparam`` checkpoints. It loads
+            folded and unfolded checkpoints. For the fastest inference see :func:`overlock_mm.inference.optimize`.
         init_cfg: mmengine's initialisation. ``dict(type='Pretrained', checkpoint=FILE)`` takes the released files: a
             classification checkpoint goes into a pyramid too, and what was left out is logged. By default convolutions
             start from a truncated normal of std 0.02.
@@ -127,6 +129,7 @@ class OverLoCK(TakesReleasedCheckpoints):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: Union[bool, Sequence[str]] = False,
+        memory: str = 'lean',
         deploy: bool = False,
         init_cfg: Union[dict, list, None] = None,
         pretrained: Optional[str] = None,
@@ -145,13 +148,16 @@ class OverLoCK(TakesReleasedCheckpoints):
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
         if frozen_stages not in range(-1, len(STAGES) + 1):
             raise ValueError(f'frozen_stages must be in -1..{len(STAGES)}, got {frozen_stages!r}')
+        if memory not in POLICIES:
+            raise ValueError(f'memory must be one of {POLICIES}, got {memory!r}')
         self.arch = arch
         self.in_channels = in_channels
         self.out_type = out_type
         self.out_indices = _resolve_out_indices(out_indices, out_type)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
-        self.recomputed_stages = _resolve_with_cp(with_cp)
+        self.checkpointed_stages = _resolve_with_cp(with_cp)
+        self.memory = memory
         self.deploy = deploy
 
         c1, c2, c3, c4 = settings['channels']
@@ -172,12 +178,12 @@ class OverLoCK(TakesReleasedCheckpoints):
                 for rate in rates[stage - 1].tolist()
             )
 
-        self.patch_embed1 = _stem(in_channels, c1, deploy)
-        self.patch_embed2 = _downsample(c1, c2, deploy)
-        self.patch_embed3 = _downsample(c2, c3, deploy)
-        self.patch_embed4 = _downsample(c3, c4, deploy)
-        self.high_level_proj = nn.Conv2d(c4, context, kernel_size=1)
-        self.patch_embedx = _ContextDownsample(c3, c4, context, deploy)
+        self.patch_embed1 = _stem(in_channels, c1)
+        self.patch_embed2 = _downsample(c1, c2)
+        self.patch_embed3 = _downsample(c2, c3)
+        self.patch_embed4 = _downsample(c3, c4)
+        self.high_level_proj = Conv2d(c4, context, kernel_size=1)
+        self.patch_embedx = ContextDownsample(c3, c4, context)
         self.blocks1 = basic_stage(1, c1, k1)
         self.blocks2 = basic_stage(2, c2, k2)
         self.blocks3 = basic_stage(3, c3, k3)
@@ -198,7 +204,7 @@ class OverLoCK(TakesReleasedCheckpoints):
             # Only norms that are used, so that every parameter has a gradient. Norm 1 stands before stage 3: see forward.
             norms = sorted({*self.out_indices} | ({1} if self._depth > 0 else set()))
             if self._adds_overview:
-                self.h_proj = nn.Sequential(nn.Conv2d(c4, c4 + context, kernel_size=1), LayerScale(c4 + context, 1e-5))
+                self.h_proj = nn.Sequential(Conv2d(c4, c4 + context, kernel_size=1), LayerScale(c4 + context, 1e-5))
                 norms.append(4)
             self.extra_norm = nn.ModuleDict({str(i): LayerNorm2d(all_channels[i]) for i in norms})
 
@@ -277,46 +283,49 @@ class OverLoCK(TakesReleasedCheckpoints):
             ValueError: the input has another rank or number of channels, or is empty.
         """
         self._check_input(x)
-        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+        x = x.contiguous(memory_format=torch.channels_last)  # the layout of every map of the network
         features = {}
 
-        if x.device.type == 'cpu':
-            x = x.contiguous(memory_format=torch.channels_last)  # the layout in which everything on the CPU is fast
-        x = features[0] = self._run('blocks1', self.patch_embed1(x))
+        # Base-Net
+        x = features[0] = self._run('blocks1', self._embed('patch_embed1', x))
         if self._depth > 0:
-            x = self._run('blocks2', self.patch_embed2(x))
+            x = self._run('blocks2', self._embed('patch_embed2', x))
             if self.out_type != 'features':
                 # The released dense checkpoints were trained with the normalised map going on into stage 3.
                 x = self.extra_norm['1'](x)
             features[1] = x
+        # Overview-Net
         if self._depth > 1:
-            x = self._run('blocks3', self.patch_embed3(x))
-            overview = features[4] = self._run('blocks4', self.patch_embed4(x))
+            x = self._run('blocks3', self._embed('patch_embed3', x))
+            overview = features[4] = self._run('blocks4', self._embed('patch_embed4', x))
+        # Focus-Net
         if self._depth > 2:
             prior = self.high_level_proj(overview)
             h = F.interpolate(prior, x.shape[2:], mode='bilinear', align_corners=False)
-            x, h = self._run_dynamic('sub_blocks3', x, h, h)
+            x, h = self._focus('sub_blocks3', x, h, h)
             features[2] = torch.cat([x, h], dim=1)
         if self._depth > 3:
-            features[3] = self._run_dynamic('sub_blocks4', *self.patch_embedx(x, h), prior)
-        # Layer norms and convolutions change strides as it suits them. mmcv's operators (RoIAlign first) read the memory as
-        # if it were contiguous, whatever the strides say: what comes out is laid out as the input was.
+            features[3] = self._focus('sub_blocks4', *self._embed('patch_embedx', x, h), prior)
+        # mmcv's operators (RoIAlign first) read memory as if it were contiguous, whatever the strides say.
         return tuple(self._output(i, features).contiguous(memory_format=memory_format) for i in self.out_indices)
+
+    def _embed(self, name: str, *maps: Tensor) -> Union[Tensor, tuple[Tensor, ...]]:
+        return run_block(self.memory, getattr(self, name), *maps)
 
     def _run(self, stage: str, x: Tensor) -> Tensor:
         for block in getattr(self, stage):
-            x = checkpoint_block(block, x) if self._recomputes(stage) else block(x)
+            x = run_block(self._policy(stage), block, x)
         return x
 
-    def _run_dynamic(self, stage: str, x: Tensor, h: Tensor, prior: Tensor):
+    def _focus(self, stage: str, x: Tensor, h: Tensor, prior: Tensor) -> Union[Tensor, tuple[Tensor, Tensor]]:
         out = x, h
         for block in getattr(self, stage):
-            out = checkpoint_block(block, *out, prior) if self._recomputes(stage) else block(*out, prior)
+            out = run_block(self._policy(stage), block, *out, prior)
         return out
 
-    def _recomputes(self, stage: str) -> bool:
-        return stage in self.recomputed_stages and torch.is_grad_enabled()
+    def _policy(self, stage: str) -> str:
+        return 'checkpoint' if stage in self.checkpointed_stages else self.memory
 
     def _output(self, index: int, features: dict[int, Tensor]) -> Tensor:
         if self.out_type == 'features' or index == 1:
@@ -336,30 +345,16 @@ class OverLoCK(TakesReleasedCheckpoints):
         if 0 in x.shape:
             raise ValueError(f'the input must not be empty, got shape {tuple(x.shape)}')
 
-    @torch.no_grad()
     def switch_to_deploy(self) -> None:
-        """Fold what is linear at inference: the same function, faster.
-
-        The branches of every dilated re-parameterised convolution are folded into its large kernel for good. Batch norms
-        are folded into the convolutions beside them whenever the model runs in evaluation mode and without gradients; they
-        stay among the parameters, so that the state dict is that of the released re-parameterised checkpoints. On the CPU
-        the folded weights are also packed as oneDNN wants them, which takes the memory of the weights a second time, and
-        blocks overwrite their own maps.
-        """
+        """Fold the branches of every large convolution into its kernel, for good: the form of the ``*_reparam`` files."""
         for module in self.modules():
-            if module is not self and hasattr(module, 'switch_to_deploy'):
+            if isinstance(module, DilatedReparamConv):
                 module.switch_to_deploy()
         self.deploy = True
-
-    def _apply(self, *args, **kwargs) -> OverLoCK:
-        super()._apply(*args, **kwargs)
-        forget_folded(self)
-        return self
 
     def train(self, mode: bool = True) -> OverLoCK:
         """Set training mode, but for frozen stages and, with ``norm_eval``, for batch norms."""
         super().train(mode)
-        forget_folded(self)
         self._freeze_stages()
         if mode and self.norm_eval:
             for module in self.modules():

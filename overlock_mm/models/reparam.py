@@ -11,11 +11,8 @@ import torch.nn as nn
 from mmengine.logging import print_log
 from torch import Tensor
 
-from ..ops import branch_norms, depthwise_conv2d, has_depthwise
-from ..ops._extension import is_compiling, is_exporting
-from .convolutions import exact_dtype, until_changed
-from .layers import DepthwiseConv, is_plain
-from .recompute import recomputing
+from ..ops import branch_norms, depthwise_conv2d
+from .layers import DepthwiseConv, has_hooks
 
 #: (kernel size, dilation) of the branches that run beside a large kernel of size K.
 DILATED_BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
@@ -59,75 +56,27 @@ class DilatedReparamConv(nn.Module):
                 self.add_module(f'dil_conv_k{k}_{dilation}', DepthwiseConv(channels, k, dilation, bias=False))
                 self.add_module(f'dil_bn_k{k}_{dilation}', nn.BatchNorm2d(channels))
 
-    def _branches(self) -> list[tuple[DepthwiseConv, nn.Module]]:
-        """Each branch's convolution and norm, the large one first."""
+    def branches(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Convolution and norm of each branch, the large one first."""
         names = [f'k{k}_{dilation}' for k, dilation in DILATED_BRANCHES[self.kernel_size]]
         dilated = [(getattr(self, f'dil_conv_{name}'), getattr(self, f'dil_bn_{name}')) for name in names]
         return [(self.lk_origin, self.origin_bn), *dilated]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.deploy:
-            return self.lk_origin(x)
-        branches = self._branches()
-        norms = [norm for _, norm in branches]
-        # Not synchronised with other processes, not fused away, nobody looking on.
-        if all(
-            is_plain(conv, DepthwiseConv) and conv.bias is None and is_plain(norm, nn.BatchNorm2d) and norm.affine
-            for conv, norm in branches
-        ):
-            of_batch = {norm.training or norm.running_mean is None for norm in norms}
-            if of_batch == {True} and has_depthwise(x) and len({norm.eps for norm in norms}) == 1:
-                return self._norms_of_the_batch(x)
-            # With given statistics the branches are one kernel; autograd goes through its folding.
-            if of_batch == {False} and (has_depthwise(x) or not torch.is_grad_enabled()):
-                return depthwise_conv2d(x, *self._folded())
-        (large_conv, large_norm), *dilated = branches
-        # The large convolution's output is kept, it is dear; those of the others are made again, one at a time.
-        out = large_norm(large_conv(x))
-        with recomputing() as again:
-            for conv, norm in dilated:
-                out = out + norm(again(conv, x))
-        return out
+        """(B, C, H, W) to (B, C, H, W)."""
+        return self.lk_origin(x) if self.deploy else sum_of_branches(x, self.branches())
 
-    def _folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the one convolution that the branches are; without gradients, made only when they change."""
-        branches = self._branches()
-
-        def fold() -> tuple[Tensor, Tensor]:
-            return _one_kernel([_Branch.of(conv, norm) for conv, norm in branches], self.kernel_size)
-
-        if torch.is_grad_enabled() or is_compiling() or is_exporting():
-            return fold()
-        sources = [conv.weight for conv, _ in branches]
-        for _, norm in branches:
-            statistics = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-            sources += [norm.weight, norm.bias, *(tensor for tensor in statistics if tensor is not None)]
-        return until_changed(self, sources, [norm.eps for _, norm in branches], fold)
-
-    def _norms_of_the_batch(self, x: Tensor) -> Tensor:
-        """All branches and their norms in one, with the statistics of the batch."""
-        convs, norms = zip(*self._branches())
-        count = x.numel() // x.shape[1]
-        if count == 1:
-            raise ValueError(f'batch norms need more than one value per channel in training, got shape {tuple(x.shape)}')
-        out, means, variances = branch_norms(
-            x,
-            [conv.weight for conv in convs],
-            [norm.weight for norm in norms],
-            [norm.bias for norm in norms],
-            [conv.dilation[0] for conv in convs],
-            norms[0].eps,
-        )
-        _update_running_statistics(norms, means, variances * (count / (count - 1)))
-        return out
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight (C, 1, K, K) and bias (C) of the branches with their running statistics, in float64 where there is one."""
+        return _one_kernel([_Branch.of(conv, norm) for conv, norm in self.branches()])
 
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
         """Fold the branches into ``lk_origin``, with the running statistics of the batch norms, for good."""
         if self.deploy:
             return
-        weight, bias = _one_kernel([_Branch.of(conv, norm) for conv, norm in self._branches()], self.kernel_size)
-        folded = DepthwiseConv(self.channels, self.kernel_size).to(weight)
+        weight, bias = self.folded()
+        folded = DepthwiseConv(self.channels, self.kernel_size).to(self.lk_origin.weight)
         folded.weight.copy_(weight)
         folded.bias.copy_(bias)
         folded.requires_grad_(self.lk_origin.weight.requires_grad)
@@ -156,6 +105,62 @@ class DilatedReparamConv(nn.Module):
 
     def extra_repr(self) -> str:
         return f'channels={self.channels}, kernel_size={self.kernel_size}, deploy={self.deploy}'
+
+
+def sum_of_branches(x: Tensor, branches: Sequence[tuple[nn.Module, nn.Module]]) -> Tensor:
+    """``sum(norm(conv(x)) for conv, norm in branches)``.
+
+    Branches that are as they were built run as one operator. One that was replaced, wrapped or given a hook must be
+    called, and then all are.
+
+    Args:
+        x: (B, C, H, W).
+        branches: convolution and norm of each branch.
+    """
+    if all(_is_as_built(conv, DepthwiseConv) and _is_as_built(norm, nn.BatchNorm2d) for conv, norm in branches):
+        norms = [norm for _, norm in branches]
+        by_batch = {norm.training or norm.running_mean is None for norm in norms}
+        if by_batch == {True} and len({norm.eps for norm in norms}) == 1:
+            return _normalised_by_batch(x, branches)
+        if by_batch == {False}:
+            # With given statistics the branches are one kernel. Autograd goes through its folding.
+            weight, bias = _one_kernel([_Branch.of(conv, norm) for conv, norm in branches])
+            dtype = branches[0][0].weight.dtype
+            return depthwise_conv2d(x, weight.to(dtype), bias.to(dtype))
+    (conv, norm), *others = branches
+    out = norm(conv(x))
+    for conv, norm in others:
+        out = out + norm(conv(x))
+    return out
+
+
+def _is_as_built(module: nn.Module, expected: type) -> bool:
+    """Whether reading a convolution's or norm's tensors does what calling it does."""
+    parameters = module._parameters
+    return (
+        type(module) is expected
+        and not has_hooks(module)
+        and parameters.get('weight') is not None
+        and (parameters.get('bias') is None) == (expected is DepthwiseConv)
+    )
+
+
+def _normalised_by_batch(x: Tensor, branches: Sequence[tuple[nn.Module, nn.Module]]) -> Tensor:
+    """All branches and their norms as one operator, with the statistics of the batch."""
+    convs, norms = zip(*branches)
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    if count == 1:
+        raise ValueError(f'batch norms need more than one value per channel in training, got shape {tuple(x.shape)}')
+    out, means, variances = branch_norms(
+        x,
+        [conv.weight for conv in convs],
+        [norm.weight for norm in norms],
+        [norm.bias for norm in norms],
+        [conv.dilation[0] for conv in convs],
+        norms[0].eps,
+    )
+    _update_running_statistics(norms, means, variances * (count / (count - 1)))
+    return out
 
 
 @torch.no_grad()
@@ -205,7 +210,8 @@ def fold_branches(state_dict: dict[str, Tensor], prefix: str, kernel_size: int, 
         )
         for conv, norm, d in names
     ]
-    return _one_kernel(branches, kernel_size)
+    weight, bias = _one_kernel(branches)
+    return weight.to(branches[0].kernel.dtype), bias.to(branches[0].kernel.dtype)
 
 
 class _Branch(NamedTuple):
@@ -224,16 +230,22 @@ class _Branch(NamedTuple):
         return cls(conv.weight, conv.dilation[0], norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
 
 
-def _one_kernel(branches: list[_Branch], kernel_size: int) -> tuple[Tensor, Tensor]:
-    exact, dtype = exact_dtype(branches[0].kernel), branches[0].kernel.dtype
-    weight = bias = 0.0
+def _one_kernel(branches: Sequence[_Branch]) -> tuple[Tensor, Tensor]:
+    """Weight (C, 1, K, K) and bias (C) of the sum of the branches, the first of which has the large kernel, unrounded."""
+    exact = exact_dtype(branches[0].kernel)
+    large = branches[0].kernel.shape[-1]
+    weight = torch.zeros_like(branches[0].kernel, dtype=exact)
+    bias = 0.0
     for kernel, dilation, *statistics, eps in branches:
         gamma, beta, mean, var = (tensor.to(exact) for tensor in statistics)
-        scale = gamma / torch.sqrt(var + eps)
-        large = kernel.new_zeros(kernel.shape[0], 1, kernel_size, kernel_size, dtype=exact)
-        margin = kernel_size // 2 - dilation * (kernel.shape[-1] // 2)
-        taps = slice(margin, kernel_size - margin, dilation)
-        large[:, :, taps, taps] = kernel.to(exact) * scale.view(-1, 1, 1, 1)
-        weight = weight + large
+        scale = gamma * torch.rsqrt(var + eps)
+        margin = large // 2 - dilation * (kernel.shape[-1] // 2)
+        taps = slice(margin, large - margin, dilation)
+        weight[:, :, taps, taps] += kernel.to(exact) * scale.view(-1, 1, 1, 1)
         bias = bias + beta - mean * scale
-    return weight.to(dtype), bias.to(dtype)
+    return weight, bias
+
+
+def exact_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype to fold in: float64, but on devices that have none."""
+    return torch.float32 if tensor.device.type == 'mps' else torch.float64

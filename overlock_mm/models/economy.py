@@ -1,0 +1,319 @@
+"""Memory in training: what autograd keeps of a block for the backward. This file alone knows.
+
+:func:`run_block` runs a block under one of three policies, which change neither results nor gradients:
+
+- ``'fast'``: autograd keeps what it asks for.
+- ``'lean'``: maps that are cheap to make again are not kept: outputs of norms, activations, small depth-wise convolutions,
+  products and sums. Outputs of matrix products, large convolutions and ContMix are kept.
+- ``'checkpoint'``: only the inputs of the block are kept, and the backward runs the block again.
+
+A block knows nothing of it. The lean policy watches PyTorch's functions from outside: a torch-function mode notes how each
+cheap map was made, and hooks of saved tensors keep the note in place of the map.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Optional, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from .. import ops
+from ..ops._autocast import autocast_disabled, autocast_dtype, is_autocast_enabled
+from ..ops._extension import is_compiling, is_exporting
+
+#: What ``OverLoCK(memory=...)`` takes.
+POLICIES = ('lean', 'fast')
+
+
+class _State(threading.local):
+    inside_checkpoint = False
+    inside_lean = False
+
+
+_state = _State()
+
+
+def run_block(policy: str, block: nn.Module, *inputs: Any) -> Any:
+    """``block(*inputs)`` under a policy: 'fast', 'lean' or 'checkpoint'. Without gradients they are all the same.
+
+    'lean' is 'fast' where somebody else decides what is kept: under torch.compile, in an export, in a checkpointed block,
+    and under hooks of saved tensors that were set outside (where torch tells of them, from about 2.8 on).
+    """
+    if not torch.is_grad_enabled():
+        return block(*inputs)
+    if policy == 'checkpoint':
+        return _run_checkpointed(block, *inputs)
+    if policy == 'lean' and not _others_decide():
+        with lean():
+            return block(*inputs)
+    return block(*inputs)
+
+
+def _others_decide() -> bool:
+    return is_compiling() or is_exporting() or _state.inside_checkpoint or (not _state.inside_lean and _has_hooks())
+
+
+def _has_hooks() -> bool:
+    """Whether hooks of saved tensors are set."""
+    top = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
+    return top is not None and top(True) is not None
+
+
+# ------------------------------------------------------------------------------------------------------ the lean policy
+
+
+@contextlib.contextmanager
+def lean() -> Iterator[None]:
+    """Context in which autograd does not keep maps that are cheap to make again."""
+    before, _state.inside_lean = _state.inside_lean, True
+    notebook = _Notebook()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(notebook.pack, _unpack), notebook:
+            yield
+    finally:
+        _state.inside_lean = before
+        notebook.clear()
+
+
+Call = tuple[Callable, tuple, dict]
+
+
+def _same_call(function: Callable, args: tuple, kwargs: dict) -> Optional[Call]:
+    return function, args, kwargs
+
+
+def _batch_norm_again(function: Callable, args: tuple, kwargs: dict) -> Optional[Call]:
+    """With the statistics of the batch, the running ones are not updated a second time."""
+    if kwargs.get('training'):
+        args = (args[0], None, None)
+    return function, args, kwargs
+
+
+def _branch_again(function: Callable, args: tuple, kwargs: dict) -> Optional[Call]:
+    """A branch beside a large kernel is cheap; the large kernel is not, and a plain 3x3 one stands before a batch norm."""
+    _, weight, _, dilation = args
+    size = weight.shape[-1]
+    return (function, args, kwargs) if size <= 9 and (size > 3 or dilation > 1) else None
+
+
+#: Functions whose outputs are cheap: the call that makes them again, or None where they are kept after all.
+_CHEAP: dict[Callable, Callable[[Callable, tuple, dict], Optional[Call]]] = {
+    **dict.fromkeys(
+        (
+            F.layer_norm, F.gelu, F.silu, ops.residual_depthwise_conv2d, ops.global_response_norm, torch.addcmul, Tensor.mul,
+            torch.cat, Tensor.split, Tensor.permute, Tensor.contiguous, Tensor.to, Tensor.__getitem__,
+        ),
+        _same_call,
+    ),
+    F.batch_norm: _batch_norm_again,
+    ops.depthwise_conv2d: _branch_again,
+}  # fmt: skip
+#: These keep nothing themselves. Their outputs are cheap only where their inputs are made again anyway.
+_SUMS = (Tensor.add, Tensor.sub)
+
+
+class _Notebook(TorchFunctionMode):
+    """Notes how cheap tensors are made, and finds the note of a tensor that autograd wants to keep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # By address. Few tensors share one, and the tensors stay alive here, so that no address is used again.
+        self._notes: dict[int, list[tuple[Tensor, int, _Note]]] = {}
+
+    def clear(self) -> None:
+        self._notes.clear()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        again = _CHEAP.get(function)
+        if again is not None:
+            call = again(function, args, kwargs)
+            if call is not None:
+                self._note(out, call)
+        elif function in _SUMS and all(self._find(each) for each in args if isinstance(each, Tensor)):
+            self._note(out, (function, args, kwargs))
+        return out
+
+    def pack(self, tensor: Tensor) -> Union[_Note, _Kept]:
+        kept = self._find(tensor) or _Kept(tensor)
+        kept.add_user()
+        return kept
+
+    def _note(self, out: Any, call: Call) -> None:
+        outputs = out if isinstance(out, tuple) else (out,)
+        if not outputs[0].requires_grad or outputs[0] is call[1][0]:
+            return
+        function, args, kwargs = call
+        args, kwargs = self._sources_of(args), dict(zip(kwargs, self._sources_of(tuple(kwargs.values()))))
+        for index, each in enumerate(outputs):
+            note = _Note(function, args, kwargs, index if isinstance(out, tuple) else None, each.device.type)
+            self._notes.setdefault(each.data_ptr(), []).append((each, each._version, note))
+
+    def _sources_of(self, values: tuple) -> tuple:
+        """Arguments, with tensors replaced by what is kept of them."""
+        return tuple(
+            (self._find(each) or _Kept(each)) if isinstance(each, Tensor)
+            else list(self._sources_of(tuple(each))) if isinstance(each, (list, tuple))
+            else each
+            for each in values
+        )  # fmt: skip
+
+    def _find(self, tensor: Tensor) -> Optional[_Note]:
+        for noted, version, note in reversed(self._notes.get(tensor.data_ptr(), ())):
+            if (
+                noted.shape == tensor.shape
+                and noted.stride() == tensor.stride()
+                and noted.dtype == tensor.dtype
+                and version == tensor._version  # it was not changed in place since
+            ):
+                return note
+        return None
+
+
+def _unpack(kept: Union[_Note, _Kept]) -> Tensor:
+    return kept.value()
+
+
+class _Kept:
+    """A tensor that is kept. It must not change until the backward, and with hooks autograd does not check that."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor.detach()  # the tensor itself could hold the node that holds this
+        self._version = None if tensor.is_inference() else tensor._version
+
+    def add_user(self) -> None:
+        pass
+
+    def value(self) -> Tensor:
+        if self._version is not None and self._tensor._version != self._version:
+            raise RuntimeError(
+                'one of the variables needed for gradient computation has been modified by an inplace operation: a tensor '
+                f'of shape {tuple(self._tensor.shape)} is at version {self._tensor._version}; expected version '
+                f'{self._version} instead'
+            )
+        return self._tensor
+
+
+class _Note:
+    """A tensor that is not kept: the call that makes it again, of tensors that are kept or are made again themselves.
+
+    Args:
+        function, args, kwargs: the call, with a note or a kept tensor in place of every tensor.
+        index: which of several outputs it is, None for the only one.
+        device_type: of the tensor.
+    """
+
+    def __init__(self, function: Callable, args: tuple, kwargs: dict, index: Optional[int], device_type: str) -> None:
+        self._function, self._args, self._kwargs = function, args, kwargs
+        self._index = index
+        self._device_type = device_type
+        self._autocast_dtype = None
+        if device_type != 'meta' and is_autocast_enabled(device_type):
+            self._autocast_dtype = autocast_dtype(device_type)
+        # How many ask for the value in a backward, and how many of them have not asked yet.
+        self._users = self._pending = 0
+        self._value: Optional[Tensor] = None
+
+    def add_user(self) -> None:
+        if self._users == 0:
+            for source in _flat((*self._args, *self._kwargs.values())):
+                if isinstance(source, (_Note, _Kept)):
+                    source.add_user()
+        self._users += 1
+        self._pending += 1
+
+    def value(self) -> Tensor:
+        """The tensor. It is made for the first user in a backward, and let go with the last."""
+        if self._value is None:
+            args = _values_of(self._args)
+            kwargs = dict(zip(self._kwargs, _values_of(tuple(self._kwargs.values()))))
+            with torch.no_grad(), self._autocast():
+                out = self._function(*args, **kwargs)
+            self._value = out if self._index is None else out[self._index]
+        value = self._value
+        self._pending -= 1
+        if self._pending == 0:
+            self._value, self._pending = None, self._users  # for another backward through a graph that is retained
+        return value
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        """Autocast as it was in the call."""
+        if self._autocast_dtype is None:
+            return autocast_disabled(self._device_type)
+        return torch.autocast(self._device_type, dtype=self._autocast_dtype)
+
+
+def _flat(values: tuple) -> Iterator[Any]:
+    for each in values:
+        if isinstance(each, list):
+            yield from each
+        else:
+            yield each
+
+
+def _values_of(sources: tuple) -> tuple:
+    return tuple(
+        each.value() if isinstance(each, (_Note, _Kept)) else list(_values_of(tuple(each))) if isinstance(each, list) else each
+        for each in sources
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- checkpointing
+
+
+def _run_checkpointed(block: nn.Module, *inputs: Any) -> Any:
+    """The second run gives the first one's values and leaves no second trace.
+
+    Batch norms normalise by the batch again, but only the first run updates their running statistics.
+    """
+    if is_compiling():
+        # torch.compile traces the block once and updates the statistics once. It knows no context_fn.
+        return checkpoint(block, *inputs, use_reentrant=False)
+
+    def contexts():
+        return _inside_checkpoint(), _second_run(block)
+
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def _inside_checkpoint() -> Iterator[None]:
+    before, _state.inside_checkpoint = _state.inside_checkpoint, True
+    try:
+        yield
+    finally:
+        _state.inside_checkpoint = before
+
+
+@contextlib.contextmanager
+def _second_run(block: nn.Module) -> Iterator[None]:
+    with _inside_checkpoint(), _statistics_at_rest(block):
+        yield
+
+
+@contextlib.contextmanager
+def _statistics_at_rest(block: nn.Module) -> Iterator[None]:
+    """Let batch norms update copies of their running statistics, which are thrown away."""
+    kept = [
+        (norm, name, buffer)
+        for norm in block.modules()
+        if isinstance(norm, _BatchNorm)
+        for name, buffer in norm.named_buffers(recurse=False)
+    ]
+    for norm, name, buffer in kept:
+        setattr(norm, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for norm, name, buffer in kept:
+            setattr(norm, name, buffer)

@@ -15,7 +15,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPP
 from mmengine.registry import Registry  # noqa: E402
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='overlock_mm', locations=['overlock_mm.models'])
-HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='overlock_mm', locations=['overlock_mm.memory'])
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='overlock_mm', locations=['overlock_mm.memory', 'overlock_mm.inference'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,

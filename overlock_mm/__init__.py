@@ -5,8 +5,8 @@ The operator alone, overlock_mm.ops, needs only torch.
 
 import importlib.util
 
+from .checkpoints.release import get_checkpoint, register_models
 from .config_path import get_config_path, list_configs
-from .model_zoo import get_checkpoint, register_models
 from .versions import require
 
 __version__ = '0.1.0'
@@ -14,9 +14,9 @@ __all__ = ['__version__', 'get_checkpoint', 'get_config_path', 'list_configs', '
 
 require('torch', 'overlock_mm')
 if importlib.util.find_spec('mmengine') is not None:
-    from .checkpoint_files import register_scheme
+    from .checkpoints.files import register_scheme
+    from .checkpoints.safe_globals import allow_mmengine_checkpoints
     from .config_path import allow_config_scopes
-    from .safe_globals import allow_mmengine_checkpoints
 
     allow_mmengine_checkpoints()
     register_scheme()

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from overlock_mm.checkpoint_files import read_checkpoint, released_state_dict
+from overlock_mm.checkpoints.files import read_checkpoint, released_state_dict
 from overlock_mm.models.conversion import (
     CheckpointDescription,
     classes_of,

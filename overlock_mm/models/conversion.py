@@ -16,7 +16,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .checkpoint import (
+from ..checkpoints.loading import (
     CLASSIFICATION_HEADS,
     PYRAMID_MODULES,
     describe_variant,

@@ -9,8 +9,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..checkpoints.loading import TakesReleasedCheckpoints
 from ..versions import require
-from .checkpoint import TakesReleasedCheckpoints
 
 require('mmpretrain', 'the classification head')
 

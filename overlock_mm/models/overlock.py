@@ -13,10 +13,10 @@ from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..checkpoints.loading import TakesReleasedCheckpoints, check_variant, openmmlab_name
 from ..ops._maps import is_channels_last
 from ..registry import MODELS
 from .blocks import BasicBlock, DynamicBlock
-from .checkpoint import TakesReleasedCheckpoints, check_variant, openmmlab_name
 from .economy import POLICIES, run_block
 from .layers import Conv2d, LayerNorm2d, LayerScale
 from .reparam import DilatedReparamConv

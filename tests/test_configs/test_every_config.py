@@ -20,7 +20,7 @@ pytest.importorskip('mmseg', reason='there are configs for it')
 pytest.importorskip('mmpretrain', reason='there are configs for it')
 
 import overlock_mm
-from overlock_mm.model_zoo import find_released
+from overlock_mm.checkpoints.release import find_released
 from overlock_mm.models import OverLoCK
 from overlock_mm.models.overlock import STAGES
 

@@ -12,7 +12,7 @@ from mmengine.model import BaseModule
 from mmengine.model.weight_init import PretrainedInit, update_init_info
 from torch import Tensor
 
-from ..checkpoint_files import read_checkpoint, released_state_dict
+from .files import read_checkpoint, released_state_dict
 
 #: Top-level names of a classification checkpoint that belong to its heads.
 CLASSIFICATION_HEADS = ('head', 'aux_head')

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
-from .versions import version_numbers
+from ..versions import version_numbers
 
 _STATISTICS = ('min', 'max', 'mean', 'current')
 _NUMBERS = ('?', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8')

@@ -9,7 +9,7 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 
-import overlock_mm.safe_globals as safe_globals
+from overlock_mm.checkpoints import safe_globals
 
 weights_only_is_default = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split('.')[:2])) < (2, 6), reason='torch < 2.6 loads without restriction by default'

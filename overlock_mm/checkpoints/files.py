@@ -17,7 +17,7 @@ from mmengine.dist import barrier, get_rank
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor
 
-from .model_zoo import RELEASE, SCHEME, find_released
+from .release import RELEASE, SCHEME, find_released
 
 
 def read_checkpoint(checkpoint: Union[str, os.PathLike], map_location: Optional[str] = 'cpu') -> Any:

@@ -12,7 +12,7 @@ from conftest import ROOT, import_file
 from mmengine.fileio import load
 
 import overlock_mm
-from overlock_mm.model_zoo import RELEASE, RELEASED, find_released
+from overlock_mm.checkpoints.release import RELEASE, RELEASED, find_released
 
 CONFIGS = sorted(name for name in overlock_mm.list_configs() if not name.endswith('_demo.py'))
 FRAMEWORKS = ('mmdet', 'mmseg', 'mmpretrain')

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .config_path import config_root, list_configs, nearest_names
+from ..config_path import config_root, list_configs, nearest_names
 
 RELEASE = 'https://github.com/LMMMEng/OverLoCK/releases/download/v1/'
 SCHEME = 'overlock_mm://'

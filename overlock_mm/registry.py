@@ -1,13 +1,12 @@
-"""Registries for all of OpenMMLab: children of mmengine's, which mmdet's, mmseg's and mmpretrain's fall back to.
+"""Child registries of mmengine's, found from every OpenMMLab framework.
 
-``type='overlock_mm.OverLoCK'`` builds from any of them without custom_imports: a scope that is not known yet is imported
-as ``<scope>.registry``, this module.
+``type='overlock_mm.OverLoCK'`` builds from mmdet, mmseg and mmpretrain without ``custom_imports``: mmengine imports
+``<scope>.registry``, here this module, when it meets an unknown scope.
 """
 
 from .versions import require
 
-for _module in ('mmengine', 'mmcv'):
-    require(_module, 'overlock_mm.models')
+require('mmengine', 'overlock_mm.models')
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS  # noqa: E402
 from mmengine.registry import MODELS as MMENGINE_MODELS  # noqa: E402

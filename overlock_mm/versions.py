@@ -1,4 +1,4 @@
-"""What this package runs with: clear words where something is missing or of an untried version."""
+"""Checks of required packages: a clear error if one is missing, a warning if its version is untested."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ import importlib.util
 import warnings
 from typing import Optional
 
-#: Module, the name to install it by, and the versions this package was written for, [first, last).
+#: Module: its name on PyPI and the supported versions, from the first to before the last.
 SUPPORTED = {
     'torch': ('torch', '2.1', None),
     'mmengine': ('mmengine', '0.10.0', '0.11.0'),
-    'mmcv': ('mmcv', '2.0.0', '2.2.0'),
     'mmdet': ('mmdet', '3.0.0', '3.4.0'),
     'mmseg': ('mmsegmentation', '1.0.0', '1.3.0'),
     'mmpretrain': ('mmpretrain', '1.0.0', '1.3.0'),
 }
 
-#: Those of the maintained forks, other packages of the same modules, that were tried (docs/compatibility.md).
+#: The tested versions of the maintained forks, which provide the same modules (docs/compatibility.md).
 FORKS = {
     'mmengine': ('onedl-mmengine', '0.10.8', '0.11.0'),
-    'mmcv': ('onedl-mmcv', '2.3.0', '2.4.0'),
     'mmdet': ('onedl-mmdetection', '3.5.0', '3.6.0'),
     'mmseg': ('onedl-mmsegmentation', '1.4.0', '1.5.0'),
     'mmpretrain': ('onedl-mmpretrain', '1.3.0', '1.4.0'),
@@ -27,27 +25,27 @@ FORKS = {
 
 
 def supported_range(module: str) -> str:
-    """'mmcv>=2.0.0,<2.2.0' and alike, as pip reads it."""
+    """The requirement for pip, such as 'mmdet>=3.0.0,<3.4.0'."""
     package, first, last = SUPPORTED[module]
     return f'{package}>={first}' + (f',<{last}' if last else '')
 
 
 def require(module: str, needed_by: str) -> None:
-    """Make sure that ``module`` can be imported; warn if its version lies outside the tried range.
+    """Check that a module is installed, and warn if its version is outside the supported range.
 
     Args:
-        module: one of ``SUPPORTED``.
-        needed_by: what needs it, for the message.
+        module: a key of ``SUPPORTED``.
+        needed_by: the part that needs the module, for the error message.
 
     Raises:
-        ImportError: it is not installed; the message names the package and the version.
+        ImportError: the module is not installed. The message has the pip command.
     """
     if importlib.util.find_spec(module) is None:
         raise ImportError(f'{needed_by} needs {module}, which is not installed: pip install "{supported_range(module)}"')
     version = importlib.import_module(module).__version__
     ranges = [table[module][1:] for table in (SUPPORTED, FORKS) if module in table]
     if not any(_is_within(version, first, last) for first, last in ranges):
-        warnings.warn(f'{module} {version} is outside the range tried, {supported_range(module)}', stacklevel=3)
+        warnings.warn(f'{module} {version} is outside the supported range, {supported_range(module)}', stacklevel=3)
 
 
 def _is_within(version: str, first: str, last: Optional[str]) -> bool:
@@ -56,7 +54,7 @@ def _is_within(version: str, first: str, last: Optional[str]) -> bool:
 
 
 def version_numbers(version: str) -> tuple[int, ...]:
-    """Leading numbers of a version: (2, 11, 0) of '2.11.0+cu130', (2, 1) of '2.1.0rc1'."""
+    """The leading numbers of a version: '2.11.0+cu130' gives (2, 11, 0), '2.1.0rc1' gives (2, 1)."""
     numbers = []
     for part in version.split('+')[0].split('.'):
         if not part.isdigit():

@@ -1,4 +1,4 @@
-"""Reading of checkpoint files: local ones, addresses, and those of the release by name."""
+"""Reading checkpoint files: local paths, addresses, and released files by name."""
 
 from __future__ import annotations
 
@@ -20,38 +20,51 @@ from torch import Tensor
 from .release import RELEASE, SCHEME, find_released
 
 
+def check_checkpoint_name(checkpoint: Union[str, os.PathLike]) -> str:
+    """Return a path, an address or ``overlock_mm://NAME`` as a str.
+
+    Raises:
+        TypeError: ``checkpoint`` is neither a str nor a path, or is empty.
+    """
+    if not isinstance(checkpoint, (str, os.PathLike)) or not os.fspath(checkpoint):
+        raise TypeError(f'checkpoint must be a path, an address or {SCHEME}NAME, got {checkpoint!r}')
+    return os.fspath(checkpoint)
+
+
 def read_checkpoint(checkpoint: Union[str, os.PathLike], map_location: Optional[str] = 'cpu') -> Any:
-    """Content of a checkpoint, by weights-only loading.
+    """Read a checkpoint with torch's weights-only loading.
 
     Args:
-        checkpoint: a path; an http(s) address, which is downloaded once, to torch's cache; ``overlock_mm://NAME``, a file
-            of the release; or what else mmengine reads.
+        checkpoint: a path, an http(s) address, ``overlock_mm://NAME``, or anything else that mmengine can read. A file from
+            an address is downloaded to torch's cache once.
         map_location: as in :func:`torch.load`.
 
     Raises:
-        TypeError: ``checkpoint`` is neither.
-        pickle.UnpicklingError: it holds something other than tensors, numbers and the like.
-        OSError: there is no such file, it is damaged, or it cannot be downloaded; the message says what to do.
-        ValueError: the release has no such file.
+        TypeError: ``checkpoint`` is neither a str nor a path.
+        pickle.UnpicklingError: the file holds other objects than tensors, numbers and plain containers.
+        OSError: the file is missing or damaged, or the download failed. The message says what to do.
+        ValueError: the release has no file of this name.
     """
-    if not isinstance(checkpoint, (str, os.PathLike)) or not os.fspath(checkpoint):
-        raise TypeError(f'checkpoint must be a path or an address, got {checkpoint!r}')
-    checkpoint = os.fspath(checkpoint)
+    checkpoint = check_checkpoint_name(checkpoint)
     if checkpoint.startswith(SCHEME):
         checkpoint = find_released(checkpoint).url
     if checkpoint.startswith(('http://', 'https://')):
         return _load(_download(checkpoint), map_location, f'delete it, and download {checkpoint} again')
     if Path(checkpoint).is_file():
-        return _load(Path(checkpoint), map_location, 'get it again')
-    # Other backends of mmengine's, or its error for a file that is not there.
+        return _load(Path(checkpoint), map_location, 'replace it with a complete copy')
+    # mmengine's other backends. For a missing file it raises FileNotFoundError.
     return CheckpointLoader.load_checkpoint(checkpoint, map_location=map_location, logger='current')
 
 
 def released_state_dict(content: Any, checkpoint: str) -> OrderedDict[str, Tensor]:
-    """The weights in the content of a checkpoint: flat, or under ``state_dict`` or ``model``.
+    """Return the weights of a checkpoint's content: flat, or under ``state_dict`` or ``model``.
+
+    Args:
+        content: as :func:`read_checkpoint` returns it.
+        checkpoint: name of the file, for the error message.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the content has no weights.
     """
     state_dict = content
     for key in ('state_dict', 'model'):
@@ -62,15 +75,15 @@ def released_state_dict(content: Any, checkpoint: str) -> OrderedDict[str, Tenso
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state_dict.items()
     ):
         found = sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
-        raise ValueError(f'{checkpoint} holds no weights, neither flat nor under state_dict or model; got {found}')
+        raise ValueError(f'{checkpoint} has no weights, neither flat nor under state_dict or model; got {found}')
     # DistributedDataParallel puts "module." before every name.
     return OrderedDict((re.sub(r'^module\.', '', name), value) for name, value in state_dict.items())
 
 
 def load_from_release(filename: str, map_location: Optional[str] = None) -> dict[str, Any]:
-    """What mmengine's ``load_checkpoint`` calls for a file of the release: the weights, and the meta data if it has any.
+    """Read a released file for mmengine's ``load_checkpoint``: its weights, and its metadata if it has any.
 
-    (mmengine logs the name of this function, less its first ten letters, as the name of the backend.)
+    mmengine drops the first ten letters of this function's name and logs the rest as the name of the backend.
     """
     released = find_released(filename)
     content = read_checkpoint(released.url, map_location)
@@ -79,14 +92,15 @@ def load_from_release(filename: str, map_location: Optional[str] = None) -> dict
 
 
 def register_scheme() -> None:
-    """Let all of OpenMMLab load files of the release, by ``overlock_mm://NAME`` or by their addresses."""
+    """Let every OpenMMLab loader read released files, by ``overlock_mm://NAME`` or by their addresses."""
     CheckpointLoader.register_scheme((SCHEME, RELEASE), load_from_release, force=True)
 
 
 def _download(url: str) -> Path:
-    """The file of an address in torch's cache; downloaded by the first process if it is not there, and only if complete."""
+    """Return the file of an address in torch's cache. A missing file is downloaded; an incomplete download is removed."""
     file = Path(torch.hub.get_dir()) / 'checkpoints' / url.rsplit('/', 1)[-1]
     by_hand = f'download {url} by other means and put it into {file.parent}, or give its path as the checkpoint'
+    # Rank 0 downloads first. Other ranks find its file, unless they run on a machine with another cache.
     for is_my_turn in (get_rank() == 0, get_rank() != 0):
         if is_my_turn and not file.is_file():
             part = file.with_name(f'{file.name}.{os.getpid()}.part')
@@ -94,7 +108,7 @@ def _download(url: str) -> Path:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, str(part))
                 if _is_damaged(part):
-                    raise OSError(f'what came is no checkpoint, or not the whole of it: {_look_of(part)}')
+                    raise OSError(f'the download is incomplete or not a checkpoint: {_describe(part)}')
                 part.replace(file)
             except (OSError, http.client.HTTPException) as error:
                 raise OSError(f'{file.name} could not be downloaded ({error}); {by_hand}') from error
@@ -105,32 +119,32 @@ def _download(url: str) -> Path:
     return file
 
 
-def _load(file: Path, map_location: Optional[str], remedy: str) -> Any:
+def _load(file: Path, map_location: Optional[str], advice: str) -> Any:
     try:
         return torch.load(file, map_location=map_location, weights_only=True)
     except Exception as error:
-        # torch has many words for a damaged file; the file itself says more. What it lacks in the old format, without a
-        # directory at its end, shows while it is read.
-        ended = isinstance(error, (EOFError, IndexError, KeyError)) or 'EOF' in str(error)
-        if _is_damaged(file, thoroughly=True) or (ended and not zipfile.is_zipfile(file)):
-            raise OSError(f'{file} is damaged, or no checkpoint ({_look_of(file)}): {remedy}') from error
+        # torch raises many kinds of errors for a damaged file, so the file itself is checked. A truncated file in the old
+        # format has no directory that could be checked, but reading it hits the end.
+        hit_end = isinstance(error, (EOFError, IndexError, KeyError)) or 'EOF' in str(error)
+        if _is_damaged(file, check_contents=True) or (hit_end and not zipfile.is_zipfile(file)):
+            raise OSError(f'{file} is damaged or not a checkpoint ({_describe(file)}): {advice}') from error
         raise
 
 
-def _is_damaged(file: Path, thoroughly: bool = False) -> bool:
-    """Whether a file is neither a whole zip file, as torch writes checkpoints, nor begins as its old format does."""
+def _is_damaged(file: Path, check_contents: bool = False) -> bool:
+    """Whether a file is neither a complete zip file (torch's format) nor starts like a pickle (torch's old format)."""
     if not zipfile.is_zipfile(file):
-        return _start_of(file)[:1] != b'\x80'  # of a pickle
-    if not thoroughly:
+        return _first_bytes(file)[:1] != b'\x80'
+    if not check_contents:
         return False
     with zipfile.ZipFile(file) as archive:
         return archive.testzip() is not None
 
 
-def _start_of(file: Path) -> bytes:
+def _first_bytes(file: Path) -> bytes:
     with file.open('rb') as opened:
         return opened.read(20)
 
 
-def _look_of(file: Path) -> str:
-    return f'{file.stat().st_size} bytes, that begin with {_start_of(file)!r}'
+def _describe(file: Path) -> str:
+    return f'{file.stat().st_size} bytes, starting with {_first_bytes(file)!r}'

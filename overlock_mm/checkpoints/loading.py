@@ -1,10 +1,10 @@
-"""Loading of released checkpoints into a backbone or a head."""
+"""Loading released checkpoints into a backbone or a head."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Optional
+from typing import Optional, Union
 
 import torch.nn as nn
 from mmengine.logging import print_log
@@ -12,21 +12,38 @@ from mmengine.model import BaseModule
 from mmengine.model.weight_init import PretrainedInit, update_init_info
 from torch import Tensor
 
-from .files import read_checkpoint, released_state_dict
+from .files import check_checkpoint_name, read_checkpoint, released_state_dict
 
-#: Top-level names of a classification checkpoint that belong to its heads.
+#: Top-level names of the heads in a classification checkpoint.
 CLASSIFICATION_HEADS = ('head', 'aux_head')
-#: What only pyramids have: a classification checkpoint leaves it as it was initialised.
+#: Modules that only pyramids have. With a classification checkpoint they keep their initialisation.
 PYRAMID_MODULES = ('extra_norm', 'h_proj')
 _BASIC_STAGES = ('blocks1', 'blocks2', 'blocks3', 'blocks4')
 _DYNAMIC_STAGES = ('sub_blocks3', 'sub_blocks4')
 
 
 class TakesReleasedCheckpoints(BaseModule):
-    """A module whose ``init_cfg=dict(type='Pretrained', checkpoint=FILE)`` goes through :func:`load_pretrained`."""
+    """A module whose ``init_cfg=dict(type='Pretrained', checkpoint=FILE)`` is loaded by :func:`load_pretrained`.
+
+    Args:
+        init_cfg: mmengine's config of the initialisation, or a list of them.
+        kwargs: arguments of the next base class.
+
+    Raises:
+        TypeError: ``init_cfg`` is not a dict or a list of dicts, or its checkpoint is neither a str nor a path.
+    """
+
+    def __init__(self, init_cfg: Union[dict, list[dict], None] = None, **kwargs) -> None:
+        for cfg in _as_list(init_cfg):
+            if not isinstance(cfg, Mapping):
+                example = "such as dict(type='Pretrained', checkpoint=FILE)"
+                raise TypeError(f'init_cfg must be a dict or a list of dicts, {example}, got {init_cfg!r}')
+            if _is_pretrained(cfg):
+                check_checkpoint_name(cfg.get('checkpoint'))
+        super().__init__(init_cfg=init_cfg, **kwargs)
 
     def init_weights(self) -> None:
-        """Apply ``init_cfg``: other initialisations first, then the checkpoint it names, if it does.
+        """Apply ``init_cfg``. A checkpoint is loaded last, after all other initialisations.
 
         Raises:
             ValueError: the checkpoint is of another variant, or has no weights for this module.
@@ -34,35 +51,43 @@ class TakesReleasedCheckpoints(BaseModule):
         if self.is_init:
             return
         init_cfg = self.init_cfg
-        cfgs = [] if init_cfg is None else init_cfg if isinstance(init_cfg, list) else [init_cfg]
-        pretrained = [cfg for cfg in cfgs if cfg['type'] in ('Pretrained', PretrainedInit)]
-        self.init_cfg = [cfg for cfg in cfgs if cfg not in pretrained] or None
+        self.init_cfg = [cfg for cfg in _as_list(init_cfg) if not _is_pretrained(cfg)] or None
         try:
             super().init_weights()
         finally:
             self.init_cfg = init_cfg
-        for cfg in pretrained:
+        for cfg in filter(_is_pretrained, _as_list(init_cfg)):
             load_pretrained(self, **{name: value for name, value in cfg.items() if name != 'type'})
             if hasattr(self, '_params_init_info'):
                 update_init_info(self, init_info=f'PretrainedInit: load from {cfg["checkpoint"]}')
 
 
-def load_pretrained(module: nn.Module, checkpoint: str, prefix: Optional[str] = None, map_location: str = 'cpu') -> None:
-    """Load a released checkpoint, or one in its format, and log what was left out.
+def _as_list(init_cfg: Union[dict, list[dict], None]) -> list[dict]:
+    if init_cfg is None:
+        return []
+    return init_cfg if isinstance(init_cfg, list) else [init_cfg]
 
-    The weights may be flat or under ``state_dict`` or ``model``. A backbone takes them from a classification checkpoint,
-    less the classification heads (a pyramid's own norms stay as initialised), or from the checkpoint of a whole model,
-    where they are under ``backbone.``; a head takes those of a classification checkpoint.
+
+def _is_pretrained(cfg: Mapping) -> bool:
+    return cfg.get('type') in ('Pretrained', PretrainedInit)
+
+
+def load_pretrained(module: nn.Module, checkpoint: str, prefix: Optional[str] = None, map_location: str = 'cpu') -> None:
+    """Load a checkpoint with the names of the release, and log the weights that were left out.
+
+    The weights may be flat or under ``state_dict`` or ``model``. A backbone takes its weights from a classification
+    checkpoint, without the heads, or from ``backbone.`` in the checkpoint of a whole model. A head takes its weights from a
+    classification checkpoint.
 
     Args:
         module: the backbone or the head.
-        checkpoint: path or address.
-        prefix: load only the names under this prefix, as mmengine's ``Pretrained`` does. Found by itself if left out.
+        checkpoint: path, address or ``overlock_mm://NAME``.
+        prefix: load only the names with this prefix, as mmengine's ``Pretrained`` does. None finds the prefix.
         map_location: as in :func:`torch.load`.
 
     Raises:
-        ValueError: the checkpoint holds no such weights, or those of another variant.
-        OSError: there is no such file, or it cannot be downloaded.
+        ValueError: the checkpoint has no weights for the module, or those of another variant.
+        OSError: the file is missing or damaged, or the download failed.
     """
     state_dict = released_state_dict(read_checkpoint(checkpoint, map_location), checkpoint)
     own = module.state_dict()
@@ -70,40 +95,40 @@ def load_pretrained(module: nn.Module, checkpoint: str, prefix: Optional[str] = 
     left_out = {name for name in state_dict if _is_of_another_model(name, own)}
     state_dict = {name: tensor for name, tensor in state_dict.items() if name not in left_out}
     if not state_dict.keys() & own.keys():
-        found = _tops([*state_dict, *left_out]) or 'nothing'
+        found = _top_levels([*state_dict, *left_out]) or 'nothing'
         raise ValueError(f'{checkpoint} has no weights for {type(module).__name__}, got {found}')
     for name, tensor in state_dict.items():
-        # Depths and widths are compared as a whole below, which says more than the first shape that differs.
+        # For another variant, check_variant raises an error that says more than the first shape that differs.
         if name in own and own[name].shape != tensor.shape and describe_variant(state_dict) == describe_variant(own):
             raise ValueError(f'{name} must have shape {tuple(own[name].shape)}, got {tuple(tensor.shape)} in {checkpoint}')
 
     result = module.load_state_dict(state_dict, strict=False)
-    tracked = 'num_batches_tracked'  # old checkpoints lack it; it plays no part in results
-    missing = [name for name in result.missing_keys if not name.endswith(tracked)]
+    # Old checkpoints have no num_batches_tracked. It does not change any output.
+    missing = [name for name in result.missing_keys if not name.endswith('num_batches_tracked')]
     initialised = [name for name in missing if top_level(name) in PYRAMID_MODULES]
     missing = [name for name in missing if name not in initialised]
     if missing or result.unexpected_keys:
         raise ValueError(
-            f'{checkpoint} does not fit {type(module).__name__}: {_summary("it lacks", missing)}'
-            f'{_summary("it has unknown", result.unexpected_keys)}'
+            f'{checkpoint} does not fit {type(module).__name__}: {_count("missing", missing)}'
+            f'{_count("unknown", result.unexpected_keys)}'
         )
     message = f'Loaded {len(state_dict)} tensors from {checkpoint}.'
     if left_out:
-        message += f' Left out {len(left_out)} that only other models have: {_tops(left_out)}.'
+        message += f' Left out {len(left_out)} tensors of other modules: {_top_levels(left_out)}.'
     if initialised:
-        message += f' Not in it, so left as initialised: {_tops(initialised)}.'
+        message += f' Not in the checkpoint, so kept as initialised: {_top_levels(initialised)}.'
     print_log(message, logger='current')
 
 
 def openmmlab_name(name: str) -> str:
-    """Name in mmpretrain's ``ImageClassifier`` of a weight that has a flat name, as in released classifiers."""
+    """Return the name in mmpretrain's ``ImageClassifier`` of a weight with a flat name, as released classifiers have it."""
     return f'head.{name}' if top_level(name) in CLASSIFICATION_HEADS else f'backbone.{name}'
 
 
 def describe_variant(state_dict: Mapping[str, Tensor], prefix: str = '') -> Optional[str]:
-    """Channels and depths that the names and shapes of a backbone's weights show; None if they are not OverLoCK's.
+    """Describe a backbone by its weights, such as 'channels (56, 112, 256, 336), depths (2, 2, 3, 2, 6, 2)'.
 
-    It reads 'channels (56, 112, 256, 336), depths (2, 2, 3, 2, 6, 2)', the depths in the order of ``overlock.STAGES``.
+    The depths are in the order of ``overlock.STAGES``. The result is None for weights of another network.
     """
     try:
         channels = tuple(state_dict[f'{prefix}{stage}.0.dwconv.weight'].shape[0] for stage in _BASIC_STAGES)
@@ -117,21 +142,21 @@ def describe_variant(state_dict: Mapping[str, Tensor], prefix: str = '') -> Opti
 
 
 def check_variant(backbone: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
-    """Refuse the weights, under ``prefix`` of a state dict, of another variant than the backbone's.
+    """Check that the weights under a prefix of a state dict are of the backbone's variant.
 
     Raises:
-        ValueError: they are of another variant; the message describes both.
+        ValueError: they are of another variant. The message describes both.
     """
-    there, here = describe_variant(state_dict, prefix), describe_variant(backbone.state_dict())
-    if there is not None and there != here:
-        raise ValueError(f'the checkpoint is of another variant, with {there}; {type(backbone).__name__} has {here}')
+    found, expected = describe_variant(state_dict, prefix), describe_variant(backbone.state_dict())
+    if found is not None and found != expected:
+        raise ValueError(f'the checkpoint is of another variant: {type(backbone).__name__} has {expected}, got {found}')
 
 
 def _strip_prefix(
     state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], prefix: Optional[str]
 ) -> Mapping[str, Tensor]:
     if prefix is None:
-        # The prefix, of those that a whole model may have, under which most of this module's names are.
+        # Of the prefixes in a whole model's checkpoint, the one with the most names of this module.
         prefixes = ('', 'backbone.', 'head.')
         prefix = max(prefixes, key=lambda prefix: sum(f'{prefix}{name}' in state_dict for name in own))
     elif prefix:
@@ -140,28 +165,26 @@ def _strip_prefix(
 
 
 def _is_of_another_model(name: str, own: Mapping[str, Tensor]) -> bool:
-    """A classification head in a backbone, a pyramid's norms in a plain one; the backbone or another head in a head."""
-    tops = {top_level(other) for other in own}
-    if top_level(name) in tops:
+    """Whether a weight can be left out: a head or a pyramid's norm for a backbone, anything but this head for a head."""
+    own_top_levels = {top_level(other) for other in own}
+    if top_level(name) in own_top_levels:
         return name not in own and top_level(name) in PYRAMID_MODULES
-    return bool(tops & set(CLASSIFICATION_HEADS)) or top_level(name) in CLASSIFICATION_HEADS + PYRAMID_MODULES
+    return bool(own_top_levels & set(CLASSIFICATION_HEADS)) or top_level(name) in CLASSIFICATION_HEADS + PYRAMID_MODULES
 
 
 def top_level(name: str) -> str:
-    """'blocks1' of 'blocks1.0.dwconv.weight'."""
+    """Return 'blocks1' for 'blocks1.0.dwconv.weight'."""
     return name.split('.', 1)[0]
 
 
-def _tops(names: Iterable[str]) -> str:
+def _top_levels(names: Iterable[str]) -> str:
     return ', '.join(sorted({top_level(name) for name in names}))
 
 
-def _summary(verb: str, names: list[str]) -> str:
-    if not names:
-        return ''
-    return f'{verb} {len(names)} tensors ({shortened(names)}). '
+def _count(problem: str, names: list[str]) -> str:
+    return f'{len(names)} {problem} tensors ({shortened(names)}). ' if names else ''
 
 
 def shortened(names: list[str]) -> str:
-    """The first five names, for a message."""
+    """Return the first five names, for a message."""
     return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')

@@ -1,8 +1,8 @@
-"""The files of the published release: the one place that knows their names and addresses.
+"""Names, addresses and configs of the released checkpoints.
 
-A checkpoint is named ``overlock_mm://overlock_t_in1k_224.pth`` wherever OpenMMLab takes one (``init_cfg``, ``load_from``,
-inferencers, test scripts). It is looked for in torch's cache of downloads and downloaded there once; the address itself
-does as well. Nothing is downloaded before a model is asked to load it.
+``overlock_mm://overlock_t_in1k_224.pth`` names a released file wherever OpenMMLab takes a checkpoint (``init_cfg``,
+``load_from``, inferencers, test scripts). Its full address works too. The file is downloaded to torch's cache when a model
+first loads it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ SCHEME = 'overlock_mm://'
 
 @dataclass(frozen=True)
 class ReleasedFile:
-    """A checkpoint of the release.
+    """A released checkpoint.
 
     Attributes:
-        name: of the file.
+        name: name of the file.
         family: 'classification', 'folded' (classification with folded branches), 'detection' (mmdet 2.x) or 'segmentation'
             (mmseg 0.x).
         arch: 'xt', 't', 's' or 'b'.
-        config: the shipped config whose model it is, as in :func:`overlock_mm.list_configs`.
+        config: the shipped config whose model has these weights, as in :func:`overlock_mm.list_configs`.
     """
 
     name: str
@@ -56,15 +56,15 @@ def _released_files() -> dict[str, ReleasedFile]:
     return {file.name: file for file in files}
 
 
-#: Every file of the release, by name.
+#: All released files by name.
 RELEASED = _released_files()
 
 
 def find_released(checkpoint: str) -> ReleasedFile:
-    """The released file of an ``overlock_mm://NAME``, or of its address.
+    """Return the released file of an ``overlock_mm://NAME`` or of an address.
 
     Raises:
-        ValueError: the release has no such file; the message has the nearest names.
+        ValueError: the release has no such file. The message has the nearest names.
     """
     name = checkpoint
     for start in (SCHEME, RELEASE):
@@ -75,32 +75,32 @@ def find_released(checkpoint: str) -> ReleasedFile:
 
 
 def get_checkpoint(config: str) -> str:
-    """``overlock_mm://NAME`` of the released weights of a shipped config, for whatever takes a checkpoint.
+    """Return the ``overlock_mm://NAME`` of the released weights for a shipped config.
 
     ``init_detector(overlock_mm.get_config_path(name), overlock_mm.get_checkpoint(name))``
 
     Args:
-        config: as in :func:`overlock_mm.list_configs`, such as 'mmdet/mask-rcnn_overlock-t_fpn_1x_coco'; '.py' may be left
-            out.
+        config: a name from :func:`overlock_mm.list_configs`, such as 'mmdet/mask-rcnn_overlock-t_fpn_1x_coco'. The '.py' is
+            optional.
 
     Raises:
-        ValueError: nothing was released for this config; the message has the nearest configs with weights.
+        ValueError: the config does not exist or has no released weights. The message has the nearest configs with weights.
     """
     wanted = config if config.endswith('.py') else f'{config}.py'
     by_config = {file.config: file for file in RELEASED.values()}
     if wanted not in by_config:
-        reason = 'nothing was released for' if wanted in list_configs() else 'there is no config'
+        reason = 'there are no released weights for' if wanted in list_configs() else 'there is no config'
         raise ValueError(f'{reason} {config!r}; nearest with weights: {nearest_names(wanted, by_config) or "none"}')
     return SCHEME + by_config[wanted].name
 
 
 def register_models() -> None:
-    """Make the shipped configs known by name to mmdet's and mmseg's inferencers and to mmpretrain's model hub.
+    """Register the shipped configs by name with mmdet's and mmseg's inferencers and mmpretrain's model hub.
 
-    After it ``DetInferencer('mask-rcnn_overlock-t_fpn_1x_coco')``, ``MMSegInferencer('overlock-t_upernet_...')`` and
-    ``mmpretrain.get_model('overlock-t_8xb256_in1k', pretrained=True)`` find config and weights as they find those of their
-    own frameworks, and their ``list_models`` show them. It may be called more than once, and before or after the import
-    of the frameworks; those that are not installed are left alone.
+    Then ``DetInferencer('mask-rcnn_overlock-t_fpn_1x_coco')``, ``MMSegInferencer('overlock-t_upernet_...')`` and
+    ``mmpretrain.get_model('overlock-t_8xb256_in1k', pretrained=True)`` find configs and weights, and ``list_models`` lists
+    them. The function can be called repeatedly, before or after the frameworks are imported. It skips frameworks that are
+    not installed.
     """
     _register_with_mmengine()
     if importlib.util.find_spec('mmpretrain') is not None:
@@ -114,14 +114,14 @@ def _register_with_mmengine() -> None:
         return
     BaseInferencer._models_without_overlock_mm = staticmethod(BaseInferencer._get_models_from_metafile)
 
-    def models_with_ours(folder: str) -> Iterator[dict]:
+    def all_models(folder: str) -> Iterator[dict]:
         yield from BaseInferencer._models_without_overlock_mm(folder)
         for framework in ('mmdet', 'mmseg'):
-            # mmengine imports the framework whose folder it asks for.
+            # mmengine has imported the framework before it asks for its folder.
             if framework in sys.modules and folder == BaseInferencer._get_repo_or_mim_dir(framework):
                 yield from read_metafile(framework)
 
-    BaseInferencer._get_models_from_metafile = staticmethod(models_with_ours)
+    BaseInferencer._get_models_from_metafile = staticmethod(all_models)
 
 
 def _register_with_mmpretrain() -> None:
@@ -134,7 +134,7 @@ def _register_with_mmpretrain() -> None:
 
 
 def read_metafile(framework: str) -> list[dict]:
-    """The models of configs/<framework>/metafile.yml, their configs by absolute paths; 'Weights' is None without any."""
+    """Return the models in configs/<framework>/metafile.yml, with absolute config paths. 'Weights' may be None."""
     from mmengine.fileio import load
 
     root = config_root()

@@ -1,8 +1,8 @@
-"""Names of checkpoints: the release's and OpenMMLab's, told apart and turned into each other.
+"""Conversion between the names of the release and those of OpenMMLab.
 
-The release has a classifier's weights flat (``patch_embed1...``, ``head...``, ``aux_head...``), those of detectors and
-segmentors as OpenMMLab does (``backbone...``, ``neck...``, ``decode_head...``). mmpretrain's ``ImageClassifier`` has its
-backbone under ``backbone.`` and :class:`OverLoCKHead` under ``head.``.
+Released classifiers have flat names (``patch_embed1...``, ``head...``, ``aux_head...``). Released detectors and segmentors
+have OpenMMLab's names (``backbone...``, ``neck...``, ``decode_head...``). mmpretrain's ``ImageClassifier`` has its backbone
+under ``backbone.`` and :class:`OverLoCKHead` under ``head.``.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from .reparam import fold_branches
 
 @dataclass(frozen=True)
 class CheckpointDescription:
-    """What the names and shapes of a checkpoint's weights say.
+    """Description of a checkpoint, read from the names and shapes of its weights.
 
     Attributes:
-        family: 'classification', 'detection', 'segmentation', or 'backbone' where there is no head.
+        family: 'classification', 'detection', 'segmentation', or 'backbone' without a head.
         arch: 'xt', 't', 's' or 'b'.
         out_type: the backbone's flavour, as in :class:`OverLoCK`.
         deploy: whether the dilated branches are folded.
-        released_names: whether the names are flat, as the release has them for a classifier or a backbone alone. Those of
-            detectors and segmentors are the same everywhere.
+        released_names: whether the names are flat, as in a released classifier. Detectors and segmentors have the same
+            names in both forms.
     """
 
     family: str
@@ -49,19 +49,19 @@ class CheckpointDescription:
 
 
 def describe_checkpoint(state_dict: Mapping[str, Tensor]) -> CheckpointDescription:
-    """Recognise a checkpoint of a published variant, of the release or of this project.
+    """Recognise a checkpoint of a published variant, from the release or from this project.
 
     Args:
-        state_dict: the weights, by name.
+        state_dict: the weights by name.
 
     Raises:
-        ValueError: they are not recognised; the message says why, with the first names that do not fit.
+        ValueError: the weights are not recognised. The message has the reason and the first names that do not fit.
     """
     tops = {top_level(name) for name in state_dict}
     released_names = 'patch_embed1' in tops
     if not released_names and 'backbone.patch_embed1.0.weight' not in state_dict:
         shown = ', '.join(sorted(tops)[:8]) or 'nothing'
-        raise ValueError(f'no OverLoCK: there is neither a patch_embed1 nor a backbone.patch_embed1, got {shown}')
+        raise ValueError(f'not an OverLoCK: it must have patch_embed1 or backbone.patch_embed1, got {shown}')
     prefix = '' if released_names else 'backbone.'
     arch = _recognise_arch(state_dict, prefix)
     family = _recognise_family(state_dict, released_names)
@@ -76,21 +76,21 @@ def describe_checkpoint(state_dict: Mapping[str, Tensor]) -> CheckpointDescripti
 
 
 def to_openmmlab_names(state_dict: Mapping[str, Tensor], description: CheckpointDescription) -> dict[str, Tensor]:
-    """Weights under the names of OpenMMLab's models: flat ones get ``backbone.`` and ``head.`` in front."""
+    """Return the weights with OpenMMLab's names: flat names get the prefix ``backbone.`` or ``head.``."""
     if not description.released_names:
         return dict(state_dict)
     return {openmmlab_name(name): tensor for name, tensor in state_dict.items()}
 
 
 def to_released_names(state_dict: Mapping[str, Tensor], description: CheckpointDescription) -> dict[str, Tensor]:
-    """Weights under the names that the release has: the reverse of :func:`to_openmmlab_names`."""
+    """Return the weights with the names of the release. This reverses :func:`to_openmmlab_names`."""
     if description.released_names or description.family in ('detection', 'segmentation'):
         return dict(state_dict)
     return {re.sub(r'^(backbone|head)\.', '', name): tensor for name, tensor in state_dict.items()}
 
 
 def fold(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with the dilated branches folded, as ``deploy=True`` has them. Folded ones stay as they are."""
+    """Return the weights with folded dilated branches, as for ``deploy=True``. Folded weights stay unchanged."""
     folded = dict(state_dict)
     for name in state_dict:
         if not name.endswith('lk_origin.weight') or f'{name[:-6]}bias' in state_dict:
@@ -111,7 +111,7 @@ def _recognise_arch(state_dict: Mapping[str, Tensor], prefix: str) -> str:
         depths = (*settings['depths'], *settings['sub_depths'])
         known[f'channels {settings["channels"]}, depths {depths}'] = arch
     if variant not in known:
-        raise ValueError(f'not one of the published variants {", ".join(ARCHITECTURES)}: got {variant or "no blocks"}')
+        raise ValueError(f'the variant must be one of {", ".join(ARCHITECTURES)}, got {variant or "no blocks"}')
     return known[variant]
 
 
@@ -120,7 +120,7 @@ def _recognise_family(state_dict: Mapping[str, Tensor], released_names: bool) ->
     if released_names:
         foreign = [name for name in state_dict if name.startswith((backbone, 'neck.', 'decode_head.'))]
         if foreign:
-            raise ValueError(f'flat names and those of a whole model in one file: patch_embed1 and {foreign[0]}')
+            raise ValueError(f'the names must be flat or those of a whole model, got patch_embed1 and {foreign[0]}')
         return 'classification' if any(name.startswith('head.') for name in state_dict) else 'backbone'
     rest = {name for name in state_dict if not name.startswith(backbone)}
     if not rest:
@@ -133,13 +133,13 @@ def _recognise_family(state_dict: Mapping[str, Tensor], released_names: bool) ->
     if any(name.startswith(detection) for name in rest):
         return 'detection'
     tops = ', '.join(sorted({top_level(name) for name in rest})[:8])
-    raise ValueError(f'an OverLoCK backbone with a head that is not known here: beside it are {tops}')
+    raise ValueError(f'the backbone has an unknown head, got {tops}')
 
 
 def _check_backbone(state_dict: Mapping[str, Tensor], prefix: str, arch: str, out_type: str, deploy: bool) -> None:
-    """Every weight of the backbone is there, of its shape, and nothing else is.
+    """Check that the backbone has all its weights with their shapes, and no others.
 
-    A pyramid may lack some of its norms: those of outputs that the model does not use.
+    A pyramid may lack the norms of outputs that the model does not use.
     """
     expected = _backbone_weights(arch, out_type, deploy)
     found = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
@@ -149,25 +149,25 @@ def _check_backbone(state_dict: Mapping[str, Tensor], prefix: str, arch: str, ou
     def is_optional(name: str) -> bool:
         return top_level(name) in PYRAMID_MODULES or name.endswith('num_batches_tracked')
 
-    what = f'OverLoCK-{arch.upper()} ({out_type}{", folded" if deploy else ""})'
+    backbone = f'OverLoCK-{arch.upper()} ({out_type}{", folded" if deploy else ""})'
     for problem, names in (
-        ('lacks', [name for name in expected if name not in found and not is_optional(name)]),
-        ('has what is not of it:', [name for name in found if name not in expected]),
-        ('has other shapes:', [name for name in expected if name in found and found[name].shape != expected[name].shape]),
+        ('missing', [name for name in expected if name not in found and not is_optional(name)]),
+        ('unknown', [name for name in found if name not in expected]),
+        ('of another shape', [name for name in expected if name in found and found[name].shape != expected[name].shape]),
     ):
         if names:
-            raise ValueError(f'looks like {what}, but {problem} {shortened(names)} ({len(names)} in all)')
+            raise ValueError(f'the weights look like {backbone}, but {len(names)} are {problem}: {shortened(names)}')
 
 
 @functools.lru_cache(maxsize=8)
 def _backbone_weights(arch: str, out_type: str, deploy: bool) -> dict[str, Tensor]:
-    """Names and shapes, without memory."""
+    """Return the backbone's weights on the meta device, for their names and shapes."""
     with torch.device('meta'):
         return OverLoCK(arch, out_type=out_type, deploy=deploy).state_dict()
 
 
 def classes_of(meta: Mapping) -> Optional[tuple[str, ...]]:
-    """Names of the classes in a checkpoint's meta data, as mmdet 2.x and mmseg 0.x or today's versions write them."""
+    """Return the names of the classes from a checkpoint's metadata, written by OpenMMLab 1.x or 2.x."""
     classes = (meta.get('dataset_meta') or {}).get('classes') or meta.get('CLASSES')
     if isinstance(classes, str):
         return (classes,)

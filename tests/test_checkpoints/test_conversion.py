@@ -1,4 +1,4 @@
-"""Checkpoints of every released family and variant through tools/convert_checkpoint.py, there and back."""
+"""tools/convert_checkpoint.py on checkpoints of every released family and variant, in both directions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import ROOT, import_file
 
-pytest.importorskip('mmdet', reason='the models that the checkpoints are for')
-pytest.importorskip('mmseg', reason='the models that the checkpoints are for')
-pytest.importorskip('mmpretrain', reason='the models that the checkpoints are for')
+pytest.importorskip('mmdet', reason='the checkpoints are for its models')
+pytest.importorskip('mmseg', reason='the checkpoints are for its models')
+pytest.importorskip('mmpretrain', reason='the checkpoints are for its models')
 
 from mmengine.config import Config
 from mmengine.registry import MODELS
@@ -30,7 +30,7 @@ CONFIGS = {
 }
 
 
-# Loading into a model without memory, which is done to compare names and shapes, is a no-op, as torch says for each tensor.
+# Models on the meta device compare names and shapes. Loading into them copies nothing, and torch warns for each tensor.
 pytestmark = pytest.mark.filterwarnings('ignore:for .* copying from a non-meta parameter')
 
 
@@ -41,7 +41,7 @@ def tool():
 
 @pytest.fixture
 def convert(tool, monkeypatch, capsys):
-    """The tool, as from a command line; returns what it printed."""
+    """Run the tool as from a command line and return its output."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, 'argv', ['convert_checkpoint.py', *map(str, arguments)])
@@ -53,7 +53,7 @@ def convert(tool, monkeypatch, capsys):
 
 @functools.cache
 def model_of(config: str, **backbone) -> torch.nn.Module:
-    """The model of a shipped config, without memory: loading into it compares names and shapes, and leaves no trace."""
+    """The model of a shipped config on the meta device. Loading into it compares names and shapes and changes nothing."""
     cfg = Config.fromfile(overlock_mm.get_config_path(config))
     init_default_scope(cfg.default_scope)
     cfg.model.backbone.update(init_cfg=None, **backbone)
@@ -66,7 +66,7 @@ def random_bits(shape) -> torch.Tensor:
 
 
 def released(parity, family: str, arch: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """Weights and file content as the release has them, with random bits: NaN and infinity among them."""
+    """Weights and file content in the form of the release. The bits are random and include NaN and infinity."""
     backbone = {name: random_bits(shape) for name, shape in parity.keys(family, arch).items()}
     if family.startswith('cls'):
         return backbone, backbone
@@ -84,7 +84,7 @@ def same_bits(a: dict, b: dict) -> bool:
 
 @pytest.mark.parametrize('arch', ['xt', 't', 's', 'b'])
 @pytest.mark.parametrize('family', CONFIGS)
-def test_there_and_back(parity, convert, tmp_path, family, arch):
+def test_conversion_in_both_directions(parity, convert, tmp_path, family, arch):
     weights, content = released(parity, family, arch)
     torch.save(content, tmp_path / 'released.pth')
     said = convert(tmp_path / 'released.pth', tmp_path / 'ours.pth')
@@ -109,9 +109,9 @@ def test_there_and_back(parity, convert, tmp_path, family, arch):
 
 
 def test_own_checkpoint_of_a_training(convert, tmp_path):
-    """As mmengine saves it: of the averaged weights, which validation used, and the raw ones, the former count.
+    """A classifier of 7 classes without an auxiliary head, as mmengine saves it.
 
-    A classifier without an auxiliary head, of 7 classes.
+    Its state_dict has the averaged weights, which validation used. The raw weights are left out.
     """
     from overlock_mm.models import OverLoCKHead
 
@@ -154,7 +154,7 @@ def test_a_backbone_alone(parity, convert, tmp_path):
 
 @pytest.mark.parametrize('family, out_type', [('cls', 'features'), ('seg', 'pyramid')])
 def test_folding(parity, convert, tmp_path, family, out_type):
-    """What is folded in the file is what a deploy=True model makes of the unfolded one."""
+    """The folded file has the weights that a deploy=True model folds from the unfolded file."""
     weights = parity.state_dict(family, 'xt')
     torch.save(weights, tmp_path / 'unfolded.pth')
     said = convert(tmp_path / 'unfolded.pth', tmp_path / 'folded.pth', '--fold', '--to', 'released')
@@ -171,7 +171,7 @@ def test_folding(parity, convert, tmp_path, family, out_type):
     assert fold(folded).keys() == folded.keys()
 
 
-def test_a_folded_checkpoint_of_a_detector_says_how_to_load_it(convert, tmp_path):
+def test_options_for_a_folded_detector(convert, tmp_path):
     model = model_of('mmdet/mask-rcnn_overlock-xt_fpn_1x_coco')
     weights = {name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()}
     torch.save(weights, tmp_path / 'detector.pth')
@@ -203,12 +203,11 @@ def test_a_folded_checkpoint_of_a_detector_says_how_to_load_it(convert, tmp_path
     ],
 )
 @pytest.mark.parametrize('classes', ['as in the config', 3])
-def test_the_config_and_the_options_that_it_names(tool, config, options, classes):
-    """Its model, with the options, has the shapes of the weights."""
+def test_named_config_and_options_fit_the_weights(tool, config, options, classes):
     cfg = Config.fromfile(overlock_mm.get_config_path(config))
     if classes == 3:
         cfg.merge_from_dict(dict(option.split('=') for option in options.split()))
-        for option in options.split():  # numbers, as DictAction reads them
+        for option in options.split():  # DictAction reads numbers
             cfg.merge_from_dict({option.split('=')[0]: 3})
         if 'mask2former' in config:
             cfg.model.decode_head.loss_cls.class_weight = [1.0] * 3 + [0.1]
@@ -227,25 +226,25 @@ def without(weights: dict, name: str) -> dict:
 @pytest.mark.parametrize(
     'change, message',
     [
-        (lambda w: {'layer1.0.conv1.weight': torch.zeros(1)}, 'no OverLoCK: .* got layer1'),
-        (lambda w: without(w, 'blocks1.0.dwconv.weight'), 'not one of the published variants xt, t, s, b: got no blocks'),
+        (lambda w: {'layer1.0.conv1.weight': torch.zeros(1)}, 'not an OverLoCK: .* got layer1'),
+        (lambda w: without(w, 'blocks1.0.dwconv.weight'), 'the variant must be one of xt, t, s, b, got no blocks'),
         (lambda w: {k: t for k, t in w.items() if not k.startswith('blocks2.1.')}, r'got channels .* depths \(2, 1, 3'),
         (
             lambda w: without(w, 'blocks2.1.proj.8.bias'),
-            r'looks like OverLoCK-XT \(features\), but lacks blocks2.1.proj.8.bias',
+            r'look like OverLoCK-XT \(features\), but 1 are missing: blocks2.1.proj.8.bias',
         ),
-        (lambda w: {**w, 'blocks2.1.extra': torch.zeros(1)}, r'has what is not of it: blocks2.1.extra \(1 in all\)'),
-        (lambda w: {**w, 'patch_embed2.0.weight': torch.zeros(1)}, r'has other shapes: patch_embed2.0.weight \(1 in all\)'),
-        (lambda w: {**w, 'backbone.conv.weight': torch.zeros(1)}, 'flat names and those of a whole model'),
+        (lambda w: {**w, 'blocks2.1.extra': torch.zeros(1)}, '1 are unknown: blocks2.1.extra'),
+        (lambda w: {**w, 'patch_embed2.0.weight': torch.zeros(1)}, '1 are of another shape: patch_embed2.0.weight'),
+        (lambda w: {**w, 'backbone.conv.weight': torch.zeros(1)}, 'the names must be flat or those of a whole model'),
         (
             lambda w: {**{f'backbone.{k}': t for k, t in w.items()}, 'keypoint_head.weight': torch.zeros(1)},
-            'a head that is not known here: beside it are keypoint_head',
+            'the backbone has an unknown head, got keypoint_head',
         ),
-        (lambda w: dict(epoch=3), r"holds no weights, .* got \['epoch'\]"),
-        (lambda w: {0: torch.zeros(1)}, r"holds no weights, .* got \['0'\]"),
+        (lambda w: dict(epoch=3), r"has no weights, .* got \['epoch'\]"),
+        (lambda w: {0: torch.zeros(1)}, r"has no weights, .* got \['0'\]"),
     ],
 )
-def test_what_is_not_recognised_is_refused(convert, tmp_path, change, message):
+def test_unknown_weights_are_refused(convert, tmp_path, change, message):
     with torch.device('meta'):
         names = OverLoCK('xt').state_dict()
     weights = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in names.items()}
@@ -255,12 +254,12 @@ def test_what_is_not_recognised_is_refused(convert, tmp_path, change, message):
     assert [path.name for path in tmp_path.iterdir()] == ['foreign.pth']
 
 
-def test_files_are_kept_and_named(convert, tmp_path):
+def test_existing_files_and_missing_folders(convert, tmp_path):
     torch.save(OverLoCK('xt').state_dict(), tmp_path / 'a.pth')
-    (tmp_path / 'b.pth').write_text('precious')
+    (tmp_path / 'b.pth').write_text('keep')
     with pytest.raises(SystemExit, match='b.pth is there already: remove it, or say --overwrite'):
         convert(tmp_path / 'a.pth', tmp_path / 'b.pth')
-    assert (tmp_path / 'b.pth').read_text() == 'precious'
+    assert (tmp_path / 'b.pth').read_text() == 'keep'
     convert(tmp_path / 'a.pth', tmp_path / 'b.pth', '--overwrite')
     assert describe_checkpoint(torch.load(tmp_path / 'b.pth', weights_only=True)['state_dict']).arch == 'xt'
     with pytest.raises(SystemExit, match='none is not a folder'):
@@ -273,7 +272,7 @@ def test_files_are_kept_and_named(convert, tmp_path):
 
 def damage_zip(file):
     content = bytearray(file.read_bytes())
-    content[1000:2000] = bytes(1000)  # where the names are, which come first
+    content[1000:2000] = bytes(1000)  # the names, at the start
     file.write_bytes(content)
 
 
@@ -301,11 +300,11 @@ def test_damaged_files_are_named(convert, tmp_path, damages):
     torch.save(weights, tmp_path / 'a.pth')
     for damage in damages:
         damage(tmp_path / 'a.pth')
-    with pytest.raises(SystemExit, match=r'a.pth is damaged, or no checkpoint \(\d+ bytes, .*\): get it again'):
+    with pytest.raises(SystemExit, match=r'a.pth is damaged or not a checkpoint \(\d+ bytes, .*\): replace it'):
         convert(tmp_path / 'a.pth', tmp_path / 'c.pth')
 
 
-def test_the_old_format_is_read(convert, tmp_path):
+def test_old_format_is_read(convert, tmp_path):
     torch.save(OverLoCK('xt').state_dict(), tmp_path / 'a.pth')
     old_format(tmp_path / 'a.pth')
     assert 'OverLoCK-XT' in convert(tmp_path / 'a.pth', tmp_path / 'c.pth')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from overlock_mm.models import OverLoCK
 
 @pytest.fixture
 def log(caplog):
-    """What mmengine's current logger says (it does not propagate)."""
+    """Messages of mmengine's current logger, which does not propagate them."""
     logger = MMLogger.get_current_instance()
     logger.addHandler(caplog.handler)
     caplog.set_level(logging.INFO, logger=logger.name)
@@ -25,7 +26,7 @@ def log(caplog):
 
 @pytest.fixture
 def classifier(small_arch):
-    """A classification checkpoint as it is released: the backbone's weights and both heads', flat."""
+    """A classification checkpoint in the form of the release: flat names of the backbone and both heads."""
     state_dict = dict(OverLoCK(small_arch).state_dict())
     state_dict = {name: tensor + 0.1 if tensor.is_floating_point() else tensor for name, tensor in state_dict.items()}
     return {**state_dict, 'head.0.weight': torch.zeros(1024, 50, 1, 1), 'aux_head.2.bias': torch.zeros(1000)}
@@ -58,14 +59,14 @@ def test_classification_checkpoint(small_arch, classifier, tmp_path, log, out_ty
 
     messages = [message for message in log.messages if 'Loaded' in message]
     assert len(messages) == 1
-    assert 'Left out 2 that only other models have: aux_head, head.' in messages[0]
+    assert 'Left out 2 tensors of other modules: aux_head, head.' in messages[0]
     initialised = {'features': None, 'pyramid': 'extra_norm', 'pyramid_with_overview': 'extra_norm, h_proj'}[out_type]
-    assert (f'left as initialised: {initialised}.' in messages[0]) == (initialised is not None)
+    assert (f'kept as initialised: {initialised}.' in messages[0]) == (initialised is not None)
     assert not any('unexpected' in message or 'missing' in message for message in log.messages)
 
 
-def test_inside_a_detector_it_is_loaded_once(small_arch, classifier, tmp_path, log):
-    """mmengine's init_weights goes through the parent."""
+def test_backbone_of_a_detector_is_loaded_once(small_arch, classifier, tmp_path, log):
+    """mmengine's init_weights starts at the parent."""
     from mmengine.model import BaseModule
 
     class Detector(BaseModule):
@@ -101,10 +102,9 @@ def test_dense_checkpoints_load_strictly(parity, family, out_type):
 
 
 def test_released_classification_file(parity, tmp_path, log):
-    """In the format and with the names of the release."""
     torch.save(parity.state_dict('cls', 'xt'), tmp_path / 'overlock_xt_in1k_224.pth')
     build('xt', tmp_path / 'overlock_xt_in1k_224.pth', out_type='pyramid_with_overview')
-    assert any('Left out 15 that only other models have: aux_head, head.' in message for message in log.messages)
+    assert any('Left out 15 tensors of other modules: aux_head, head.' in message for message in log.messages)
 
 
 def test_released_folded_file(parity, tmp_path):
@@ -116,7 +116,7 @@ def test_released_folded_file(parity, tmp_path):
 
 @pytest.mark.parametrize('prefix', ['', 'head.'], ids=['released', 'mmpretrain'])
 @pytest.mark.parametrize('with_aux_head', [True, False])
-def test_head_takes_its_part(tmp_path, prefix, with_aux_head):
+def test_head_loads_its_weights(tmp_path, prefix, with_aux_head):
     pytest.importorskip('mmpretrain', reason="the head is mmpretrain's")
     from overlock_mm.models import OverLoCKHead
 
@@ -131,17 +131,19 @@ def test_head_takes_its_part(tmp_path, prefix, with_aux_head):
     assert all(torch.equal(value, source[name]) for name, value in head.state_dict().items())
 
 
-def test_another_variant(small_arch, classifier, tmp_path):
+def test_checkpoint_of_another_variant(small_arch, classifier, tmp_path):
     torch.save(classifier, tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match=r'is of another variant, with channels \(8, 12, 24, 40\), depths .*256'):
+    with pytest.raises(
+        ValueError, match=r'is of another variant: OverLoCK has .*256.* got channels \(8, 12, 24, 40\), depths'
+    ):
         build('xt', tmp_path / 'other.pth')
     deeper = {**small_arch, 'sub_depths': (3, 2)}
-    with pytest.raises(ValueError, match=r'depths \(1, 1, 1, 1, 2, 2\); OverLoCK has .*\(1, 1, 1, 1, 3, 2\)'):
+    with pytest.raises(ValueError, match=r'OverLoCK has .*\(1, 1, 1, 1, 3, 2\), got .*depths \(1, 1, 1, 1, 2, 2\)'):
         build(deeper, tmp_path / 'other.pth')
 
 
-def test_another_variant_is_refused_by_lenient_loaders_too(small_arch, tmp_path):
-    """tools/test.py and load_from go through mmengine's loader, which only logs what does not fit."""
+def test_mmengine_refuses_another_variant(small_arch, tmp_path):
+    """tools/test.py and load_from use mmengine's loader, which logs missing and unknown weights without an error."""
     from mmengine.runner import load_checkpoint
 
     weights = {f'backbone.{name}': tensor for name, tensor in OverLoCK(small_arch).state_dict().items()}
@@ -165,7 +167,7 @@ def test_init_cfg_list(small_arch, classifier, tmp_path, log):
 
 @pytest.fixture
 def downloads(tmp_path, monkeypatch):
-    """torch's cache of downloads in a folder, and a list of what the next downloads do with the file to write."""
+    """A folder as torch's cache, and a list of functions that write the files of the next downloads."""
     contents = []
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, file: contents.pop(0)(Path(file)))
@@ -177,23 +179,23 @@ def fail(file):
 
 
 ADDRESS = 'https://github.com/LMMMEng/OverLoCK/releases/download/v1/overlock_xt_in1k_224.pth'
-names_of_a_file = pytest.mark.parametrize('name', ['overlock_mm://overlock_xt_in1k_224.pth', ADDRESS])
+both_names = pytest.mark.parametrize('name', ['overlock_mm://overlock_xt_in1k_224.pth', ADDRESS])
 
 
-@names_of_a_file
+@both_names
 @pytest.mark.parametrize(
-    'how',
+    'write',
     [
         fail,
         lambda file: file.write_bytes(b'PK' + bytes(100)),
         lambda file: file.touch(),
         lambda file: file.write_text('<html>'),
     ],
-    ids=['no network', 'part of it', 'nothing', 'a page'],
+    ids=['no network', 'incomplete', 'empty', 'HTML'],
 )
-def test_a_download_that_fails_says_what_to_do(downloads, tmp_path, how, name):
-    """Also one that ends early, which leaves nothing behind."""
-    downloads += [how]
+def test_failed_download_says_what_to_do(downloads, tmp_path, write, name):
+    """A failed or incomplete download leaves no file."""
+    downloads += [write]
     message = (
         rf'overlock_xt_in1k_224.pth could not be downloaded \(.+\); download {ADDRESS} by other means .* into .*checkpoints'
     )
@@ -202,23 +204,23 @@ def test_a_download_that_fails_says_what_to_do(downloads, tmp_path, how, name):
     assert list((tmp_path / 'checkpoints').iterdir()) == []
 
 
-@names_of_a_file
-def test_an_incomplete_file_is_named(downloads, tmp_path, name):
-    """Half a file that somebody put there by hand; through mmengine's loader too."""
+@both_names
+def test_incomplete_file_is_named(downloads, tmp_path, name):
+    """A part of a file, put into the cache by hand; also with mmengine's loader."""
     from mmengine.runner import load_checkpoint
 
     folder = tmp_path / 'checkpoints'
     folder.mkdir()
     torch.save(dict(a=torch.zeros(1000)), folder / 'whole.pth')
     (folder / 'overlock_xt_in1k_224.pth').write_bytes((folder / 'whole.pth').read_bytes()[:-100])
-    message = rf'overlock_xt_in1k_224.pth is damaged, or no checkpoint \(.*\): delete it, and download {ADDRESS} again'
+    message = rf'overlock_xt_in1k_224.pth is damaged or not a checkpoint \(.*\): delete it, and download {ADDRESS} again'
     with pytest.raises(OSError, match=message):
         build('xt', name)
     with pytest.raises(OSError, match=message):
         load_checkpoint(OverLoCK('xt'), name)
 
 
-def test_what_was_downloaded_is_loaded_as_weights_only(small_arch, classifier, downloads):
+def test_downloads_are_loaded_as_weights_only(small_arch, classifier, downloads):
     foreign = dict(state_dict=classifier, config=Path('foreign'))
     downloads += [lambda file, content=content: torch.save(content, file) for content in (classifier, foreign)]
     backbone = build(small_arch, 'https://host.invalid/v1/good.pth')
@@ -228,31 +230,43 @@ def test_what_was_downloaded_is_loaded_as_weights_only(small_arch, classifier, d
         build(small_arch, 'https://host.invalid/v1/foreign.pth')
 
 
-def test_a_cache_that_cannot_be_written(downloads, tmp_path):
-    (tmp_path / 'checkpoints').write_text('a file in the place of the folder')
+def test_cache_without_write_access(downloads, tmp_path):
+    (tmp_path / 'checkpoints').write_text('a file instead of the folder')
     with pytest.raises(OSError, match='overlock_xt_in1k_224.pth could not be downloaded .* or give its path'):
         build('xt', ADDRESS)
 
 
 @pytest.mark.parametrize('checkpoint', [None, 3, ''])
-def test_what_is_no_checkpoint(checkpoint):
-    with pytest.raises(TypeError, match=f'checkpoint must be a path or an address, got {checkpoint!r}'):
-        OverLoCK('xt', init_cfg=dict(type='Pretrained', checkpoint=checkpoint)).init_weights()
+def test_init_cfg_without_a_checkpoint(checkpoint):
+    with pytest.raises(TypeError, match=f'checkpoint must be a path, an address or overlock_mm://NAME, got {checkpoint!r}'):
+        OverLoCK('xt', init_cfg=dict(type='Pretrained', checkpoint=checkpoint))
 
 
-def test_a_path_object(small_arch, classifier, tmp_path):
+def test_pretrained_is_not_a_bool():
+    with pytest.raises(TypeError, match='checkpoint must be a path, an address or overlock_mm://NAME, got True'):
+        OverLoCK('xt', pretrained=True)
+
+
+@pytest.mark.parametrize('init_cfg', ['a.pth', ['a.pth']])
+def test_init_cfg_is_a_dict(init_cfg):
+    message = rf'init_cfg must be a dict or a list of dicts, .*checkpoint=FILE\), got {re.escape(repr(init_cfg))}'
+    with pytest.raises(TypeError, match=message):
+        OverLoCK('xt', init_cfg=init_cfg)
+
+
+def test_checkpoint_as_a_path_object(small_arch, classifier, tmp_path):
     torch.save(classifier, tmp_path / 'a.pth')
     backbone = OverLoCK(small_arch, pretrained=tmp_path / 'a.pth')
     backbone.init_weights()
     assert torch.equal(backbone.patch_embed1[0].weight, classifier['patch_embed1.0.weight'])
 
 
-def test_an_unknown_file_of_the_release():
+def test_unknown_released_file():
     with pytest.raises(ValueError, match="no file 'overlock_m_in1k_224.pth'; nearest: overlock_"):
         build('xt', 'overlock_mm://overlock_m_in1k_224.pth')
 
 
-def test_other_input_channels_name_the_weight(small_arch, classifier, tmp_path):
+def test_weight_of_another_shape_is_named(small_arch, classifier, tmp_path):
     torch.save(classifier, tmp_path / 'rgb.pth')
     with pytest.raises(ValueError, match=r'patch_embed1.0.weight must have shape \(4, 5, 3, 3\), got \(4, 3, 3, 3\)'):
         build(small_arch, tmp_path / 'rgb.pth', in_channels=5)
@@ -263,7 +277,7 @@ def test_incomplete_checkpoint(small_arch, classifier, tmp_path):
     classifier['blocks1.0.extra'] = torch.zeros(1)
     torch.save(classifier, tmp_path / 'broken.pth')
     with pytest.raises(
-        ValueError, match=r'lacks 1 tensors \(blocks1.0.proj.2.weight\).*unknown 1 tensors \(blocks1.0.extra'
+        ValueError, match=r'1 missing tensors \(blocks1.0.proj.2.weight\).*1 unknown tensors \(blocks1.0.extra'
     ):
         build(small_arch, tmp_path / 'broken.pth')
 
@@ -272,11 +286,11 @@ def test_incomplete_checkpoint(small_arch, classifier, tmp_path):
     'content, message',
     [
         ({'layer1.0.weight': torch.zeros(2)}, 'has no weights for OverLoCK, got layer1'),
-        ({'epoch': 3}, r"holds no weights, .* got \['epoch'\]"),
-        ([torch.zeros(1)], 'holds no weights, .* got list'),
+        ({'epoch': 3}, r"has no weights, .* got \['epoch'\]"),
+        ([torch.zeros(1)], 'has no weights, .* got list'),
     ],
 )
-def test_not_a_checkpoint_of_overlock(small_arch, tmp_path, content, message):
+def test_checkpoint_of_another_network(small_arch, tmp_path, content, message):
     torch.save(content, tmp_path / 'foreign.pth')
     with pytest.raises(ValueError, match=message):
         build(small_arch, tmp_path / 'foreign.pth')
@@ -313,7 +327,7 @@ def test_pretrained_is_short_for_init_cfg(small_arch, classifier, tmp_path):
 
 
 def test_pretrained_of_a_segmentor(small_arch, classifier, tmp_path):
-    """mmseg hands its model's ``pretrained`` to the backbone."""
+    """mmseg passes its model's ``pretrained`` to the backbone."""
     pytest.importorskip('mmseg', reason="this is mmsegmentation's model")
     from mmengine.config import ConfigDict
     from mmseg.registry import MODELS
@@ -331,7 +345,7 @@ def test_pretrained_of_a_segmentor(small_arch, classifier, tmp_path):
     'wrap', [lambda w: w, lambda w: dict(model=w), lambda w: dict(state_dict=w)], ids=['flat', 'model', 'state_dict']
 )
 def test_pretrained_of_a_classifier(parity, tmp_path, wrap):
-    """mmpretrain loads its model's ``pretrained`` into the whole model: a released file fits as it is, head and all."""
+    """mmpretrain loads ``pretrained`` into the whole model. A released file fits without conversion, with its heads."""
     pytest.importorskip('mmpretrain', reason="this is mmpretrain's model")
     from mmengine.config import Config
     from mmengine.registry.utils import init_default_scope
@@ -348,7 +362,7 @@ def test_pretrained_of_a_classifier(parity, tmp_path, wrap):
     assert torch.equal(model.backbone.patch_embed1[0].weight, weights['patch_embed1.0.weight'])
     assert torch.equal(model.head.head[4].bias, weights['head.4.bias'])
     assert torch.equal(model.head.aux_head[2].bias, weights['aux_head.2.bias'])
-    # Without an auxiliary head, that of the file is left out.
+    # A model without an auxiliary head leaves out that of the file.
     head = {**cfg.model.head, 'overview_channels': None}
     backbone = {**cfg.model.backbone, 'out_indices': (3,)}
     model = MODELS.build({**cfg.model, 'pretrained': str(tmp_path / 'released.pth'), 'head': head, 'backbone': backbone})

@@ -1,4 +1,4 @@
-"""Released files and shipped configs are known by name, in one place, to everything that asks for them."""
+"""Names of released files and shipped configs, in the metafiles and in the frameworks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def metafiles() -> dict[str, dict]:
 
 
 def models() -> dict[str, dict]:
-    """The models of all metafiles, by config."""
+    """Models of all metafiles by their configs."""
     return {model['Config'].removeprefix('configs/'): model for file in metafiles().values() for model in file['Models']}
 
 
@@ -38,7 +38,7 @@ def test_every_config_is_in_its_metafile():
         assert model['In Collection'] in collections
 
 
-def test_metafiles_and_the_registry_agree():
+def test_metafiles_have_the_released_weights():
     released = {file.config: file.url for file in RELEASED.values()}
     assert {config: model['Weights'] for config, model in models().items() if 'Weights' in model} == released
     assert len(released) == len(RELEASED) == 17
@@ -47,7 +47,7 @@ def test_metafiles_and_the_registry_agree():
         assert f'overlock-{file.arch}_' in file.config
 
 
-def test_results_are_said_to_be_the_releases():
+def test_results_are_marked_as_reported_by_the_release():
     with_results = {config: model for config, model in models().items() if 'Results' in model}
     assert len(with_results) == 6 + 3 + 8
     for config, model in with_results.items():
@@ -75,19 +75,19 @@ def test_results_are_said_to_be_the_releases():
 @pytest.fixture(scope='module')
 def counter():
     for framework in FRAMEWORKS:
-        pytest.importorskip(framework, reason='the models of all three frameworks are counted')
+        pytest.importorskip(framework, reason='models of all three frameworks are counted')
     return import_file(ROOT / 'tools' / 'complexity.py')
 
 
 def is_counted(config: str) -> bool:
-    """One config of each network; the others must say the same as these."""
+    """One config of each network is counted. The others must have the same numbers."""
     return not any(part in config for part in ('amp-', 'layer-decay', 'ms-crop-3x')) or config.endswith(
         '/cascade-mask-rcnn_overlock-xt_fpn_ms-crop-3x_coco.py'
     )
 
 
 @pytest.mark.parametrize('config', filter(is_counted, CONFIGS))
-def test_parameters_and_flops_are_those_counted(counter, config):
+def test_parameters_and_flops_match_the_metafile(counter, config):
     metadata = models()[config]['Metadata']
     counted = counter.complexity(config)
     key = 'Backbone FLOPs ({} x {})'.format(*counted.shape) if counted.of_backbone else 'FLOPs'
@@ -95,7 +95,7 @@ def test_parameters_and_flops_are_those_counted(counter, config):
     assert metadata[key] == counted.multiply_adds
 
 
-def test_the_same_networks_have_the_same_counts():
+def test_same_networks_have_the_same_counts():
     everything = {config: model['Metadata'] for config, model in models().items()}
     heads = 'Parameters', 'FLOPs', 'Backbone FLOPs (800 x 1280)'
     for config, metadata in everything.items():
@@ -105,7 +105,7 @@ def test_the_same_networks_have_the_same_counts():
         same = same.replace('ms-crop-3x', '1x') if config.startswith('mmdet/') else same
         counts, expected = ({key: of[key] for key in heads if key in of} for of in (metadata, everything[same]))
         if '/cascade-' in config:
-            # Its heads are the same for all backbones, as Mask R-CNN's are.
+            # The heads of both detectors do not depend on the backbone.
             xt = [
                 everything[name]['Parameters']
                 for name in (
@@ -118,26 +118,26 @@ def test_the_same_networks_have_the_same_counts():
 
 
 @pytest.mark.parametrize('arch, parameters, flops', [('xt', 16, 2.6), ('t', 33, 5.5), ('s', 56, 9.7), ('b', 95, 16.7)])
-def test_counts_are_those_of_the_paper(arch, parameters, flops):
-    """Which rounds, and says of a part of S and B only how it was counted: within 2.5 %."""
+def test_counts_match_the_paper(arch, parameters, flops):
+    """Within 2.5 %: the paper rounds and does not explain all its counts of S and B."""
     metadata = models()[f'mmpretrain/overlock-{arch}_deploy_in1k.py']['Metadata']
     assert round(metadata['Parameters'] / 1e6) == parameters
     assert metadata['FLOPs'] / 1e9 == pytest.approx(flops, rel=0.025)
 
 
-def test_contmix_is_counted_by_hand(counter):
-    """A ContMix of 2 groups of 3 channels a branch on 4 x 5: 3x3 and 5x5 slots."""
+def test_contmix_flops_match_a_count_by_hand(counter):
+    """ContMix with 2 groups of 3 channels for each branch and 3x3 and 5x5 kernels, on a map of 4 x 5."""
     assert counter.contmix_flops((2, 12, 4, 5), (2, 6, 4, 5), (2, 2, 34, 3), None, None, None, 3, 5) == (
         2 * 2 * 20 * (2 * 34 * 3 + 6 * (9 + 25))
     )
 
 
-def test_checkpoint_of_a_config():
+def test_get_checkpoint():
     name = 'mmdet/mask-rcnn_overlock-t_fpn_ms-crop-3x_coco'
     assert overlock_mm.get_checkpoint(name) == overlock_mm.get_checkpoint(f'{name}.py')
     assert overlock_mm.get_checkpoint(name) == 'overlock_mm://maskrcnn3x_overlock_tiny_coco.pth'
     with pytest.raises(
-        ValueError, match=r"nothing was released for 'mmdet/mask-rcnn_overlock-xt.* nearest .*overlock-t_fpn"
+        ValueError, match=r"there are no released weights for 'mmdet/mask-rcnn_overlock-xt.* nearest .*overlock-t_fpn"
     ):
         overlock_mm.get_checkpoint('mmdet/mask-rcnn_overlock-xt_fpn_1x_coco')
     with pytest.raises(
@@ -146,7 +146,7 @@ def test_checkpoint_of_a_config():
         overlock_mm.get_checkpoint('mmdet/mask-rcnn_overlok-t_fpn_1x_coco')
 
 
-def test_released_file_by_name_or_address():
+def test_find_released_by_name_or_address():
     for checkpoint in ('overlock_mm://overlock_s_in1k_224.pth', f'{RELEASE}overlock_s_in1k_224.pth'):
         assert find_released(checkpoint).config == 'mmpretrain/overlock-s_8xb256_in1k.py'
     with pytest.raises(ValueError, match="no file 'overlock_s_in1k_384.pth'; nearest: overlock_s_in1k_224.pth"):
@@ -161,7 +161,7 @@ def test_released_file_by_name_or_address():
         ('mmseg', 'mmseg.apis.MMSegInferencer', 'overlock-b_upernet_8xb2-160k_ade20k-512x512'),
     ],
 )
-def test_inferencers_know_the_names(framework, module, name):
+def test_inferencers_find_the_names(framework, module, name):
     pytest.importorskip(framework, reason='its inferencer')
     overlock_mm.register_models()
     overlock_mm.register_models()
@@ -176,15 +176,15 @@ def test_inferencers_know_the_names(framework, module, name):
     assert sorted(listed) == sorted(
         model['Name'] for model in metafiles()[framework]['Models'] if 'overlock' in model['Name']
     )
-    # And not to the other frameworks.
+    # The other framework does not find them.
     other = 'mmseg' if framework == 'mmdet' else 'mmdet'
-    pytest.importorskip(other, reason='its names')
+    pytest.importorskip(other, reason='its inferencer')
     inferencer.scope = other
     with pytest.raises(ValueError, match=f'Cannot find model: {name}'):
         inferencer._load_model_from_metafile(name)
 
 
-def test_mmpretrain_knows_the_names():
+def test_mmpretrain_finds_the_names():
     mmpretrain = pytest.importorskip('mmpretrain', reason='its model hub')
     overlock_mm.register_models()
     overlock_mm.register_models()
@@ -200,8 +200,8 @@ def test_mmpretrain_knows_the_names():
 
 @pytest.mark.parametrize('checkpoint', ['overlock_mm://overlock_xt_in1k_224.pth', f'{RELEASE}overlock_xt_in1k_224.pth'])
 @pytest.mark.parametrize('wrap', [lambda weights: weights, lambda weights: dict(model=weights)], ids=['flat', 'model'])
-def test_a_released_classifier_by_its_name(parity, tmp_path, monkeypatch, checkpoint, wrap):
-    """From the cache of downloads, strictly, into mmpretrain's model of the config by its name."""
+def test_released_classifier_by_name(parity, tmp_path, monkeypatch, checkpoint, wrap):
+    """mmpretrain builds the model by the name of its config and loads the file from torch's cache strictly."""
     mmpretrain = pytest.importorskip('mmpretrain', reason='its model hub')
     from mmengine.runner import load_checkpoint
 
@@ -216,8 +216,8 @@ def test_a_released_classifier_by_its_name(parity, tmp_path, monkeypatch, checkp
     load_checkpoint(model, checkpoint, strict=True)
 
 
-def test_importing_downloads_nothing():
-    """Nor does building: where every connection is refused."""
+def test_import_downloads_nothing():
+    """Importing the package and building a backbone work where every connection fails."""
     code = (
         'import socket\n'
         'def refuse(*args, **kwargs): raise AssertionError("a connection")\n'

@@ -1,6 +1,6 @@
 """OverLoCK (CVPR 2025) for OpenMMLab: backbone, classification head and the ContMix operator.
 
-The operator alone, overlock_mm.ops, needs only torch.
+overlock_mm.ops needs torch only. The backbone also needs mmengine.
 """
 
 import importlib.util

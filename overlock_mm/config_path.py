@@ -1,4 +1,4 @@
-"""Where the shipped configs are."""
+"""Paths of the shipped configs."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from pathlib import Path
 
 
 def config_root() -> Path:
-    """configs/ of an installed wheel (in the package, as .mim, where mim looks for it) or of a checkout (beside it)."""
+    """Return the folder of the configs: .mim/configs in a wheel, as mim expects it, or configs/ in a checkout."""
     package = Path(__file__).resolve().parent
     installed = package / '.mim' / 'configs'
     return installed if installed.is_dir() else package.parent / 'configs'
 
 
 def list_configs() -> list[str]:
-    """Names of the shipped configs, such as 'mmdet/mask-rcnn_overlock-t_fpn_1x_coco.py', sorted."""
+    """Return the sorted names of the shipped configs, such as 'mmdet/mask-rcnn_overlock-t_fpn_1x_coco.py'."""
     root = config_root()
     return sorted(path.relative_to(root).as_posix() for path in root.rglob('*.py'))
 
 
 def get_config_path(name: str) -> str:
-    """Absolute path of a shipped config.
+    """Return the absolute path of a shipped config.
 
-    Use it to inherit one: ``_base_ = [__import__('overlock_mm').get_config_path('mmdet/...')]``.
+    A config can inherit from it: ``_base_ = [__import__('overlock_mm').get_config_path('mmdet/...')]``.
 
     Args:
-        name: as in :func:`list_configs`; '.py' may be left out.
+        name: a name from :func:`list_configs`. The '.py' is optional.
 
     Raises:
-        TypeError: ``name`` is no str.
-        FileNotFoundError: there is no such config; the message has the nearest names.
+        TypeError: ``name`` is not a str.
+        FileNotFoundError: there is no such config. The message has the nearest names.
     """
     if not isinstance(name, str):
         raise TypeError(f'name must be a str, got {name!r}')
@@ -45,18 +45,17 @@ def get_config_path(name: str) -> str:
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:
-    """Up to three of the known names that are like this one, for a message; '' if none is."""
+    """Return up to three similar known names for a message, or ''."""
     return ', '.join(difflib.get_close_matches(name, list(known), n=3, cutoff=0.3))
 
 
 def allow_config_scopes() -> None:
-    """Let mmengine find more configs by the names of their packages.
+    """Let mmengine find configs by ``overlock_mm::...``, and by ``mmseg::...`` with a fork of mmsegmentation.
 
-    ``_base_ = 'overlock_mm::mmdet/....py'`` is read where this package is installed from a wheel: mmengine knows a fixed
-    list of packages, and looks for their configs in <package>/.mim, where an editable install and a checkout have none.
-    :func:`get_config_path` finds configs in every case.
+    mmengine has a fixed list of packages, and looks for their configs in <package>/.mim. Only a wheel has this folder, so
+    ``_base_ = 'overlock_mm::mmdet/....py'`` needs a wheel; :func:`get_config_path` works with every install.
 
-    ``mmseg::...`` is read where mmseg comes from a fork with another name than mmsegmentation, which mmengine asks for.
+    For ``mmseg::...`` mmengine asks for a package named mmsegmentation. The fork has another name.
     """
     from mmengine.config.utils import MODULE2PACKAGE
 

@@ -1,4 +1,4 @@
-"""Learning rates that fall from layer to layer towards the image, for fine-tuning."""
+"""Layer-wise learning rate decay for fine-tuning."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from .registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """mmengine's constructor, with learning rates times ``layer_decay_rate`` ** (layers above a parameter's).
+    """mmengine's constructor with layer-wise learning rate decay.
 
-    All options of mmengine's ``paramwise_cfg`` (``custom_keys`` with ``lr_mult`` and ``decay_mult``, ``norm_decay_mult``
-    and so on) work as they do there, and multiply with it. What follows the backbone keeps the full rate. The backbone
-    says which layer a parameter is in, by ``get_layer_depth(name, prefix)``, as :class:`OverLoCK` and some of mmpretrain's
-    do. ::
+    The learning rate of a parameter is multiplied by ``layer_decay_rate`` once for each layer above it. All options of
+    mmengine's ``paramwise_cfg`` (``custom_keys`` with ``lr_mult`` and ``decay_mult``, ``norm_decay_mult`` and so on) work
+    as usual, and their factors multiply with this one. Necks and heads keep the full rate. The method
+    ``get_layer_depth(name, prefix)`` of the backbone gives the layer of a parameter. :class:`OverLoCK` and some backbones
+    of mmpretrain have it. ::
 
         optim_wrapper = dict(
             constructor='overlock_mm.LayerDecayOptimWrapperConstructor',
@@ -25,8 +26,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         )
 
     Raises:
-        ValueError: ``layer_decay_rate`` is missing or not in (0, 1], or the optimizer has no ``lr``.
-        TypeError: the model's backbone has no ``get_layer_depth``.
+        ValueError: ``layer_decay_rate`` is missing or not in (0, 1], or the optimizer config has no ``lr``.
+        TypeError: the backbone has no ``get_layer_depth``.
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: Optional[dict] = None) -> None:
@@ -39,16 +40,16 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         self.layer_decay_rate = rate
 
     def add_params(self, params: list, module: nn.Module, prefix: str = '', **kwargs) -> None:
-        """Append the parameter groups of a module, one for each parameter; at the top, with their layers' rates.
+        """Append a parameter group for each parameter of a module, with the learning rate of its layer.
 
         Args:
-            params: list of groups, to append to.
-            module: the module; first the whole model.
-            prefix: of its parameters' names, empty for the whole model.
+            params: list of parameter groups, changed in place.
+            module: the whole model, or one of its submodules when mmengine calls this method recursively.
+            prefix: prefix of the module's parameter names. It is empty for the whole model.
         """
         super().add_params(params, module, prefix=prefix, **kwargs)
         if prefix:
-            return  # mmengine calls this for every submodule; what follows is done once, for the whole model
+            return  # a recursive call by mmengine: the rates are set once, for the whole model
 
         backbone = getattr(module, 'backbone', None)
         if not hasattr(backbone, 'get_layer_depth'):

@@ -1,4 +1,4 @@
-"""Shipped configs are found by name."""
+"""Finding shipped configs by name."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def test_every_listed_config_has_a_path():
         assert overlock_mm.get_config_path(name[:-3]) == str(path)
 
 
-def test_a_name_is_a_str():
+def test_name_must_be_a_str():
     with pytest.raises(TypeError, match='name must be a str, got None'):
         overlock_mm.get_config_path(None)
 
 
-def test_unknown_name_gets_the_nearest():
+def test_error_has_the_nearest_names():
     with pytest.raises(
         FileNotFoundError, match=r"no config 'mmdet/mask-rcnn_overlock-t_fpn_1x.py' .*overlock-t_fpn_1x_coco.py"
     ):

@@ -1,4 +1,4 @@
-"""Freed memory that stays with the process."""
+"""Keeping freed memory in the process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmengine.registry import DefaultScope
 
 from overlock_mm import memory
 
-#: A map of 64 MiB, freed and filled again: what that costs in page faults once it has settled.
+#: Page faults of creating and freeing a map of 64 MiB, after a warm-up.
 COUNT_FAULTS = """
 import resource, torch
 from overlock_mm.memory import keep_freed_memory
@@ -33,8 +33,8 @@ def has_glibc() -> bool:
 
 
 @pytest.mark.skipif(not has_glibc(), reason='the C library is not glibc')
-def test_no_page_faults_after_the_first_time():
-    """In processes of their own: it is for good."""
+def test_kept_memory_has_few_page_faults():
+    """Each setting runs in its own process, because it cannot be undone."""
     faults = {}
     for keep in (False, True):
         run = subprocess.run(
@@ -44,7 +44,7 @@ def test_no_page_faults_after_the_first_time():
     assert faults[True] < 0.2 * faults[False]
 
 
-def test_another_c_library_is_left_alone(monkeypatch):
+def test_other_c_libraries_are_not_changed(monkeypatch):
     monkeypatch.setattr(memory.platform, 'libc_ver', lambda: ('', ''))
     assert memory.keep_freed_memory() is False
 
@@ -60,7 +60,7 @@ class Runner:
 
 
 @pytest.mark.parametrize('device, calls', [('cpu', 1), ('meta', 0)])
-def test_the_hook_is_for_the_cpu(device, calls, monkeypatch):
+def test_hook_acts_on_the_cpu_only(device, calls, monkeypatch):
     kept = []
     monkeypatch.setattr(memory, 'keep_freed_memory', lambda: kept.append(1) or True)
     with DefaultScope.overwrite_default_scope('mmengine'):
@@ -70,7 +70,7 @@ def test_the_hook_is_for_the_cpu(device, calls, monkeypatch):
     assert (len(kept), runner.messages) == (calls, [])
 
 
-def test_the_hook_says_where_nothing_is_done(monkeypatch):
+def test_hook_logs_that_it_has_no_effect(monkeypatch):
     monkeypatch.setattr(memory, 'keep_freed_memory', lambda: False)
     runner = Runner('cpu')
     memory.KeepFreedMemoryHook().before_run(runner)

@@ -21,20 +21,20 @@ from mmpretrain.registry import MODELS  # noqa: E402
 
 
 class OverLoCKHead(TakesReleasedCheckpoints, ClsHead):
-    """Classification head, with the auxiliary head on the overview for training.
+    """Classification head with an optional auxiliary head on the overview, for training.
 
-    The parameters are named as in a released classification checkpoint (``head.*`` and ``aux_head.*``).
+    The parameters have the names of a released classification checkpoint (``head.*`` and ``aux_head.*``).
 
     Args:
         num_classes: number of classes.
-        in_channels: channels of the last output of the backbone (C4 + C4/4).
-        overview_channels: channels of the overview, the output before it (C4), for the auxiliary head. None builds none;
-            the backbone then needs ``out_indices=(3,)`` only, otherwise ``(4, 3)``.
-        hidden_channels: of the main head.
-        loss: config of the loss of the main output; by default cross entropy.
-        aux_loss: config of the loss of the auxiliary output; by default ``loss`` with weight 0.4 (the release's).
+        in_channels: channels of the backbone's last output (C4 + C4/4).
+        overview_channels: channels of the overview (C4), the backbone's second-to-last output. The auxiliary head needs a
+            backbone with ``out_indices=(4, 3)``. None builds no auxiliary head; ``out_indices=(3,)`` is then enough.
+        hidden_channels: hidden channels of the main head.
+        loss: config of the main loss. The default is cross entropy.
+        aux_loss: config of the auxiliary loss. The default is ``loss`` with weight 0.4, as in the release.
         topk, cal_acc, init_cfg: as in mmpretrain's ``ClsHead``. ``init_cfg=dict(type='Pretrained', checkpoint=FILE)``
-            takes the heads of a released classification checkpoint.
+            loads the heads of a released classification checkpoint.
 
     Raises:
         ImportError: mmpretrain is not installed.
@@ -79,28 +79,30 @@ class OverLoCKHead(TakesReleasedCheckpoints, ClsHead):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         auxiliary = [name for name in state_dict if name.startswith(f'{prefix}aux_head.')]
         if self.aux_head is None and auxiliary:
-            print_log('Left out the auxiliary head of the checkpoint: this model has none.', logger='current')
+            print_log('Left out the auxiliary head of the checkpoint: the model has none.', logger='current')
             for name in auxiliary:
                 del state_dict[name]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, feats: Sequence[Tensor]) -> Tensor:
-        """Backbone outputs, each (B, C, H, W), the last of which is used, to class scores (B, num_classes)."""
+        """Return class scores (B, num_classes) for a sequence of backbone outputs (B, C, H, W). The last output is used."""
         return self.head(feats[-1]).flatten(1)
 
     def forward_aux(self, feats: Sequence[Tensor]) -> Tensor:
-        """Backbone outputs, the overview second to last, to the auxiliary class scores (B, num_classes)."""
+        """Return auxiliary class scores (B, num_classes) for backbone outputs with the overview second to last.
+
+        Raises:
+            ValueError: there is only one output.
+        """
         if len(feats) < 2:
-            raise ValueError(
-                f'the auxiliary head needs the overview: build the backbone with out_indices=(4, 3), got {len(feats)}'
-            )
+            raise ValueError(f'feats must have two maps, from a backbone with out_indices=(4, 3), got {len(feats)}')
         return self.aux_head(feats[-2]).flatten(1)
 
     def loss(self, feats: Sequence[Tensor], data_samples: list, **kwargs) -> dict:
-        """Losses ``loss`` and, with an auxiliary head, ``aux_loss``, of backbone outputs and their data samples."""
+        """Return ``loss`` and, with an auxiliary head, ``aux_loss`` for backbone outputs and their data samples."""
         losses = super().loss(feats, data_samples, **kwargs)
         if self.aux_head is not None:
-            field = 'gt_score' if 'gt_score' in data_samples[0] else 'gt_label'  # soft labels of mixup and cutmix, or plain
+            field = 'gt_score' if 'gt_score' in data_samples[0] else 'gt_label'  # mixup and cutmix give soft labels
             targets = [sample.get(field) for sample in data_samples]
             target = torch.stack(targets) if field == 'gt_score' else torch.cat(targets)
             losses['aux_loss'] = self.aux_loss_module(self.forward_aux(feats), target, avg_factor=len(target), **kwargs)

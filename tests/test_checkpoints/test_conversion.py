@@ -87,20 +87,20 @@ def same_bits(a: dict, b: dict) -> bool:
 def test_conversion_in_both_directions(parity, convert, tmp_path, family, arch):
     weights, content = released(parity, family, arch)
     torch.save(content, tmp_path / 'released.pth')
-    said = convert(tmp_path / 'released.pth', tmp_path / 'ours.pth')
+    output = convert(tmp_path / 'released.pth', tmp_path / 'ours.pth')
     config = CONFIGS[family].format(arch)
-    assert f'released.pth: OverLoCK-{arch.upper()}, ' in said
-    assert ('flat names' in said) == family.startswith('cls')
-    assert f'It loads strictly into the model of configs/{config}.py\n' in said
-    assert ('written by mmdet 2.28.1' in said) == (family == 'det')
-    assert ('written by mmseg 0.30.0' in said) == (family == 'seg')
+    assert f'released.pth: OverLoCK-{arch.upper()}, ' in output
+    assert ('flat names' in output) == family.startswith('cls')
+    assert f'It loads strictly into the model of configs/{config}.py\n' in output
+    assert ('written by mmdet 2.28.1' in output) == (family == 'det')
+    assert ('written by mmseg 0.30.0' in output) == (family == 'seg')
     ours = load_checkpoint(model_of(config), str(tmp_path / 'ours.pth'), strict=True)
     if not family.startswith('cls'):
         assert ours['meta']['dataset_meta'] == dict(classes=('person', 'car'), palette=[(1, 2, 3), (4, 5, 6)])
     assert 'optimizer' not in ours
 
-    said = convert(tmp_path / 'ours.pth', tmp_path / 'back.pth', '--to', 'released')
-    assert f'ours.pth: OverLoCK-{arch.upper()}, ' in said
+    output = convert(tmp_path / 'ours.pth', tmp_path / 'back.pth', '--to', 'released')
+    assert f'ours.pth: OverLoCK-{arch.upper()}, ' in output
     back = torch.load(tmp_path / 'back.pth', weights_only=True)
     if not family.startswith('cls'):
         assert back['meta'] == dict(CLASSES=('person', 'car'), PALETTE=[(1, 2, 3), (4, 5, 6)])
@@ -126,10 +126,10 @@ def test_own_checkpoint_of_a_training(convert, tmp_path):
         message_hub=dict(log_scalars={}),
     )
     torch.save(content, tmp_path / 'own.pth')
-    said = convert(tmp_path / 'own.pth', tmp_path / 'ours.pth')
-    assert 'written by mmengine 0.10.7' in said
+    output = convert(tmp_path / 'own.pth', tmp_path / 'ours.pth')
+    assert 'written by mmengine 0.10.7' in output
     options = 'model.head.num_classes=7 model.head.overview_channels=None'
-    assert f'configs/mmpretrain/overlock-xt_8xb256_in1k.py with --cfg-options {options}' in said
+    assert f'configs/mmpretrain/overlock-xt_8xb256_in1k.py with --cfg-options {options}' in output
     ours = torch.load(tmp_path / 'ours.pth', weights_only=True)
     assert ours.keys() == {'meta', 'state_dict'}
     assert ours['meta'] == dict(dataset_meta=dict(classes=tuple('abcdefg')))
@@ -143,9 +143,9 @@ def test_own_checkpoint_of_a_training(convert, tmp_path):
 def test_a_backbone_alone(parity, convert, tmp_path):
     weights = parity.state_dict('det', 'xt')
     torch.save(weights, tmp_path / 'backbone.pth')
-    said = convert(tmp_path / 'backbone.pth', tmp_path / 'ours.pth')
-    assert 'backbone (pyramid_with_overview)' in said
-    assert "load it with its own, or as a backbone's init_cfg" in said
+    output = convert(tmp_path / 'backbone.pth', tmp_path / 'ours.pth')
+    assert 'backbone (pyramid_with_overview)' in output
+    assert "load it with its own, or as a backbone's init_cfg" in output
     init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'ours.pth'))
     backbone = OverLoCK('xt', out_type='pyramid_with_overview', init_cfg=init_cfg)
     backbone.init_weights()
@@ -157,10 +157,10 @@ def test_folding(parity, convert, tmp_path, family, out_type):
     """The folded file has the weights that a deploy=True model folds from the unfolded file."""
     weights = parity.state_dict(family, 'xt')
     torch.save(weights, tmp_path / 'unfolded.pth')
-    said = convert(tmp_path / 'unfolded.pth', tmp_path / 'folded.pth', '--fold', '--to', 'released')
-    assert 'folded.pth: OverLoCK-XT, ' in said
-    assert ', not folded, ' in said
-    assert ', folded, ' in said
+    output = convert(tmp_path / 'unfolded.pth', tmp_path / 'folded.pth', '--fold', '--to', 'released')
+    assert 'folded.pth: OverLoCK-XT, ' in output
+    assert ', not folded, ' in output
+    assert ', folded, ' in output
     folded = torch.load(tmp_path / 'folded.pth', weights_only=True)
     backbones = [OverLoCK('xt', out_type=out_type, deploy=True) for _ in range(2)]
     own = set(backbones[0].state_dict())
@@ -175,8 +175,8 @@ def test_options_for_a_folded_detector(convert, tmp_path):
     model = model_of('mmdet/mask-rcnn_overlock-xt_fpn_1x_coco')
     weights = {name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()}
     torch.save(weights, tmp_path / 'detector.pth')
-    said = convert(tmp_path / 'detector.pth', tmp_path / 'folded.pth', '--fold')
-    assert 'configs/mmdet/mask-rcnn_overlock-xt_fpn_1x_coco.py with --cfg-options model.backbone.deploy=True' in said
+    output = convert(tmp_path / 'detector.pth', tmp_path / 'folded.pth', '--fold')
+    assert 'configs/mmdet/mask-rcnn_overlock-xt_fpn_1x_coco.py with --cfg-options model.backbone.deploy=True' in output
     folded = model_of('mmdet/mask-rcnn_overlock-xt_fpn_1x_coco', deploy=True)
     load_checkpoint(folded, str(tmp_path / 'folded.pth'), strict=True)
 
@@ -214,9 +214,9 @@ def test_named_config_and_options_fit_the_weights(tool, config, options, classes
     init_default_scope(cfg.default_scope)
     with torch.device('meta'):
         weights = MODELS.build(cfg.model).state_dict()
-    said = tool.how_to_load(describe_checkpoint(weights), weights)
+    output = tool.how_to_load(describe_checkpoint(weights), weights)
     named = f'It loads strictly into the model of configs/{config}.py'
-    assert said == (f'{named} with --cfg-options {options}' if classes == 3 else named)
+    assert output == (f'{named} with --cfg-options {options}' if classes == 3 else named)
 
 
 def without(weights: dict, name: str) -> dict:

@@ -1,4 +1,4 @@
-"""The classification head inside mmpretrain's ImageClassifier."""
+"""The classification head in mmpretrain's ImageClassifier."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_losses_and_gradients(small_arch):
 
 
 @torch.no_grad()
-def test_the_auxiliary_loss_has_weight_0_4(small_arch):
+def test_auxiliary_loss_has_weight_0_4(small_arch):
     model = build(small_arch).eval()
     features = model.extract_feat(torch.randn(2, 3, 64, 64))
     losses = model.head.loss(features, samples(1, 3))
@@ -55,7 +55,7 @@ def test_the_auxiliary_loss_has_weight_0_4(small_arch):
 
 @torch.no_grad()
 def test_soft_labels(small_arch):
-    """As mixup and cutmix make them."""
+    """Mixup and cutmix create soft labels."""
     model = build(small_arch, loss={'type': 'CrossEntropyLoss', 'use_soft': True}).eval()
     features = model.extract_feat(torch.randn(1, 3, 64, 64))
     score = torch.tensor([0.0, 0.3, 0, 0, 0.7, 0])
@@ -81,7 +81,7 @@ def test_without_the_auxiliary_head(small_arch):
     assert not any('aux' in name for name in model.state_dict())
 
 
-def test_the_auxiliary_head_needs_the_overview():
+def test_auxiliary_head_needs_the_overview():
     head = OverLoCKHead(num_classes=2, in_channels=4, overview_channels=4)
     with pytest.raises(ValueError, match=r'out_indices=\(4, 3\), got 1'):
         head.forward_aux((torch.randn(1, 4, 2, 2),))

@@ -1,5 +1,5 @@
-# make env | demo | test | lint. Each step leaves a stamp when it is done: what is done is not done again,
-# what was interrupted is, and a changed pin repeats the steps that depend on it.
+# make env | demo | test | lint. Each finished step leaves a stamp. Finished steps are skipped, interrupted ones resume,
+# and a changed pin repeats the steps that depend on it.
 PYTHON ?= python3
 VENV ?= .venv
 WORK_DIR ?= work_dirs/demo
@@ -34,7 +34,7 @@ $(DONE)/mm: requirements/mm.txt $(DONE)/torch
 	$(PIP) install -r requirements/mm.txt
 	@touch $@
 
-# No stamp: whether the installed mmcv fits the torch, and the GPU or its absence, is looked at each time (seconds).
+# No stamp: each call checks in seconds that the installed mmcv matches torch and the GPU, if there is one.
 mmcv: $(DONE)/mm
 	$(PY) tools/install_mmcv.py
 
@@ -42,8 +42,8 @@ $(DONE)/dev: requirements/dev.txt $(DONE)/mm
 	$(PIP) install -r requirements/dev.txt
 	@touch $@
 
-# Editable, without its dependencies: they are pinned above. It compiles the operator, with CUDA where setup.py finds a
-# toolkit that fits torch.
+# Editable, without dependencies, which are pinned above. This compiles the operators, with CUDA if setup.py finds a
+# toolkit that matches torch.
 SOURCES := $(shell find overlock_mm/ops/csrc -type f)
 $(DONE)/package: setup.py pyproject.toml $(SOURCES) $(DONE)/mm
 	$(PIP) install --no-build-isolation --no-deps -e .
@@ -55,7 +55,7 @@ env: mmcv $(DONE)/dev $(DONE)/lint $(DONE)/package
 demo: env
 	$(PY) tools/demo/run.py --work-dir $(WORK_DIR)
 
-# Two at a time, which share the cores: threads of both on every core would wait for each other.
+# Two processes, each with half of the threads: more threads than cores would wait for each other.
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 test: env
 	OMP_NUM_THREADS=$$((($(CORES) + 1) / 2)) $(PY) -m pytest tests -n 2 --dist loadfile $(ARGS)

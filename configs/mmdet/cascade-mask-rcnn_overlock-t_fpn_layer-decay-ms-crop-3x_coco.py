@@ -1,5 +1,5 @@
-# Cascade Mask R-CNN, OverLoCK-T, 3x, with learning rates that fall by 0.8 from layer to layer towards the image (see
-# OverLoCK.get_layer_depth). Ours; the rate is the one that UniRepLKNet and MogaNet use for this detector.
+# Cascade Mask R-CNN, OverLoCK-T, 3x, with layer-wise learning rate decay of 0.8 (see OverLoCK.get_layer_depth). Ours:
+# UniRepLKNet and MogaNet use this rate for this detector.
 _base_ = './cascade-mask-rcnn_overlock-t_fpn_ms-crop-3x_coco.py'
 
 optim_wrapper = dict(

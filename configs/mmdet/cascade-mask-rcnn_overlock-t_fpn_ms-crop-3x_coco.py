@@ -1,9 +1,9 @@
-# Cascade Mask R-CNN, OverLoCK-T, 3x: 8 GPUs x 2 images. Ours: the paper reports this detector, but no config of it was
-# released. The box heads (4 convolutions, 1 linear layer, SyncBN, GIoU) and the pipeline are those of mmdet's ConvNeXt
-# config; optimiser and schedule those of our Mask R-CNN 3x.
+# Cascade Mask R-CNN, OverLoCK-T, 3x: 8 GPUs x 2 images. Ours: the paper reports this detector without a config. The box
+# heads (4 convolutions, 1 linear layer, SyncBN, GIoU) and the pipeline come from mmdet's ConvNeXt config. Optimiser and
+# schedule come from our Mask R-CNN 3x.
 _base_ = 'mmdet::convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py'
 
-# Of the base: its ConvNeXt's weights, and mmpretrain, where that network is.
+# The base sets these for its ConvNeXt, which is in mmpretrain.
 checkpoint_file = None
 custom_imports = None
 

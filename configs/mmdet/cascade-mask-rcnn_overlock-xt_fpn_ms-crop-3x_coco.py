@@ -1,4 +1,4 @@
-# Cascade Mask R-CNN, OverLoCK-XT, 3x. Ours: see the T one.
+# Cascade Mask R-CNN, OverLoCK-XT, 3x. Ours: see the config of T.
 _base_ = './cascade-mask-rcnn_overlock-t_fpn_ms-crop-3x_coco.py'
 
 model = dict(

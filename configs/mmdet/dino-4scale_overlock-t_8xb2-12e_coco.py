@@ -1,5 +1,5 @@
-# DINO with 4 scales, OverLoCK-T, 12 epochs: 8 GPUs x 2 images. Ours: mmdet's DINO as it is, but for the backbone and, as
-# there, a tenth of the learning rate for it.
+# DINO with 4 scales, OverLoCK-T, 12 epochs: 8 GPUs x 2 images. Ours: mmdet's DINO with this backbone. As in mmdet, the
+# backbone has a tenth of the learning rate.
 _base_ = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
 
 model = dict(

@@ -32,5 +32,5 @@ optim_wrapper = dict(
     ),
 )
 
-# Batch norms see the whole batch: 2 images on a GPU are too few for them.
+# Batch norms need statistics of the whole batch: each GPU has only 2 images.
 sync_bn = 'torch'

@@ -1,8 +1,8 @@
 # Mask R-CNN, OverLoCK-T, 3x, as released with the paper: 8 GPUs x 2 images, AdamW, 36 epochs, box AP 49.6. Pipeline (flip,
-# multi-scale, crop), optimiser and epochs are those of mmdet's Swin config; warm-up, batch norms and learning rate of ours.
+# multi-scale, crop), optimiser and epochs come from mmdet's Swin config.
 _base_ = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py'
 
-pretrained = None  # of the base: Swin's
+pretrained = None  # the base sets Swin's weights
 
 model = dict(
     backbone=dict(
@@ -21,5 +21,5 @@ param_scheduler = [
     dict(type='MultiStepLR', by_epoch=True, begin=0, end=36, milestones=[27, 33], gamma=0.1),
 ]
 
-# Batch norms see the whole batch: 2 images on a GPU are too few for them.
+# Batch norms need statistics of the whole batch: each GPU has only 2 images.
 sync_bn = 'torch'

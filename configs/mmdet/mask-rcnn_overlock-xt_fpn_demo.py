@@ -1,6 +1,6 @@
-# The demo (make demo): the XT config as it is, but for the data, their classes, the image size, the schedule, and the
-# numbers of proposals and samples, which fit small pictures and minutes on two CPU cores. It starts from nothing: no
-# pre-trained weights. The optimiser and its learning rate are the recipe's.
+# The demo (make demo): the config of XT with other data, classes, image size, schedule, and numbers of proposals and
+# samples, for small pictures and minutes on two CPU cores. It trains from scratch, without pre-trained weights. The
+# optimiser and its learning rate are those of the recipe.
 _base_ = './mask-rcnn_overlock-xt_fpn_1x_coco.py'
 
 data_root = 'data/demo/'
@@ -54,5 +54,5 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', by_epoch=True, convert_to_iter_based=True, begin=0, end=max_epochs, eta_min=0),
 ]
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=1, max_keep_ckpts=1))
-custom_hooks = [dict(type='overlock_mm.KeepFreedMemoryHook')]  # it runs on a CPU
+custom_hooks = [dict(type='overlock_mm.KeepFreedMemoryHook')]  # for training on a CPU
 randomness = dict(seed=0)

@@ -1,4 +1,4 @@
-# Mask R-CNN, OverLoCK-XT, 3x. The release has no such config; it follows the T one.
+# Mask R-CNN, OverLoCK-XT, 3x. The release has no such config. It follows the config of T.
 _base_ = './mask-rcnn_overlock-t_fpn_ms-crop-3x_coco.py'
 
 model = dict(

@@ -1,6 +1,6 @@
-# Mask R-CNN, ResNet-50 with ContMix behind the 3x3 convolution of every bottleneck of stages 2 to 4, 1x. An example of the
-# plugin, not a published model: mmdet's own config but for the plugin. Stage 1 has none, as it is frozen. The blocks start
-# as the identity, so training starts from the pre-trained ResNet's features.
+# Mask R-CNN, ResNet-50 with ContMix after the 3x3 convolution of every bottleneck of stages 2 to 4, 1x. An example of the
+# plugin, not a published model: mmdet's config with the plugin. Stage 1 is frozen and has no plugin. The blocks start as
+# the identity, so training starts from the features of the pre-trained ResNet.
 _base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
 
 model = dict(

@@ -6,7 +6,7 @@ model = dict(
     head=dict(in_channels=720, overview_channels=576),
 )
 
-# The middle 224 x 224 of an image whose short side is 224 / 0.975.
+# Center crop of 224 x 224 from an image with a short side of 224 / 0.975.
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='ResizeEdge', scale=229, edge='short', backend='pillow', interpolation='bicubic'),

@@ -1,5 +1,5 @@
-# OverLoCK-B with its dilated branches folded, for testing and inference: the same function in fewer operations. It
-# takes folded and unfolded checkpoints.
+# OverLoCK-B with its dilated branches folded, for testing and inference: the same function with fewer
+# operations. It loads folded and unfolded checkpoints.
 _base_ = './overlock-b_8xb256_in1k.py'
 
 model = dict(backbone=dict(deploy=True))

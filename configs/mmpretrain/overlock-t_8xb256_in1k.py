@@ -1,8 +1,8 @@
 # OverLoCK-T on ImageNet-1K, as released with the paper: 8 GPUs x 256 images, AdamW, 300 epochs, top-1 84.2.
 #
-# RandAugment m9 mstd0.5 inc1, random erasing and the crops are those of mmpretrain's Swin data set. The release's list of
-# options has colour jitter 0.4 too; timm, which it trains with, leaves it out beside RandAugment, and so do we. No weight
-# decay for norms, biases and other vectors, as timm has it.
+# RandAugment m9 mstd0.5 inc1, random erasing and the crops come from mmpretrain's Swin data set. The options of the release
+# also have a colour jitter of 0.4. It trains with timm, which ignores this option with RandAugment, so it is left out here.
+# Norms, biases and other vectors have no weight decay, as in timm.
 _base_ = [
     'mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py',
     'mmpretrain::_base_/schedules/imagenet_bs1024_adamw_swin.py',
@@ -25,7 +25,7 @@ model = dict(
     train_cfg=dict(augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)]),
 )
 
-# Tested on the middle 224 x 224 of an image whose short side is 224 / 0.95.
+# Center crop of 224 x 224 from an image with a short side of 224 / 0.95.
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='ResizeEdge', scale=235, edge='short', backend='pillow', interpolation='bicubic'),
@@ -36,7 +36,7 @@ train_dataloader = dict(batch_size=256)
 val_dataloader = dict(batch_size=256, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-# 1e-3 for every 1024 images of a batch.
+# The learning rate is 1e-3 for each 1024 images in a batch.
 optim_wrapper = dict(optimizer=dict(lr=2e-3), clip_grad=dict(max_norm=5.0))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6 / 2e-3, by_epoch=True, begin=0, end=5, convert_to_iter_based=True),
@@ -44,7 +44,7 @@ param_scheduler = [
 ]
 auto_scale_lr = dict(base_batch_size=2048)
 
-# Of the running statistics of the batch norms too, as timm's: raw ones do not fit averaged weights.
+# As in timm, running statistics are averaged too: averaged weights need averaged statistics.
 custom_hooks = [dict(type='EMAHook', momentum=1e-4, update_buffers=True, priority='ABOVE_NORMAL')]
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=3, save_best='auto'))
 

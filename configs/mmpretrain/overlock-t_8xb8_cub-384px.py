@@ -1,5 +1,5 @@
 # Fine-tuning: OverLoCK-T from ImageNet-1K to the 200 birds of CUB-200-2011, at 384 x 384, 8 GPUs x 8 images, 100 epochs. An
-# example, not a released recipe: data and schedule are mmpretrain's for this data set.
+# example, not a released recipe. Data and schedule are those of mmpretrain for this data set.
 _base_ = [
     'mmpretrain::_base_/datasets/cub_bs8_384.py',
     'mmpretrain::_base_/schedules/cub_bs64.py',
@@ -14,7 +14,7 @@ model = dict(
         drop_path_rate=0.15,
         init_cfg=dict(type='Pretrained', checkpoint='overlock_mm://overlock_t_in1k_224.pth'),
     ),
-    # No auxiliary head: it is there to train the overview from nothing.
+    # Only training from scratch needs the auxiliary head.
     head=dict(type='overlock_mm.OverLoCKHead', num_classes=200, in_channels=640),
 )
 

@@ -1,5 +1,5 @@
-# OverLoCK-T with its dilated branches folded, for testing and inference: the same function in fewer operations. It
-# takes folded and unfolded checkpoints.
+# OverLoCK-T with its dilated branches folded, for testing and inference: the same function with fewer
+# operations. It loads folded and unfolded checkpoints.
 _base_ = './overlock-t_8xb256_in1k.py'
 
 model = dict(backbone=dict(deploy=True))

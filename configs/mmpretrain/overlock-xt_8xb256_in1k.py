@@ -6,7 +6,7 @@ model = dict(
     head=dict(in_channels=420, overview_channels=336),
 )
 
-# The middle 224 x 224 of an image whose short side is 224 / 0.925.
+# Center crop of 224 x 224 from an image with a short side of 224 / 0.925.
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='ResizeEdge', scale=242, edge='short', backend='pillow', interpolation='bicubic'),

@@ -1,5 +1,5 @@
-# Mask2Former, OverLoCK-T: 8 GPUs x 2 crops of 512 x 512, 160k iterations. Ours: mmseg's Mask2Former as it is, but for the
-# backbone and, as there, a tenth of the learning rate for it. It needs mmdet, whose pixel decoder and losses it uses.
+# Mask2Former, OverLoCK-T: 8 GPUs x 2 crops of 512 x 512, 160k iterations. Ours: mmseg's Mask2Former with this
+# backbone. As in mmseg, the backbone has a tenth of the learning rate. The pixel decoder and losses come from mmdet.
 _base_ = 'mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py'
 
 model = dict(

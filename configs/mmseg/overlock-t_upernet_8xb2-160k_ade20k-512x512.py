@@ -1,8 +1,8 @@
 # UPerNet, OverLoCK-T, as released with the paper: 8 GPUs x 2 crops of 512 x 512, AdamW, 160k iterations, mIoU 50.3.
-# Optimiser, schedule, heads and training pipeline are those of mmseg's Swin config.
+# Optimiser, schedule, heads and training pipeline come from mmseg's Swin config.
 _base_ = 'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'
 
-checkpoint_file = backbone_norm_cfg = optimizer = None  # of the base: Swin's, and an SGD that its optim_wrapper replaces
+checkpoint_file = backbone_norm_cfg = optimizer = None  # the base sets these for Swin; it does not use its optimizer
 
 model = dict(
     backbone=dict(
@@ -17,7 +17,7 @@ model = dict(
     auxiliary_head=dict(in_channels=384),
 )
 
-# Tested at sizes that the strides divide.
+# Test images have sizes that 32, the largest stride, divides.
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 512), keep_ratio=True),
@@ -32,5 +32,5 @@ train_cfg = dict(val_interval=8000)
 default_hooks = dict(checkpoint=dict(interval=8000, save_best='mIoU', max_keep_ckpts=2))
 auto_scale_lr = dict(enable=False, base_batch_size=16)
 
-# Batch norms see the whole batch: 2 images on a GPU are too few for them.
+# Batch norms need statistics of the whole batch: each GPU has only 2 images.
 sync_bn = 'torch'

@@ -1,4 +1,4 @@
-# UPerNet, OverLoCK-XT. The release has no such config; it follows the T one.
+# UPerNet, OverLoCK-XT. The release has no such config. It follows the config of T.
 _base_ = './overlock-t_upernet_8xb2-160k_ade20k-512x512.py'
 
 model = dict(

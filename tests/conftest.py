@@ -1,4 +1,4 @@
-"""What the tests share: the parity data when it is there, a small network, a small data set."""
+"""Shared by the tests: fixtures (parity data, a small network, a small data set) and helper functions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _seed():
 
 @pytest.fixture
 def small_arch():
-    """A network of every kind of block, with odd channel numbers per group, that runs in milliseconds."""
+    """A network with every kind of block and odd numbers of channels per group. It runs in milliseconds."""
     return dict(
         channels=(8, 12, 24, 40), depths=(1, 1, 1, 1), sub_depths=(2, 2), num_groups=(2, 4), kernel_sizes=(9, 7, 7, 5)
     )
@@ -38,17 +38,17 @@ def small_arch():
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Every connection fails."""
+    """Make every network connection fail."""
 
     def refuse(*args, **kwargs):
-        raise AssertionError(f'a connection: {args}')
+        raise AssertionError(f'a network connection to {args}')
 
     monkeypatch.setattr(socket.socket, 'connect', refuse)
     monkeypatch.setattr(socket, 'create_connection', refuse)
 
 
 def import_file(path: Path):
-    """A script as a module, which its folder does not make it."""
+    """Import a script that is not in a package."""
     spec = importlib.util.spec_from_file_location(f'imported_{path.stem}', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -56,7 +56,7 @@ def import_file(path: Path):
 
 
 class Parity:
-    """Outputs of the published code, and the weights and inputs they were computed with."""
+    """Outputs of the published code with their weights and inputs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -76,13 +76,13 @@ class Parity:
 def parity() -> Parity:
     folder = SHARED / 'parity'
     if not folder.is_dir():
-        pytest.skip('the outputs of the published code are not there (a folder shared/parity beside the checkout)')
+        pytest.skip('the outputs of the published code are missing (a folder shared/parity beside the checkout)')
     return Parity(folder)
 
 
 @pytest.fixture(scope='session')
 def demo_data(tmp_path_factory) -> Path:
-    """The demo's data set, with a few images."""
+    """A few images of the demo's data set."""
     root = tmp_path_factory.mktemp('data') / 'demo'
     script = ROOT / 'tools' / 'demo' / 'make_dataset.py'
     subprocess.run([sys.executable, script, root, '--train', '4', '--val', '4'], check=True, capture_output=True)
@@ -90,7 +90,7 @@ def demo_data(tmp_path_factory) -> Path:
 
 
 def run_script(*arguments: object, cwd: Path, succeeds: bool = True, **variables: str) -> str:
-    """Run a Python script on the CPU, with environment variables, and return what it printed."""
+    """Run a Python script on the CPU, with environment variables, and return its output."""
     command = [sys.executable, '-W', 'ignore', *map(str, arguments)]
     env = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', **variables}
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
@@ -101,9 +101,9 @@ def run_script(*arguments: object, cwd: Path, succeeds: bool = True, **variables
 
 @contextlib.contextmanager
 def names_with_gradient(model: torch.nn.Module):
-    """The set of the names of the parameters to which a backward inside gives a gradient other than 0.
+    """Record the names of the parameters that get a nonzero gradient in this context.
 
-    mmengine's optimisers clear gradients at the end of a step.
+    Hooks record them, because mmengine's optimisers clear gradients at the end of a step.
     """
     names = set()
 
@@ -121,9 +121,9 @@ def names_with_gradient(model: torch.nn.Module):
 
 
 class KeptBytes(TorchDispatchMode):
-    """Context that counts the bytes of what PyTorch made in it and what still lives: what a forward keeps for its backward.
+    """Context that counts the bytes of storages that were created in it and are still alive, as kept for a backward.
 
-    Hooks of saved tensors would not do: a network that has its own hides from them what it makes again.
+    Saved-tensor hooks would count too little: a network with its own hooks hides the tensors that it recomputes.
     """
 
     def __init__(self) -> None:
@@ -143,12 +143,12 @@ class KeptBytes(TorchDispatchMode):
 
 
 def relative_error(got: torch.Tensor, expected) -> float:
-    """Frobenius norm of the difference over that of the expected, in float64. NaN never passes a comparison."""
+    """Frobenius norm of the difference divided by that of the expected tensor, in float64. NaN fails every comparison."""
     expected = torch.as_tensor(expected).double()
     return ((got.detach().double() - expected).norm() / expected.norm()).item()
 
 
-#: CPU autocast dtypes; the first ones knew bfloat16 only.
+#: Dtypes of CPU autocast. Old versions of torch support bfloat16 only.
 autocast_dtypes = pytest.mark.parametrize(
     'dtype',
     [
@@ -164,20 +164,20 @@ autocast_dtypes = pytest.mark.parametrize(
     ids=['bfloat16', 'float16'],
 )
 
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 devices = pytest.mark.parametrize(
     'device',
     ['cpu', pytest.param('cuda', marks=no_gpu)],
 )
 
-#: What ATEN_CPU_CAPABILITY is set to, and which of the binary's kernels run then.
+#: Values of ATEN_CPU_CAPABILITY, and the kernels of the binary that run with each.
 instruction_sets = pytest.mark.parametrize(
     'capability, instruction_set', [('default', 'baseline'), ('avx2', 'avx2'), ('avx512', 'avx512')]
 )
 
 
 def run_with_instruction_set(code: str, test_file: str, capability: str, instruction_set: str) -> None:
-    """Run code that imports from a test's file, on a processor that knows no more: torch's own switch plays it."""
+    """Run code that imports from a test's file with one instruction set. A switch of torch disables the others."""
     from overlock_mm.ops import _extension
 
     known = {'baseline': 0, 'avx2': 1, 'avx512': 2}

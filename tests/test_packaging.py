@@ -1,4 +1,4 @@
-"""What a wheel carries, and what an environment with it sees."""
+"""Contents of a wheel, and the package in other environments."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from conftest import ROOT
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp('wheel')
     source = folder / 'source'
-    # A copy, so that the build leaves nothing in the checkout.
+    # The build of a copy leaves no files in the checkout.
     ignored = shutil.ignore_patterns('.*', 'data', 'work_dirs', 'build', 'dist', '*.egg-info', '__pycache__')
     shutil.copytree(ROOT, source, ignore=ignored)
     command = [sys.executable, '-m', 'pip', 'wheel', '--no-build-isolation', '--no-deps', '-q', '-w', folder, source]
-    # For the CPU alone: the environment that the tests run in has been built with CUDA where there is a toolkit.
+    # For the CPU only, to save time. The environment of the tests has CUDA if there is a toolkit.
     done = subprocess.run(command, env={**os.environ, 'FORCE_CUDA': '0'}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(folder.glob('*.whl'))
@@ -48,8 +48,8 @@ def test_contents(wheel):
 
 @pytest.fixture(scope='module')
 def environments(wheel, tmp_path_factory):
-    """Python interpreters of environments beside the stack that runs the tests, and folders on their paths, by the way in
-    which the package is there: a wheel in an environment of its own, and a checkout on PYTHONPATH.
+    """Return Python interpreters of two environments with the installed frameworks: one has the wheel, the other none of
+    this package, for a checkout on PYTHONPATH.
     """
     folder = tmp_path_factory.mktemp('environments')
     stack = sysconfig.get_paths()['purelib']
@@ -61,7 +61,7 @@ def environments(wheel, tmp_path_factory):
             [python, '-c', 'import sysconfig; print(sysconfig.get_paths()["purelib"])'],
             check=True, capture_output=True, text=True,
         ).stdout.strip()  # fmt: skip
-        # The stack's packages, but not what its own .pth files add: its editable install of this package.
+        # The frameworks, but not their .pth files, which would add the editable install of this package.
         (Path(site) / 'stack.pth').write_text(stack)
         if name == 'wheel':
             install = [
@@ -83,7 +83,7 @@ def environments(wheel, tmp_path_factory):
 
 
 def run_in(environments, how, arguments, cwd, succeeds=True) -> str:
-    """Run Python in an environment, or where this package is installed as it is for the tests ('editable' after make)."""
+    """Run Python in one of the environments, or in that of the tests ('editable' after make)."""
     python = environments.get(how, sys.executable)
     variables = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
     variables['CUDA_VISIBLE_DEVICES'] = ''
@@ -100,7 +100,7 @@ ways = pytest.mark.parametrize('how', ['wheel', 'editable', 'checkout'])
 
 @ways
 def test_configs_are_inherited_from_another_folder(environments, tmp_path, how):
-    """By every way that there is, with changed variables, classes and variants."""
+    """All forms of _base_, with changed variables, classes and variants."""
     where = run_in(environments, how, ['-c', 'import overlock_mm; print(overlock_mm.__file__)'], tmp_path).split()[-1]
     assert Path(where).is_relative_to(environments['wheel'].parents[1] if how == 'wheel' else ROOT)
     path = run_in(
@@ -114,9 +114,9 @@ def test_configs_are_inherited_from_another_folder(environments, tmp_path, how):
         'path': repr(path),
         'variable': "'{{$OVERLOCK_CONFIGS:" + str(Path(path).parents[1]) + "}}/mmdet/mask-rcnn_overlock-t_fpn_1x_coco.py'",
         'by_name': by_name.format('t'),
-        'variant': by_name.format('s'),  # the one line that another variant takes
+        'variant': by_name.format('s'),  # the only line that changes for another variant
     }
-    if how == 'wheel':  # mmengine looks for configs in <package>/.mim, and asks for the package to be known
+    if how == 'wheel':  # mmengine looks for configs in <package>/.mim
         bases['scope'] = "'overlock_mm::mmdet/mask-rcnn_overlock-t_fpn_1x_coco.py'"
     for name, base in bases.items():
         (tmp_path / f'{name}.py').write_text(
@@ -145,10 +145,10 @@ def test_configs_are_inherited_from_another_folder(environments, tmp_path, how):
 
 @ways
 def test_stock_scripts_train_outside_the_checkout(environments, tmp_path, demo_data, pictures, how):
-    """One step of a shipped config of each framework, with its own script, where only an install has brought this package.
+    """One step of a shipped config with each framework's own script, in a folder outside the checkout.
 
-    Everything but the data, their sizes and the number of steps is the config's. Where one framework is enough to see that
-    the package is found, it is the cheapest.
+    The test changes the data, their sizes and the number of steps. Only the wheel is tested with all frameworks, the other
+    installations with the cheapest one.
     """
     import mmpretrain
 
@@ -164,7 +164,7 @@ def test_stock_scripts_train_outside_the_checkout(environments, tmp_path, demo_d
 
 @pytest.fixture(scope='module')
 def pictures(tmp_path_factory):
-    """A few pictures in the layouts of ADE20K and of a folder per class."""
+    """A few pictures in the layout of ADE20K, and in one folder for each class."""
     import cv2
     import numpy as np
 

@@ -140,7 +140,7 @@ def test_own_checkpoint_of_a_training(convert, tmp_path):
     assert len(flat) == len(weights)
 
 
-def test_a_backbone_alone(parity, convert, tmp_path):
+def test_backbone_alone(parity, convert, tmp_path):
     weights = parity.state_dict('det', 'xt')
     torch.save(weights, tmp_path / 'backbone.pth')
     output = convert(tmp_path / 'backbone.pth', tmp_path / 'ours.pth')

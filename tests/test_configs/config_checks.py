@@ -1,4 +1,4 @@
-"""What the tests of configs share: loading, building without memory, the schedule as it will be."""
+"""Shared by the tests of configs: loading, building, optimizer settings and schedules."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from overlock_mm.models.overlock import STAGES
 
 
 def load(name: str) -> Config:
-    """A shipped config, with its framework as the default scope."""
+    """Load a shipped config and make its framework the default scope."""
     cfg = Config.fromfile(overlock_mm.get_config_path(name))
     init_default_scope(cfg.default_scope)
     return cfg
 
 
 def build(cfg: Config, device: str = 'cpu') -> torch.nn.Module:
-    """The model of a config, before its pre-trained weights are loaded; on 'meta' it takes no memory."""
+    """Build the model of a config without pre-trained weights. On 'meta' it needs no memory."""
     model = copy.deepcopy(cfg.model)
     if 'data_preprocessor' in cfg:
         model.setdefault('data_preprocessor', cfg.data_preprocessor)
@@ -32,10 +32,10 @@ def build(cfg: Config, device: str = 'cpu') -> torch.nn.Module:
 
 
 def parameter_settings(model: torch.nn.Module, cfg: Config) -> dict[str, dict]:
-    """Settings (lr, weight_decay, ...) that the config's optimizer has for each parameter, by name.
+    """Return the settings (lr, weight_decay, ...) of the config's optimizer for each parameter, by name.
 
-    The groups are made by the config's own constructor. They are not put into an optimizer: torch compares each of them
-    with all others, which takes seconds for a large network.
+    The config's constructor creates the groups. No optimizer is built from them: torch compares each group with all others,
+    which takes seconds for a large network.
     """
     settings = cfg.optim_wrapper.to_dict()
     constructor = OPTIM_WRAPPER_CONSTRUCTORS.build(
@@ -46,7 +46,7 @@ def parameter_settings(model: torch.nn.Module, cfg: Config) -> dict[str, dict]:
         )
     )
     groups = []
-    with mock.patch.object(default_constructor, 'print_log'):  # a line for every parameter
+    with mock.patch.object(default_constructor, 'print_log'):  # it logs a line for every parameter
         constructor.add_params(groups, model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {}
@@ -57,13 +57,13 @@ def parameter_settings(model: torch.nn.Module, cfg: Config) -> dict[str, dict]:
 
 
 def blocks_without(backbone: torch.nn.Module, names: set[str]) -> list[str]:
-    """Blocks of the backbone none of whose parameters is among the names, which are the whole model's."""
+    """Return the blocks of the backbone without any parameter among the names. The names are those of the whole model."""
     blocks = [f'backbone.{stage}.{i}.' for stage in STAGES for i in range(len(getattr(backbone, stage)))]
     return [block for block in blocks if not any(name.startswith(block) for name in names)]
 
 
 def learning_rates(cfg: Config, iterations: int, iterations_per_epoch: int = 0) -> list[float]:
-    """The learning rate at every iteration of the schedule, as mmengine's ParamSchedulerHook steps it."""
+    """Return the learning rate at every iteration, with the steps of mmengine's ParamSchedulerHook."""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=cfg.optim_wrapper.optimizer.lr)
     schedulers = [
         PARAM_SCHEDULERS.build(
@@ -83,7 +83,7 @@ def learning_rates(cfg: Config, iterations: int, iterations_per_epoch: int = 0) 
 
 
 def flat(value, prefix='') -> set[tuple[str, str]]:
-    """Settings of a nested dict as pairs of a dotted name and what it is."""
+    """Return the settings of a nested dict as pairs of a dotted name and a value."""
     if isinstance(value, dict):
         return {item for key, inner in value.items() for item in flat(inner, f'{prefix}{key}.')}
     return {(prefix.rstrip('.'), repr(value))}

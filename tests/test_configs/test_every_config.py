@@ -1,7 +1,6 @@
-"""Every shipped config is the recipe that it says it is: network, optimizer groups, batches, batch norms.
+"""Every shipped config follows its recipe: network, optimizer groups, batches, batch norms.
 
-The recipes are written down here once more, from the published tables, so that a slip in a config, or in one that it
-inherits from, shows.
+The recipes are repeated here from the published tables, so that an error in a config or in its base fails a test.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ import pytest
 import torch
 from config_checks import build, flat, load, parameter_settings
 
-pytest.importorskip('mmdet', reason='there are configs for it')
-pytest.importorskip('mmseg', reason='there are configs for it')
-pytest.importorskip('mmpretrain', reason='there are configs for it')
+pytest.importorskip('mmdet', reason='some configs are for it')
+pytest.importorskip('mmseg', reason='some configs are for it')
+pytest.importorskip('mmpretrain', reason='some configs are for it')
 
 import overlock_mm
 from overlock_mm.checkpoints.release import find_released
 from overlock_mm.models import OverLoCK
 from overlock_mm.models.overlock import STAGES
 
-#: Reading a config and building its model downloads nothing.
+#: Reading a config and building its model must not download anything.
 pytestmark = pytest.mark.usefixtures('no_network')
 
 CHANNELS = {
@@ -34,16 +33,16 @@ BLOCKS = {'xt': (2, 2, 3, 2, 6, 2), 't': (4, 4, 6, 2, 12, 2), 's': (6, 6, 8, 3, 
 
 
 def norms_by_name(name: str, parameter: torch.nn.Parameter) -> bool:
-    """The release's rule, a substring."""
+    """The rule of the release: a substring."""
     return 'norm' in name
 
 
 def vectors(name: str, parameter: torch.nn.Parameter) -> bool:
-    """timm's rule."""
+    """The rule of timm."""
     return parameter.ndim == 1 or name.endswith('.bias')
 
 
-def nothing(name: str, parameter: torch.nn.Parameter) -> bool:
+def no_parameter(name: str, parameter: torch.nn.Parameter) -> bool:
     return False
 
 
@@ -77,7 +76,7 @@ def recipes() -> dict[str, Recipe]:
     table['mmdet/mask-rcnn_overlock-xt_fpn_demo'] = Recipe('xt', 0.1, 2e-4, 0.05, batch_size=2, pretrained=False)
     table['mmdet/retinanet_overlock-t_fpn_1x_coco'] = Recipe('t', 0.2, 1e-4, 0.05, batch_size=2, out_indices=(1, 2, 3))
     table['mmdet/dino-4scale_overlock-t_8xb2-12e_coco'] = Recipe(
-        't', 0.2, 1e-4, 1e-4, batch_size=2, undecayed=nothing, backbone_lr=0.1, out_indices=(1, 2, 3),
+        't', 0.2, 1e-4, 1e-4, batch_size=2, undecayed=no_parameter, backbone_lr=0.1, out_indices=(1, 2, 3),
         clip=dict(max_norm=0.1, norm_type=2),
     )  # fmt: skip
     for arch, drop_path in (('xt', 0.1), ('t', 0.2), ('s', 0.3), ('b', 0.5)):
@@ -101,8 +100,8 @@ def recipes() -> dict[str, Recipe]:
 
 
 RECIPES = recipes()
-#: Tested on their own: not OverLoCK; other rules for decay and rates.
-APART = {
+#: Tested elsewhere: another backbone, or other rules for decay and rates.
+OTHER_CONFIGS = {
     'mmdet/mask-rcnn_r50-contmix_fpn_1x_coco',
     'mmdet/cascade-mask-rcnn_overlock-t_fpn_layer-decay-ms-crop-3x_coco',
     'mmseg/overlock-t_mask2former_8xb2-160k_ade20k-512x512',
@@ -110,13 +109,13 @@ APART = {
 every_config = pytest.mark.parametrize('name', RECIPES)
 
 
-def test_every_config_is_covered():
-    assert {name[:-3] for name in overlock_mm.list_configs()} == {*RECIPES, *APART}
-    assert not {*RECIPES} & APART
+def test_every_config_is_tested():
+    assert {name[:-3] for name in overlock_mm.list_configs()} == {*RECIPES, *OTHER_CONFIGS}
+    assert not {*RECIPES} & OTHER_CONFIGS
 
 
 @every_config
-def test_backbone_and_what_takes_its_channels(name):
+def test_backbone_and_input_channels_of_necks_and_heads(name):
     cfg, recipe = load(name), RECIPES[name]
     settings = cfg.model.backbone
     if recipe.pretrained:
@@ -151,7 +150,7 @@ def test_backbone_and_what_takes_its_channels(name):
 
 
 @every_config
-def test_optimizer_of_every_parameter(name):
+def test_optimizer_settings_of_every_parameter(name):
     cfg, recipe = load(name), RECIPES[name]
     assert cfg.optim_wrapper.get('type', 'OptimWrapper') == ('AmpOptimWrapper' if recipe.amp else 'OptimWrapper')
     assert cfg.optim_wrapper.get('loss_scale') == ('dynamic' if recipe.amp else None)
@@ -178,20 +177,20 @@ def test_batches_and_batch_norms(name):
     assert not cfg.auto_scale_lr.get('enable', False)
     assert cfg.get('sync_bn') == recipe.sync_bn
     assert cfg.get('custom_imports') is None
-    # Nothing is left of the networks whose configs are inherited.
+    # No setting of the inherited networks is left.
     assert not re.search('swin|convnext|resnet|SGD', str(cfg.to_dict()), re.IGNORECASE)
 
 
 @pytest.mark.parametrize('name', [name for name in RECIPES if '-t_' not in name and not name.endswith('_demo')])
 def test_variants_differ_from_t_in_the_network_only(name):
-    """What is tested in detail for T holds for the others."""
+    """So the detailed tests of T hold for all variants."""
     arch = RECIPES[name].arch
     ours, t = load(name), load(name.replace(f'overlock-{arch}_', 'overlock-t_'))
     allowed = {
         'model.backbone.arch', 'model.backbone.drop_path_rate', 'model.backbone.init_cfg.checkpoint',
         'model.neck.in_channels', 'model.decode_head.in_channels', 'model.auxiliary_head.in_channels',
         'model.head.in_channels', 'model.head.overview_channels',
-        # the crop ratio of each variant
+        # each variant has its own crop ratio
         'test_pipeline', 'val_dataloader.dataset.pipeline', 'test_dataloader.dataset.pipeline',
     }  # fmt: skip
     if not name.startswith('mmpretrain/'):
@@ -200,7 +199,7 @@ def test_variants_differ_from_t_in_the_network_only(name):
 
 
 @pytest.mark.parametrize('name', [name for name in RECIPES if 'amp-' in name])
-def test_amp_twins_differ_in_the_wrapper_only(name):
+def test_amp_configs_differ_in_the_wrapper_only(name):
     ours, full = load(name), load(name.replace('amp-', ''))
     different = {key for key, _ in flat(ours.to_dict()) ^ flat(full.to_dict())}
     assert different == {'optim_wrapper.type', 'optim_wrapper.loss_scale'}

@@ -1,6 +1,6 @@
-"""mmdet's configs: heads, schedules and pipelines of the recipes, and that each kind of detector trains and tests.
+"""mmdet's configs: heads, schedules and pipelines, and a training and test step of each kind of detector.
 
-Networks, optimizers and batches of every config are tested in test_every_config.py.
+test_every_config.py tests networks, optimizers and batches.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ def test_3x(name, demo_data):
     assert cropped[0].scales == [(400, 1333), (500, 1333), (600, 1333)]
     assert cropped[1].crop_type == 'absolute_range'
     assert cropped[1].crop_size == (384, 600)
-    # And it runs: square pictures get one of the short sides, but for crops, whose longer side is at most 1333.
+    # Run the pipeline: square pictures get one of the short sides; crops have a longer side of at most 1333.
     classes = load('mask-rcnn_overlock-xt_fpn_demo').metainfo
     dataset = {**cfg.train_dataloader.dataset, 'data_root': f'{demo_data}/', 'metainfo': classes, 'filter_cfg': None}
     sizes = [sample['inputs'].shape[1:] for sample in (DATASETS.build(dataset)[0] for _ in range(6))]
     assert all(480 <= min(size) <= 800 or max(size) == 1333 for size in sizes)
     assert len(set(sizes)) > 1
-    # Crops of at most 384 lines and 600 columns leave few pictures square.
+    # Crops of at most 384 rows and 600 columns are rarely square.
     dataset['pipeline'] = [*pipeline[:3], *cropped, pipeline[4]]
     sizes = [sample['inputs'].shape[1:] for sample in (DATASETS.build(dataset)[0] for _ in range(6))]
     assert any(height != width for height, width in sizes)
@@ -108,7 +108,7 @@ def test_cascade_heads():
 
 
 def test_layer_decay():
-    """Groups of every parameter: 0.8 from layer to layer, with the release's rule for weight decay."""
+    """Every layer has 0.8 times the rate of the next one. Weight decay follows the rule of the release."""
     cfg, plain = (load(f'cascade-mask-rcnn_overlock-t_fpn_{kind}ms-crop-3x_coco') for kind in ('layer-decay-', ''))
     different = {key for key, _ in flat(cfg.to_dict()) ^ flat(plain.to_dict())}
     assert different == {'optim_wrapper.constructor', 'optim_wrapper.paramwise_cfg.layer_decay_rate'}
@@ -121,7 +121,7 @@ def test_layer_decay():
         name: round(torch.log(torch.tensor(found['lr'] / 1e-4)).item() / -0.2231436) for name, found in settings.items()
     }
     assert all(settings[name]['lr'] == pytest.approx(1e-4 * 0.8**layer) for name, layer in layers.items())
-    # Layers below the top, by hand: OverLoCK-T has 12 (0 to 11).
+    # Layers below the top, counted by hand. OverLoCK-T has 12 layers (0 to 11).
     expected = {
         'backbone.patch_embed1.': 11, 'backbone.blocks1.': 10, 'backbone.patch_embed2.': 9, 'backbone.blocks2.': 9,
         'backbone.patch_embed3.': 8, 'backbone.blocks3.0.': 8, 'backbone.blocks3.2.': 8, 'backbone.blocks3.3.': 7,
@@ -143,7 +143,7 @@ def test_layer_decay():
         (dict(layer_decay_rate=1.5), r'layer_decay_rate must be in \(0, 1\], got 1.5'),
     ],
 )
-def test_layer_decay_refuses_rates(paramwise, message):
+def test_layer_decay_rate_out_of_range(paramwise, message):
     with pytest.raises(ValueError, match=message):
         LayerDecayOptimWrapperConstructor(dict(optimizer=dict(type='AdamW', lr=1e-4)), paramwise)
 
@@ -154,7 +154,7 @@ def detector_with(backbone: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def test_layer_decay_refuses_other_backbones():
+def test_layer_decay_needs_get_layer_depth_and_lr():
     constructor = LayerDecayOptimWrapperConstructor(dict(optimizer=dict(type='SGD', lr=0.1)), dict(layer_decay_rate=0.5))
     with pytest.raises(TypeError, match='backbone has get_layer_depth, got Linear'):
         constructor(detector_with(torch.nn.Linear(2, 2)))
@@ -162,7 +162,7 @@ def test_layer_decay_refuses_other_backbones():
         LayerDecayOptimWrapperConstructor(dict(optimizer=dict(type='Adadelta')), dict(layer_decay_rate=0.5))
 
 
-def test_layer_decay_multiplies_with_other_options():
+def test_layer_decay_multiplies_other_factors():
     model = detector_with(OverLoCK('xt'))
     model.backbone.patch_embed1.requires_grad_(False)
     paramwise = dict(layer_decay_rate=0.5, bias_lr_mult=3.0, custom_keys={'blocks1.1': dict(lr_mult=0.1, decay_mult=0.0)})
@@ -200,7 +200,7 @@ def test_optimizer_groups():
             seen.add(name)
             assert group['weight_decay'] == (0 if 'norm' in name else 0.05), name
     assert seen == set(names.values())
-    # By substring, as released: the LayerNorms named so, not the batch norms in Sequentials, GRNs or LayerScales.
+    # A substring, as in the release: it matches LayerNorms, but not GRNs, LayerScales or batch norms in a Sequential.
     assert 'backbone.sub_blocks3.0.norm1.weight' in seen
     assert 'backbone.extra_norm.0.weight' in seen
 
@@ -217,8 +217,8 @@ def test_optimizer_groups():
         ('dino-4scale_overlock-t_8xb2-12e_coco', {'loss_cls', 'loss_bbox', 'loss_iou', 'd4.loss_cls', 'dn_loss_cls'}),
     ],
 )
-def test_a_training_step_and_a_test_step(name, losses):
-    """Of each kind of detector, whole, on small pictures with few proposals."""
+def test_training_step_and_test_step(name, losses):
+    """Each kind of detector, complete, on small pictures with few proposals."""
     from mmdet.testing import demo_mm_inputs
 
     cfg = load(name)
@@ -232,11 +232,11 @@ def test_a_training_step_and_a_test_step(name, losses):
         cfg.model.num_queries = 30
     model = revert_sync_batchnorm(build(cfg))
     if name.startswith('dino'):
-        # Memory as it was found, until init_weights, as a runner calls it.
+        # Uninitialised memory until init_weights, which a runner calls.
         torch.nn.init.normal_(model.level_embed)
     with_masks = 'mask' in name
     batch = demo_mm_inputs(2, [[3, 64, 96]] * 2, num_items=[2, 2], num_classes=80, with_mask=with_masks)
-    # Without clipping, by which DINO's first step rounds to nothing.
+    # Without clipping, which makes DINO's first step too small for float32.
     optim_wrapper = build_optim_wrapper(model, dict(optimizer=cfg.optim_wrapper.optimizer))
     model.train()
     before = model.backbone.extra_norm['3'].weight.clone()
@@ -245,7 +245,7 @@ def test_a_training_step_and_a_test_step(name, losses):
     assert losses <= set(logs)
     assert all(torch.isfinite(value) for value in logs.values())
     assert not torch.equal(model.backbone.extra_norm['3'].weight, before)
-    # Behind scales that start at zero (GRN) there is no gradient yet; every block has one somewhere.
+    # Scales that start at zero (GRN) block gradients at first, but each block has some parameter with a gradient.
     assert blocks_without(model.backbone, found) == []
 
     model.eval()
@@ -260,8 +260,8 @@ def test_a_training_step_and_a_test_step(name, losses):
             assert instances.masks.shape == (len(instances), 64, 96)
 
 
-def test_the_demo_changes_only_what_it_says():
-    """The XT config, but for data, classes, image size, schedule, and numbers of proposals and samples."""
+def test_demo_differs_as_documented():
+    """The demo changes data, classes, image size, schedule, and numbers of proposals and samples only."""
     demo, full = load('mask-rcnn_overlock-xt_fpn_demo'), load('mask-rcnn_overlock-xt_fpn_1x_coco')
     allowed = (
         'model.backbone.init_cfg', 'model.roi_head.bbox_head.num_classes', 'model.roi_head.mask_head.num_classes',
@@ -276,23 +276,23 @@ def test_the_demo_changes_only_what_it_says():
     assert [key for key in sorted(different) if not key.startswith(allowed)] == []
 
 
-def test_the_contmix_example_is_mmdets_config_with_the_plugin(tmp_path):
+def test_contmix_example_is_mmdets_config_with_the_plugin(tmp_path):
     (tmp_path / 'stock.py').write_text("_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'")
     ours, stock = load('mask-rcnn_r50-contmix_fpn_1x_coco'), Config.fromfile(tmp_path / 'stock.py')
     different = {key for key, _ in flat(ours.to_dict()) ^ flat(stock.to_dict())}
     assert different == {'model.backbone.plugins'}
     backbone = MODELS.build({**ours.model.backbone, 'init_cfg': None})
     names = [name for name, module in backbone.named_modules() if type(module) is ContMixBlock]
-    blocks = ((2, 4), (3, 6), (4, 3))  # stages by mmdet's names of their layers, and their bottlenecks
+    blocks = ((2, 4), (3, 6), (4, 3))  # mmdet's layer numbers and their bottlenecks
     assert names == [f'layer{stage}.{i}.contmix_block' for stage, number in blocks for i in range(number)]
     assert backbone.layer2[0].contmix_block.in_channels == 128
     assert backbone.layer4[0].contmix_block.kernel_size == 7
 
 
-def test_the_contmix_example_trains(demo_data):
-    """Two steps of the config's detector and optimiser on the demo's pictures; the first moves a block's scale only."""
+def test_contmix_example_trains(demo_data):
+    """Two steps on the demo's pictures. The first step changes only the scale of each block, which starts at zero."""
     cfg = load('mask-rcnn_r50-contmix_fpn_1x_coco')
-    # As a pre-trained ResNet: residual branches at zero would keep gradients from the blocks at first.
+    # Like a pre-trained ResNet: residual branches at zero would block the gradients of the plugins at first.
     cfg.model.backbone.update(init_cfg=None, zero_init_residual=False)
     demo = load('mask-rcnn_overlock-xt_fpn_demo')
     dataset = DATASETS.build(

@@ -1,6 +1,6 @@
-"""mmpretrain's configs: losses, augmentation, schedule and crops of the recipe, and that a classifier trains and tests.
+"""mmpretrain's configs: losses, augmentation, schedule and crops, and a training and test step of a classifier.
 
-Networks, optimizers and batches of every config are tested in test_every_config.py.
+test_every_config.py tests networks, optimizers and batches.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def test_losses_and_mixing():
         assert (loss.label_smooth_val, loss.mode, loss.loss_weight) == (0.1, 'original', weight)
     mixing = model.data_preprocessor.batch_augments
     assert [(type(augment).__name__, augment.alpha) for augment in mixing.augments] == [('Mixup', 0.8), ('CutMix', 1.0)]
-    assert mixing.probs is None  # either of them, with the same probability
+    assert mixing.probs is None  # both have the same probability
     (ema,) = cfg.custom_hooks
     assert ema.type == 'EMAHook'
     assert 1 - ema.momentum == pytest.approx(0.9999)
@@ -91,13 +91,13 @@ def test_test_pipeline(arch, picture):
 
 
 @pytest.mark.parametrize('arch', CROP_RATIOS)
-def test_deploy_differs_in_the_folding_only(arch):
+def test_deploy_configs_differ_in_deploy_only(arch):
     ours, full = load(f'overlock-{arch}_deploy_in1k'), load(f'overlock-{arch}_8xb256_in1k')
     assert flat(ours.to_dict()) ^ flat(full.to_dict()) == {('model.backbone.deploy', 'True')}
 
 
-def test_layer_wise_rates_by_mmpretrains_constructor():
-    """It takes OverLoCK.get_layer_depth as ours does."""
+def test_layer_wise_rates_with_mmpretrains_constructor():
+    """It uses OverLoCK.get_layer_depth too."""
     cfg = load('overlock-xt_8xb256_in1k')
     cfg.optim_wrapper.constructor = 'LearningRateDecayOptimWrapperConstructor'
     cfg.optim_wrapper.paramwise_cfg.layer_decay_rate = 0.5
@@ -124,7 +124,7 @@ def test_fine_tuning():
 
 
 @pytest.mark.parametrize('name, classes', [('overlock-xt_8xb256_in1k', 1000), ('overlock-t_8xb8_cub-384px', 200)])
-def test_a_training_step_and_a_test_step(name, classes):
+def test_training_step_and_test_step(name, classes):
     cfg = load(name)
     model = build(cfg)
     optim_wrapper = build_optim_wrapper(

@@ -1,6 +1,6 @@
-"""mmseg's configs: heads, schedules and pipelines of the recipes, and that each kind of segmentor trains and tests.
+"""mmseg's configs: heads, schedules and pipelines, and a training and test step of each kind of segmentor.
 
-Networks, optimizers and batches of every config but Mask2Former's are tested in test_every_config.py.
+test_every_config.py tests networks, optimizers and batches of every config except Mask2Former's.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def test_upernet_schedule():
 
 
 def test_pipelines(tmp_path):
-    """As written, and as they run: training crops of 512 x 512, test pictures with sides that 32 divides."""
+    """The pipelines' steps and outputs: training crops of 512 x 512, test pictures with sides that 32 divides."""
     cfg = load(UPERNET)
     train, test = cfg.train_dataloader.dataset, cfg.test_dataloader.dataset
     assert [step.type for step in train.pipeline] == [
@@ -79,7 +79,7 @@ def test_pipelines(tmp_path):
     sample = DATASETS.build({**train, 'data_root': str(tmp_path)})[0]
     assert max(sample['inputs'].shape[1:]) <= 512
     sample = DATASETS.build({**test, 'data_root': str(tmp_path)})[0]
-    # 300 x 420, the short side to 512, is 512 x 717.
+    # 300 x 420 is resized to 512 x 717 by its short side.
     assert sample['inputs'].shape[1:] == (512, 736)
     assert sample['data_samples'].gt_sem_seg.shape == (300, 420)
     assert sample['data_samples'].ori_shape == (300, 420)
@@ -111,8 +111,8 @@ def test_mask2former_is_mmsegs_with_another_backbone(tmp_path):
         (MASK2FORMER, {'decode.loss_cls', 'decode.loss_mask', 'decode.loss_dice', 'decode.d8.loss_dice'}),
     ],
 )
-def test_a_training_step_and_a_test_step(name, losses):
-    """Of each kind of segmentor, whole, on small pictures."""
+def test_training_step_and_test_step(name, losses):
+    """Each kind of segmentor, complete, on small pictures."""
     if name == MASK2FORMER:
         pytest.importorskip('mmdet', reason="mmseg's Mask2Former uses mmdet's")
     cfg = load(name)

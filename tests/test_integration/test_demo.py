@@ -1,4 +1,4 @@
-"""The demo's data are exact and always the same, and an untrained network finds nothing in them."""
+"""The demo's data are consistent and reproducible, and an untrained network scores near zero on them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def make(root, *arguments):
     return run_script(ROOT / 'tools' / 'demo' / 'make_dataset.py', root, *arguments, cwd=ROOT)
 
 
-def test_the_same_each_time_and_not_made_twice(demo_data, tmp_path):
+def test_data_are_reproducible_and_made_once(demo_data, tmp_path):
     make(tmp_path / 'again', '--train', '4', '--val', '4')
     files = sorted(path.relative_to(demo_data) for path in demo_data.rglob('*.*'))
     assert len(files) == 10
@@ -27,7 +27,7 @@ def test_the_same_each_time_and_not_made_twice(demo_data, tmp_path):
     assert 'images are there' in make(tmp_path / 'again', '--train', '4', '--val', '4')
 
 
-def test_boxes_and_areas_are_those_of_the_masks(demo_data):
+def test_boxes_and_areas_fit_the_masks(demo_data):
     coco = COCO(str(demo_data / 'annotations' / 'instances_train2017.json'))
     assert coco.anns
     for annotation in coco.anns.values():
@@ -39,15 +39,15 @@ def test_boxes_and_areas_are_those_of_the_masks(demo_data):
         assert annotation['area'] == mask.sum() > 50
 
 
-def test_no_two_objects_share_a_pixel(demo_data):
+def test_objects_do_not_overlap(demo_data):
     coco = COCO(str(demo_data / 'annotations' / 'instances_train2017.json'))
     for image in coco.imgs:
         masks = [coco.annToMask(annotation) for annotation in coco.imgToAnns[image]]
         assert np.sum(masks, axis=0).max() == 1
 
 
-def test_an_untrained_network_scores_near_zero(tmp_path):
-    """The same pipeline as the demo's, but for the training."""
+def test_untrained_network_scores_near_zero(tmp_path):
+    """The demo without its training."""
     import torch
     from mmdet.registry import MODELS
     from mmengine.config import Config

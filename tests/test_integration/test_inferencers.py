@@ -1,4 +1,4 @@
-"""Inference as people do it: each framework's inferencer, a shipped config as it is, a local checkpoint, a picture."""
+"""Each framework's inferencer with a shipped config, a local checkpoint and a picture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def picture(tmp_path):
 
 
 def save_checkpoint(config: str, file, **meta) -> str:
-    """Weights of a config's untrained model, as a training saves them."""
+    """Save the untrained weights of a config's model in the form of a training checkpoint."""
     cfg = Config.fromfile(overlock_mm.get_config_path(config))
     init_default_scope(cfg.default_scope)
     cfg.model.backbone.init_cfg = None
@@ -57,7 +57,7 @@ def test_segmentation_by_path(picture, tmp_path):
 
 @pytest.mark.parametrize('by_name', [False, True], ids=['by path', 'by name'])
 def test_classification(picture, tmp_path, by_name):
-    """The folded model, from an unfolded checkpoint."""
+    """The folded model with an unfolded checkpoint."""
     mmpretrain = pytest.importorskip('mmpretrain', reason='its inferencer')
     weights = save_checkpoint('mmpretrain/overlock-xt_8xb256_in1k', tmp_path / 'a.pth')
     overlock_mm.register_models()
@@ -75,7 +75,7 @@ def test_classification(picture, tmp_path, by_name):
 
 
 def test_detection_by_function(picture, tmp_path):
-    """init_detector and inference_detector, with the release's way to say where weights are."""
+    """init_detector and inference_detector with paths of the config and the checkpoint."""
     apis = pytest.importorskip('mmdet.apis', reason='its functions')
     config = overlock_mm.get_config_path('mmdet/mask-rcnn_overlock-xt_fpn_demo')
     weights = save_checkpoint('mmdet/mask-rcnn_overlock-xt_fpn_demo', tmp_path / 'a.pth', classes=('a', 'b', 'c', 'd'))

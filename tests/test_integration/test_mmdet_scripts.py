@@ -1,4 +1,4 @@
-"""mmdet's own scripts, as its users call them: train, resume, test, mixed precision, on a small network and data set."""
+"""mmdet's own scripts and ours on a small network and data set: train, resume, test, mixed precision."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def losses(output: str) -> list[float]:
 
 @both_pairs
 def test_train_resume_and_test(tools, demo_data, tmp_path):
-    """From a folder outside the checkout: one epoch, a second by --resume, then the saved checkpoint is tested."""
+    """In a folder outside the checkout: train one epoch, resume for a second one, and test the saved checkpoint."""
     config = write_config(tmp_path, demo_data)
     first = run(tools / 'train.py', config, '--work-dir', 'work', cwd=tmp_path)
     assert len(losses(first)) == 2
@@ -113,7 +113,7 @@ def test_scaled_learning_rate(tools, demo_data, tmp_path):
 
 @both_pairs
 def test_mixed_precision(tools, demo_data, tmp_path):
-    """mmengine's AmpOptimWrapper trains on a GPU only; without one it must be what was asked for, and say so."""
+    """mmengine's AmpOptimWrapper trains on a GPU only. Without a GPU, its error shows that --amp selected it."""
     config = write_config(tmp_path, demo_data)
     gpu = torch.cuda.is_available()
     visible = {'CUDA_VISIBLE_DEVICES': '0'} if gpu else {}
@@ -125,7 +125,7 @@ def test_mixed_precision(tools, demo_data, tmp_path):
 
 
 @both_pairs
-def test_a_foreign_object_in_a_checkpoint_is_refused(tools, demo_data, tmp_path):
+def test_foreign_object_in_a_checkpoint_is_refused(tools, demo_data, tmp_path):
     config = write_config(tmp_path, demo_data)
     torch.save(dict(state_dict={}, meta=dict(config=Path('unexpected'))), tmp_path / 'foreign.pth')
     output = run(tools / 'test.py', config, 'foreign.pth', cwd=tmp_path, succeeds=False)
@@ -133,7 +133,7 @@ def test_a_foreign_object_in_a_checkpoint_is_refused(tools, demo_data, tmp_path)
     assert 'pathlib' in output
 
 
-def test_a_missing_data_set_is_named(tmp_path):
+def test_missing_data_set_is_named(tmp_path):
     config = write_config(tmp_path, tmp_path / 'nowhere')
     output = run(OURS / 'train.py', config, '--work-dir', 'work', cwd=tmp_path, succeeds=False)
     assert re.search(r'No such file or directory: .*nowhere/annotations/instances_train2017.json', output)
@@ -143,8 +143,8 @@ def test_a_missing_data_set_is_named(tmp_path):
     'script, arguments',
     [('train', ('config.py', '2', '--amp')), ('test', ('config.py', 'epoch_1.pth', '2', '--out', 'a.pkl'))],
 )
-def test_what_the_distributed_scripts_start(tmp_path, script, arguments):
-    """mmengine's launcher needs a GPU for each process; here, the command."""
+def test_commands_of_the_distributed_scripts(tmp_path, script, arguments):
+    """Only the command is tested, because mmengine's launcher needs a GPU for each process."""
     env = {**os.environ, 'PYTHON': 'echo', 'PORT': '29517', 'NNODES': '3', 'NODE_RANK': '1', 'MASTER_ADDR': 'first'}
     command = ['bash', str(OURS / f'dist_{script}.sh'), *arguments]
     words = subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True, text=True).stdout.split()
@@ -158,10 +158,10 @@ def test_what_the_distributed_scripts_start(tmp_path, script, arguments):
 
 
 def test_real_pictures(tmp_path):
-    """COCO pictures and all its 80 classes."""
+    """Pictures of COCO with all its 80 classes."""
     data = SHARED / 'data' / 'tiny_coco'
     if not data.is_dir():
-        pytest.skip('100 pictures of COCO are not there (a folder shared/data/tiny_coco beside the checkout)')
+        pytest.skip('100 pictures of COCO are missing (a folder shared/data/tiny_coco beside the checkout)')
     from mmdet.datasets import CocoDataset
 
     config = write_config(tmp_path, data, dict(classes=CocoDataset.METAINFO['classes']))

@@ -1,4 +1,4 @@
-"""The backbone where segmentation and classification users put it; tools/train.py and test.py on their configs."""
+"""The backbone in models of mmseg and mmpretrain, and tools/train.py and test.py with their configs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ visualizer = dict(type='UniversalVisualizer', vis_backends=[dict(type='LocalVisB
 
 
 def test_upernet(tmp_path):
-    """One training step in memory: losses, and a gradient for every parameter."""
+    """A training step gives losses, and a gradient for every parameter."""
     pytest.importorskip('mmseg', reason="this is mmsegmentation's model")
     from mmengine.config import Config
     from mmengine.structures import PixelData
@@ -73,12 +73,12 @@ def test_upernet(tmp_path):
     losses = model.loss(torch.randn(2, 3, 64, 64), samples)
     assert {'decode.loss_ce', 'aux.loss_ce'} <= set(losses)
     (losses['decode.loss_ce'] + losses['aux.loss_ce']).backward()
-    # GRN starts as the identity: what is inside the norm of its scale has a zero gradient, never none.
+    # GRN starts as the identity: some gradients are zero, but none is None.
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
 def test_contmix_in_a_resnet_of_mmseg():
-    """The plugin in a dilated ResNet, with an auxiliary head: two steps, the first of which moves a block's scale only."""
+    """Two steps with a dilated ResNet and an auxiliary head. The first step changes only the scale of each block."""
     pytest.importorskip('mmseg', reason="this is mmsegmentation's model")
     from mmengine.hub import get_config
     from mmengine.optim import build_optim_wrapper
@@ -95,7 +95,7 @@ def test_contmix_in_a_resnet_of_mmseg():
             model=dict(
                 pretrained=None,
                 data_preprocessor=dict(size=(64, 64)),
-                # As a pre-trained ResNet: residual branches at zero would keep gradients from the blocks at first.
+                # Like a pre-trained ResNet: residual branches at zero would block the gradients of the plugins at first.
                 backbone=dict(base_channels=16, norm_cfg=bn, zero_init_residual=False, plugins=[plugin]),
                 decode_head=dict(in_channels=512, channels=16, norm_cfg=bn),
                 auxiliary_head=dict(in_channels=256, channels=16, norm_cfg=bn),

@@ -8,16 +8,15 @@ from .versions import require
 
 require('mmengine', 'overlock_mm.models')
 
-from mmengine.registry import HOOKS as MMENGINE_HOOKS  # noqa: E402
-from mmengine.registry import MODELS as MMENGINE_MODELS  # noqa: E402
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS  # noqa: E402
-from mmengine.registry import Registry  # noqa: E402
+import mmengine.registry as mmengine  # noqa: E402
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='overlock_mm', locations=['overlock_mm.models'])
-HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='overlock_mm', locations=['overlock_mm.memory', 'overlock_mm.inference'])
-OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+MODELS = mmengine.Registry('model', parent=mmengine.MODELS, scope='overlock_mm', locations=['overlock_mm.models'])
+HOOKS = mmengine.Registry(
+    'hook', parent=mmengine.HOOKS, scope='overlock_mm', locations=['overlock_mm.memory', 'overlock_mm.inference']
+)
+OPTIM_WRAPPER_CONSTRUCTORS = mmengine.Registry(
     'optimizer wrapper constructor',
-    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    parent=mmengine.OPTIM_WRAPPER_CONSTRUCTORS,
     scope='overlock_mm',
     locations=['overlock_mm.layer_decay'],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from itertools import takewhile
 from typing import Optional
 
 #: Module: its name on PyPI and the supported versions, from the first to before the last.
@@ -15,13 +16,8 @@ SUPPORTED = {
     'mmpretrain': ('mmpretrain', '1.0.0', '1.3.0'),
 }
 
-#: The tested versions of the maintained forks, which provide the same modules (docs/compatibility.md).
-FORKS = {
-    'mmengine': ('onedl-mmengine', '0.10.8', '0.11.0'),
-    'mmdet': ('onedl-mmdetection', '3.5.0', '3.6.0'),
-    'mmseg': ('onedl-mmsegmentation', '1.4.0', '1.5.0'),
-    'mmpretrain': ('onedl-mmpretrain', '1.3.0', '1.4.0'),
-}
+#: Other supported versions of these modules: those of the maintained forks (docs/compatibility.md).
+FORKS = {'mmdet': ('3.5.0', '3.6.0'), 'mmseg': ('1.4.0', '1.5.0'), 'mmpretrain': ('1.3.0', '1.4.0')}
 
 
 def supported_range(module: str) -> str:
@@ -43,8 +39,8 @@ def require(module: str, needed_by: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise ImportError(f'{needed_by} needs {module}, which is not installed: pip install "{supported_range(module)}"')
     version = importlib.import_module(module).__version__
-    ranges = [table[module][1:] for table in (SUPPORTED, FORKS) if module in table]
-    if not any(_is_within(version, first, last) for first, last in ranges):
+    ranges = (SUPPORTED[module][1:], FORKS.get(module))
+    if not any(_is_within(version, *versions) for versions in ranges if versions):
         warnings.warn(f'{module} {version} is outside the supported range, {supported_range(module)}', stacklevel=3)
 
 
@@ -55,9 +51,4 @@ def _is_within(version: str, first: str, last: Optional[str]) -> bool:
 
 def version_numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: '2.11.0+cu130' gives (2, 11, 0), '2.1.0rc1' gives (2, 1)."""
-    numbers = []
-    for part in version.split('+')[0].split('.'):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+    return tuple(map(int, takewhile(str.isdigit, version.split('+')[0].split('.'))))

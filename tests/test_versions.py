@@ -26,14 +26,13 @@ def test_error_names_the_missing_package(monkeypatch):
 
 def test_versions_of_the_forks_do_not_warn(monkeypatch):
     monkeypatch.setitem(versions.SUPPORTED, 'mmengine', ('mmengine', '99.0', None))
-    monkeypatch.setitem(versions.FORKS, 'mmengine', ('a-fork', '0.10.0', '0.11.0'))
+    monkeypatch.setitem(versions.FORKS, 'mmengine', ('0.10.0', '0.11.0'))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         versions.require('mmengine', 'this test')
 
 
 def test_unsupported_version_warns(monkeypatch):
-    monkeypatch.delitem(versions.FORKS, 'mmengine')
     monkeypatch.setitem(versions.SUPPORTED, 'mmengine', ('mmengine', '99.0', None))
     with pytest.warns(UserWarning, match=r'mmengine .* outside the supported range, mmengine>=99.0'):
         versions.require('mmengine', 'this test')

@@ -66,11 +66,8 @@ def released_state_dict(content: Any, checkpoint: str) -> OrderedDict[str, Tenso
     Raises:
         ValueError: the content has no weights.
     """
-    state_dict = content
-    for key in ('state_dict', 'model'):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            state_dict = content[key]
-            break
+    candidates = [content.get(key) for key in ('state_dict', 'model')] if isinstance(content, Mapping) else []
+    state_dict = next((candidate for candidate in candidates if isinstance(candidate, Mapping)), content)
     if not isinstance(state_dict, Mapping) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state_dict.items()
     ):

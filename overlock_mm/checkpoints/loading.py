@@ -18,8 +18,7 @@ from .files import check_checkpoint_name, read_checkpoint, released_state_dict
 CLASSIFICATION_HEADS = ('head', 'aux_head')
 #: Modules that only pyramids have. With a classification checkpoint they keep their initialisation.
 PYRAMID_MODULES = ('extra_norm', 'h_proj')
-_BASIC_STAGES = ('blocks1', 'blocks2', 'blocks3', 'blocks4')
-_DYNAMIC_STAGES = ('sub_blocks3', 'sub_blocks4')
+_STAGES = ('blocks1', 'blocks2', 'blocks3', 'blocks4', 'sub_blocks3', 'sub_blocks4')
 
 
 class TakesReleasedCheckpoints(BaseModule):
@@ -35,11 +34,11 @@ class TakesReleasedCheckpoints(BaseModule):
 
     def __init__(self, init_cfg: Union[dict, list[dict], None] = None, **kwargs) -> None:
         for cfg in _as_list(init_cfg):
-            if not isinstance(cfg, Mapping):
+            if not isinstance(cfg, dict):
                 example = "such as dict(type='Pretrained', checkpoint=FILE)"
                 raise TypeError(f'init_cfg must be a dict or a list of dicts, {example}, got {init_cfg!r}')
-            if _is_pretrained(cfg):
-                check_checkpoint_name(cfg.get('checkpoint'))
+            if 'checkpoint' in cfg:
+                check_checkpoint_name(cfg['checkpoint'])
         super().__init__(init_cfg=init_cfg, **kwargs)
 
     def init_weights(self) -> None:
@@ -51,25 +50,20 @@ class TakesReleasedCheckpoints(BaseModule):
         if self.is_init:
             return
         init_cfg = self.init_cfg
-        self.init_cfg = [cfg for cfg in _as_list(init_cfg) if not _is_pretrained(cfg)] or None
+        pretrained = [cfg for cfg in _as_list(init_cfg) if cfg['type'] in ('Pretrained', PretrainedInit)]
+        self.init_cfg = [cfg for cfg in _as_list(init_cfg) if cfg not in pretrained] or None
         try:
             super().init_weights()
         finally:
             self.init_cfg = init_cfg
-        for cfg in filter(_is_pretrained, _as_list(init_cfg)):
+        for cfg in pretrained:
             load_pretrained(self, **{name: value for name, value in cfg.items() if name != 'type'})
             if hasattr(self, '_params_init_info'):
                 update_init_info(self, init_info=f'PretrainedInit: load from {cfg["checkpoint"]}')
 
 
 def _as_list(init_cfg: Union[dict, list[dict], None]) -> list[dict]:
-    if init_cfg is None:
-        return []
-    return init_cfg if isinstance(init_cfg, list) else [init_cfg]
-
-
-def _is_pretrained(cfg: Mapping) -> bool:
-    return cfg.get('type') in ('Pretrained', PretrainedInit)
+    return init_cfg if isinstance(init_cfg, list) else [] if init_cfg is None else [init_cfg]
 
 
 def load_pretrained(module: nn.Module, checkpoint: str, prefix: Optional[str] = None, map_location: str = 'cpu') -> None:
@@ -97,9 +91,9 @@ def load_pretrained(module: nn.Module, checkpoint: str, prefix: Optional[str] = 
     if not state_dict.keys() & own.keys():
         found = _top_levels([*state_dict, *left_out]) or 'nothing'
         raise ValueError(f'{checkpoint} has no weights for {type(module).__name__}, got {found}')
+    check_variant(module, state_dict, prefix='')
     for name, tensor in state_dict.items():
-        # For another variant, check_variant raises an error that says more than the first shape that differs.
-        if name in own and own[name].shape != tensor.shape and describe_variant(state_dict) == describe_variant(own):
+        if name in own and own[name].shape != tensor.shape:
             raise ValueError(f'{name} must have shape {tuple(own[name].shape)}, got {tuple(tensor.shape)} in {checkpoint}')
 
     result = module.load_state_dict(state_dict, strict=False)
@@ -107,11 +101,10 @@ def load_pretrained(module: nn.Module, checkpoint: str, prefix: Optional[str] = 
     missing = [name for name in result.missing_keys if not name.endswith('num_batches_tracked')]
     initialised = [name for name in missing if top_level(name) in PYRAMID_MODULES]
     missing = [name for name in missing if name not in initialised]
-    if missing or result.unexpected_keys:
-        raise ValueError(
-            f'{checkpoint} does not fit {type(module).__name__}: {_count("missing", missing)}'
-            f'{_count("unknown", result.unexpected_keys)}'
-        )
+    problems = [('lacks', missing), ('has unknown', result.unexpected_keys)]
+    if any(names for _, names in problems):
+        found = ' and '.join(f'it {problem} {shortened(names)}' for problem, names in problems if names)
+        raise ValueError(f'{checkpoint} does not fit {type(module).__name__}: {found}')
     message = f'Loaded {len(state_dict)} tensors from {checkpoint}.'
     if left_out:
         message += f' Left out {len(left_out)} tensors of other modules: {_top_levels(left_out)}.'
@@ -131,11 +124,11 @@ def describe_variant(state_dict: Mapping[str, Tensor], prefix: str = '') -> Opti
     The depths are in the order of ``overlock.STAGES``. The result is None for weights of another network.
     """
     try:
-        channels = tuple(state_dict[f'{prefix}{stage}.0.dwconv.weight'].shape[0] for stage in _BASIC_STAGES)
+        channels = tuple(state_dict[f'{prefix}{stage}.0.dwconv.weight'].shape[0] for stage in _STAGES[:4])
     except KeyError:
         return None
     depths = []
-    for stage in _BASIC_STAGES + _DYNAMIC_STAGES:
+    for stage in _STAGES:
         indices = (re.match(rf'{re.escape(prefix)}{stage}\.(\d+)\.', name) for name in state_dict)
         depths.append(max((int(match.group(1)) + 1 for match in indices if match), default=0))
     return f'channels {channels}, depths {tuple(depths)}'
@@ -152,9 +145,7 @@ def check_variant(backbone: nn.Module, state_dict: Mapping[str, Tensor], prefix:
         raise ValueError(f'the checkpoint is of another variant: {type(backbone).__name__} has {expected}, got {found}')
 
 
-def _strip_prefix(
-    state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], prefix: Optional[str]
-) -> Mapping[str, Tensor]:
+def _strip_prefix(state_dict: dict[str, Tensor], own: dict[str, Tensor], prefix: Optional[str]) -> dict[str, Tensor]:
     if prefix is None:
         # Of the prefixes in a whole model's checkpoint, the one with the most names of this module.
         prefixes = ('', 'backbone.', 'head.')
@@ -181,10 +172,6 @@ def _top_levels(names: Iterable[str]) -> str:
     return ', '.join(sorted({top_level(name) for name in names}))
 
 
-def _count(problem: str, names: list[str]) -> str:
-    return f'{len(names)} {problem} tensors ({shortened(names)}). ' if names else ''
-
-
 def shortened(names: list[str]) -> str:
-    """Return the first five names, for a message."""
-    return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
+    """Return the first five names and the number of all names, for a message."""
+    return ', '.join(names[:5]) + (f', ... ({len(names)} in all)' if len(names) > 5 else '')

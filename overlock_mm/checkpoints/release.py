@@ -66,9 +66,7 @@ def find_released(checkpoint: str) -> ReleasedFile:
     Raises:
         ValueError: the release has no such file. The message has the nearest names.
     """
-    name = checkpoint
-    for start in (SCHEME, RELEASE):
-        name = name[len(start) :] if name.startswith(start) else name
+    name = checkpoint.removeprefix(SCHEME).removeprefix(RELEASE)
     if name not in RELEASED:
         raise ValueError(f'the release has no file {name!r}; nearest: {nearest_names(name, RELEASED) or "none"}')
     return RELEASED[name]

@@ -22,9 +22,6 @@ class _Array(np.ndarray):
     def __new__(cls, *args, **kwargs):
         raise ValueError('a checkpoint must not call numpy.ndarray')
 
-    def __reduce__(self):
-        return np.asarray(self).__reduce__()
-
     def __reduce_ex__(self, protocol):
         # Saved again as a plain array.
         return np.asarray(self).__reduce_ex__(protocol)

@@ -156,7 +156,7 @@ def _check_backbone(state_dict: Mapping[str, Tensor], prefix: str, arch: str, ou
         ('of another shape', [name for name in expected if name in found and found[name].shape != expected[name].shape]),
     ):
         if names:
-            raise ValueError(f'the weights look like {backbone}, but {len(names)} are {problem}: {shortened(names)}')
+            raise ValueError(f'the weights look like {backbone}, but some are {problem}: {shortened(names)}')
 
 
 @functools.lru_cache(maxsize=8)

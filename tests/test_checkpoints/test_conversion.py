@@ -231,10 +231,10 @@ def without(weights: dict, name: str) -> dict:
         (lambda w: {k: t for k, t in w.items() if not k.startswith('blocks2.1.')}, r'got channels .* depths \(2, 1, 3'),
         (
             lambda w: without(w, 'blocks2.1.proj.8.bias'),
-            r'look like OverLoCK-XT \(features\), but 1 are missing: blocks2.1.proj.8.bias',
+            r'look like OverLoCK-XT \(features\), but some are missing: blocks2.1.proj.8.bias',
         ),
-        (lambda w: {**w, 'blocks2.1.extra': torch.zeros(1)}, '1 are unknown: blocks2.1.extra'),
-        (lambda w: {**w, 'patch_embed2.0.weight': torch.zeros(1)}, '1 are of another shape: patch_embed2.0.weight'),
+        (lambda w: {**w, 'blocks2.1.extra': torch.zeros(1)}, 'some are unknown: blocks2.1.extra'),
+        (lambda w: {**w, 'patch_embed2.0.weight': torch.zeros(1)}, 'some are of another shape: patch_embed2.0.weight'),
         (lambda w: {**w, 'backbone.conv.weight': torch.zeros(1)}, 'the names must be flat or those of a whole model'),
         (
             lambda w: {**{f'backbone.{k}': t for k, t in w.items()}, 'keypoint_head.weight': torch.zeros(1)},

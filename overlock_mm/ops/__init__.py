@@ -1,17 +1,12 @@
 """Operators of OverLoCK."""
 
-from . import _extension
+from . import _library
+from ._library import use_references
 from ._reference import contmix_reference
 from .contmix import contmix
 from .conv2d import conv2d
-from .depthwise import (
-    branch_norms,
-    depthwise_conv2d,
-    global_response_norm,
-    has_depthwise,
-    residual_depthwise_conv2d,
-    residual_depthwise_norm,
-)
+from .depthwise import depthwise_conv2d, residual_depthwise_conv2d
+from .norms import branch_norms, global_response_norm, residual_depthwise_norm
 
 __all__ = [
     'branch_norms',
@@ -20,9 +15,9 @@ __all__ = [
     'conv2d',
     'depthwise_conv2d',
     'global_response_norm',
-    'has_depthwise',
     'residual_depthwise_conv2d',
     'residual_depthwise_norm',
+    'use_references',
 ]
 
-_extension.announce_on_import()
+_library.announce_on_import()

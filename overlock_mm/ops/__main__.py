@@ -8,11 +8,11 @@ import torch
 
 import overlock_mm
 
-from . import _extension
+from . import _library
 
 
 def main() -> None:
-    info = _extension.build_info
+    info = _library.build_info
     lines = {
         'overlock_mm': overlock_mm.__version__,
         'Python': platform.python_version(),
@@ -31,7 +31,7 @@ def main() -> None:
         lines['used on the CPU'] = f'compiled operator, {info["cpu"]}'
         on_gpu = 'compiled operator' if info['cuda'] else 'REFERENCE: built without CUDA'
     else:
-        lines['compiled operator'] = f'MISSING: {_extension.missing}'
+        lines['compiled operator'] = f'MISSING: {_library.missing}'
         lines['used on the CPU'] = on_gpu = 'REFERENCE'
     if torch.cuda.is_available():
         lines['used on the GPU'] = on_gpu

@@ -1,15 +1,34 @@
-"""Context-mixing dynamic convolution (ContMix) in plain PyTorch: the paper's equations, a line each, with shapes.
+"""All operators in plain PyTorch: the equations of the papers, with shapes.
 
-B images, C channels, an H x W map, G groups, S x S context tokens. A branch has a kernel of k x k *slots* and c = C/2/G
-channels per group.
+They are what the compiled operators are tested against, what runs on devices without compiled operators, and what exports
+contain. Their arguments are those of the operators and are not checked here.
+
+B images, C channels, an H x W map. ContMix has G groups, S x S context tokens, and two branches, one for the small and one
+for the large kernel. A branch has k x k *slots*, and c = C/2/G channels per group.
 """
 
 from __future__ import annotations
 
-from typing import Optional
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def accumulation_type(x: Tensor) -> torch.dtype:
+    """The dtype that sums are made in: at least float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a map (B, C, H, W) is channels_last. A map that is both counts as contiguous."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+# ContMix.
 
 
 def window_starts(size: int, kernel_size: int, device: Optional[torch.device] = None) -> Tensor:
@@ -19,7 +38,7 @@ def window_starts(size: int, kernel_size: int, device: Optional[torch.device] = 
 
 
 def relative_position_bias(rpb: Tensor, height: int, width: int) -> Tensor:
-    """Lay out biases that go by offset, (G, 2k-1, 2k-1), by position and window slot: (G, H, W, k, k).
+    """Lay out biases by offset, (G, 2k-1, 2k-1), as biases by position and window slot, (G, H, W, k, k).
 
     The slot that holds neighbour j of position p takes the entry j - p + k - 1 of each axis.
     """
@@ -36,11 +55,11 @@ def relative_position_bias(rpb: Tensor, height: int, width: int) -> Tensor:
 
 
 def aggregate(value: Tensor, kernels: Tensor) -> Tensor:
-    """Sum each position's clamped window under its own kernel.
+    """Sum each position's clamped window, weighted by the position's own kernel.
 
     Along a line of the map, one row of all its kernels is a W x W matrix with a band of k numbers a row, which multiplies
-    the line of values: k matrix products in all. An unfolded map would take k*k times the memory of the map, and a sum
-    shifted slot by slot k*k passes over it. The bands, k * G * H * W * W numbers an image, are kept for the backward.
+    the line of values: k matrix products in all. An unfolded map would take k*k times the memory of the map, and shifted
+    sums would take k*k passes over it. The backward keeps the bands, k * G * H * W * W numbers an image.
 
     Args:
         value: (B, G, c, H, W).
@@ -75,12 +94,12 @@ def contmix_reference(
     small_kernel_size: int,
     large_kernel_size: int,
 ) -> Tensor:
-    """:func:`overlock_mm.ops.contmix` without a compiled operator: the oracle, the fallback, the path that exports.
+    """:func:`overlock_mm.ops.contmix` in plain PyTorch, with the same arguments.
 
-    It materialises everything, as the published code does, and is differentiable as often as one likes.
+    It materialises all affinities and kernels, as the published code does, and supports higher-order derivatives.
     """
     batch, channels, height, width = value.shape
-    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    dtype = accumulation_type(value)
     query, key, proj_weight = query.to(dtype), key.to(dtype), proj_weight.to(dtype)
 
     query_channels, tokens = key.shape[1] // num_groups, key.shape[2] * key.shape[3]
@@ -102,3 +121,133 @@ def contmix_reference(
         v = half.to(dtype).reshape(batch, num_groups, channels // 2 // num_groups, height, width)  # (B, G, c, H, W)
         outputs.append(aggregate(v, p).reshape(batch, channels // 2, height, width))  # (B, C/2, H, W) (eq. 3)
     return torch.cat(outputs, dim=1).to(value.dtype)  # (B, C, H, W)
+
+
+# Depth-wise convolutions and norms.
+
+
+def depthwise_conv2d(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int, residual: bool, gelu: bool
+) -> Tensor:
+    """``conv(y) + bias``, and ``+ y`` if ``residual``, where y is GELU(x) or x: (B, C, H, W)."""
+    y = F.gelu(x) if gelu else x
+    padding = dilation * (weight.shape[-1] // 2)
+    bias = None if bias is None else bias.to(x.dtype)
+    out = F.conv2d(y, weight.to(x.dtype), bias, padding=padding, dilation=dilation, groups=weight.shape[0])
+    return y + out if residual else out
+
+
+def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    """Woo et al., ConvNeXt V2, eq. 1-3."""
+    # In float16 a sum of squares over a map would overflow at ordinary activations.
+    response = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=accumulation_type(x))  # (B, C, 1, 1) (eq. 1)
+    response = response / (response.mean(dim=1, keepdim=True) + eps)  # (eq. 2)
+    scale = (gamma.view(1, -1, 1, 1) * response + 1).to(x.dtype)
+    return torch.addcmul(beta.view(1, -1, 1, 1).to(x.dtype), x, scale)  # (eq. 3)
+
+
+def residual_depthwise_norm(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], gamma: Tensor, beta: Tensor, eps: float, gelu: bool
+) -> Tensor:
+    return global_response_norm(depthwise_conv2d(x, weight, bias, 1, True, gelu), gamma, beta, eps)
+
+
+def residual_depthwise_norm_(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], gamma: Tensor, beta: Tensor, eps: float, gelu: bool
+) -> None:
+    x.copy_(residual_depthwise_norm(x, weight, bias, gamma, beta, eps, gelu))
+
+
+def transpose(matrices: Tensor) -> Tensor:
+    """(..., m, n) to (..., n, m), contiguous."""
+    return matrices.transpose(-1, -2).contiguous()
+
+
+def branch_norms(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    dilations: Sequence[int],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each branch's convolution and batch norm by itself (OverLoCK, section 3.2). Autograd keeps every output."""
+    outputs, means, variances = [], [], []
+    for weight, norm_weight, norm_bias, dilation in zip(weights, norm_weights, norm_biases, dilations):
+        y = depthwise_conv2d(x, weight, None, dilation, False, False)  # (B, C, H, W)
+        out, mean, variance = _batch_norm(y, norm_weight, norm_bias, eps)
+        outputs.append(out)
+        means.append(mean)
+        variances.append(variance)
+    return sum(outputs[1:], outputs[0]), torch.stack(means), torch.stack(variances)
+
+
+def lean_branch_norms(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    dilations: Sequence[int],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`branch_norms` for training: the backward keeps ``x`` and the first branch's output, and no other map.
+
+    The first kernel is the largest, and its output is dear. The other outputs are computed again, one at a time.
+    """
+    return _LeanBranchNorms.apply(x, tuple(dilations), eps, *weights, *norm_weights, *norm_biases)
+
+
+class _LeanBranchNorms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dilations: tuple[int, ...], eps: float, *parameters: Tensor) -> tuple[Tensor, ...]:
+        branches = len(dilations)
+        weights, norm_weights, norm_biases = (parameters[i * branches : (i + 1) * branches] for i in range(3))
+        out, means, variances = None, [], []
+        for weight, norm_weight, norm_bias, dilation in zip(weights, norm_weights, norm_biases, dilations):
+            y = depthwise_conv2d(x, weight, None, dilation, False, False)
+            normed, mean, variance = _batch_norm(y, norm_weight, norm_bias, eps)
+            if out is None:
+                out, first = normed, y
+            else:
+                out += normed
+            means.append(mean)
+            variances.append(variance)
+        mean, variance = torch.stack(means), torch.stack(variances)
+        ctx.save_for_backward(x, first, mean, variance, *weights, *norm_weights)
+        ctx.dilations, ctx.eps, ctx.bias_dtypes = dilations, eps, [bias.dtype for bias in norm_biases]
+        ctx.mark_non_differentiable(mean, variance)
+        return out, mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Optional[Tensor], ...]:
+        x, first, means, variances, *parameters = ctx.saved_tensors
+        branches = len(ctx.dilations)
+        weights, norm_weights = parameters[:branches], parameters[branches:]
+        inverse_deviations = torch.rsqrt(variances + ctx.eps)
+        grad_x, grad_weights, grad_norm_weights, grad_norm_biases = None, [], [], []
+        for i, (weight, norm_weight, dilation) in enumerate(zip(weights, norm_weights, ctx.dilations)):
+            y = depthwise_conv2d(x, weight, None, dilation, False, False) if i else first
+            grad_y, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_batch_norm_backward(
+                grad_output, y, norm_weight.to(means.dtype), None, None, means[i], inverse_deviations[i], True, ctx.eps,
+                [True, True, True],
+            )  # fmt: skip
+            padding, kernel = dilation * (weight.shape[-1] // 2), weight.to(x.dtype)
+            grad_of_branch, grad_weight, _ = torch.ops.aten.convolution_backward(
+                grad_y, x, kernel, None, [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], len(kernel),
+                [True, True, False],
+            )  # fmt: skip
+            grad_x = grad_of_branch if grad_x is None else grad_x + grad_of_branch
+            grad_weights.append(grad_weight.to(weight.dtype))
+            grad_norm_weights.append(grad_norm_weight.to(norm_weight.dtype))
+            grad_norm_biases.append(grad_norm_bias.to(ctx.bias_dtypes[i]))
+        return grad_x, None, None, *grad_weights, *grad_norm_weights, *grad_norm_biases
+
+
+def _batch_norm(y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """With the statistics of the batch: the output, and the mean and the biased variance, (C) each."""
+    dtype, channels, count = accumulation_type(y), y.shape[1], y.numel() // y.shape[1]
+    # With a momentum of 1, running statistics are those of the batch.
+    mean, variance = y.new_zeros(channels, dtype=dtype), y.new_zeros(channels, dtype=dtype)
+    out = F.batch_norm(y, mean, variance, weight.to(dtype), bias.to(dtype), training=True, momentum=1.0, eps=eps)
+    return out, mean, variance * ((count - 1) / count)

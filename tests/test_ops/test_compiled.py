@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from test_contmix import SIZES, make_arguments, oracle
 from torch import Tensor
 
 from overlock_mm import ops
-from overlock_mm.ops import _extension, contmix, contmix_reference
+from overlock_mm.ops import _library, contmix, contmix_reference, use_references
 
 pytestmark = pytest.mark.skipif(
     os.environ.get('OVERLOCK_MM_WITH_OPS') == '0', reason='OVERLOCK_MM_WITH_OPS=0: built without the compiled operator'
@@ -59,15 +59,17 @@ def internal_arguments(arguments: dict) -> list:
 
 
 def test_is_built():
-    assert _extension.missing is None
+    assert _library.missing is None
 
 
 def test_is_what_runs(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError('the reference ran')
 
-    monkeypatch.setattr(sys.modules['overlock_mm.ops.contmix'], 'contmix_reference', fail)
+    monkeypatch.setattr(_library._reference, 'contmix_reference', fail)
     contmix(**make_arguments())
+    with use_references(), pytest.raises(AssertionError, match='the reference ran'):
+        contmix(**make_arguments())
 
 
 @pytest.mark.parametrize('height, width', [(5, 5), (7, 6), (16, 5), (12, 21)])
@@ -241,7 +243,7 @@ def test_torch_compile_traces_the_compiled_operator():
     compiled = torch.compile(contmix, fullgraph=True, backend=backend)
     assert torch.equal(compiled(**arguments), contmix(**arguments))
     calls = [str(node.target) for graph in graphs for node in graph.nodes if node.op == 'call_function']
-    assert calls == ['overlock_mm.contmix']
+    assert calls == ['overlock_mm.contmix.default']
 
 
 @devices
@@ -460,7 +462,8 @@ print('same gradients')
 def test_distributed_data_parallel(tmp_path):
     script = tmp_path / 'ddp.py'
     script.write_text(DDP.format(tests=os.path.dirname(__file__)))
-    environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': os.path.dirname(os.path.dirname(__file__))}
+    path = os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), os.environ.get('PYTHONPATH', '')])
+    environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': path}
     processes = [
         subprocess.Popen(
             [sys.executable, '-W', 'ignore', script, str(rank), tmp_path / 'store'], env=environment, text=True,
@@ -551,56 +554,76 @@ def test_reports_what_is_built():
     lines = dict(line.split('  ', 1) for line in done.stdout.splitlines())
     lines = {name.strip(): value.strip() for name, value in lines.items()}
     assert lines['torch'].startswith(torch.__version__)
-    assert lines['used on the CPU'] == f'compiled operator, {_extension.build_info["cpu"]}'
+    assert lines['used on the CPU'] == f'compiled operator, {_library.build_info["cpu"]}'
     assert lines['compiled operator'].startswith(f'torch {torch.__version__.split("+")[0]}')
 
 
-@pytest.fixture
-def fresh_announcements():
-    _extension._announce_fallback.cache_clear()
-    yield
-    _extension._announce_fallback.cache_clear()
+def run_without_binary(code: str, folder: Path) -> str:
+    """Run code, which may import the tests beside this file, with a copy of the package without its binary: its output."""
+    package = Path(ops.__file__).parents[1]
+    shutil.copytree(package, folder / 'overlock_mm', ignore=shutil.ignore_patterns('*.so', 'csrc'))
+    script = folder / 'without_binary.py'
+    tests = Path(__file__).parent
+    script.write_text(f'import sys\nsys.path += {[str(tests), str(tests.parent)]!r}\nimport torch\n{code}')
+    environment = {**os.environ, 'PYTHONPATH': str(folder)}
+    done = subprocess.run([sys.executable, script], env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout + done.stderr
 
 
-def test_the_fallback_is_announced_once(monkeypatch, fresh_announcements):
-    monkeypatch.setattr(_extension, 'missing', 'overlock_mm was installed without its compiled operator')
-    arguments = make_arguments()
-    with pytest.warns(RuntimeWarning, match='without its compiled operator: .* reference(.|\n)*pip install') as caught:
-        out = contmix(**arguments)
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
-    assert relative_error(out, oracle(**arguments)) < 1e-14
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        contmix(**arguments)
+def test_the_fallback_is_announced_once(tmp_path):
+    """On import; and where a tensor comes from a device that no compiled operator knows, in the line of the call."""
+    output = run_without_binary(
+        """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    from overlock_mm.ops import _library, contmix
+assert [each.category for each in caught if 'overlock_mm' in str(each.message)] == [RuntimeWarning]
+from test_contmix import make_arguments, oracle
+arguments = make_arguments()
+with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    out = contmix(**arguments)
+assert (out - oracle(**arguments)).norm() < 1e-14 * out.norm()
+_library._announce_fallback.cache_clear()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    contmix(**arguments)
+    contmix(**arguments)
+assert [each.filename for each in caught] == [__file__]
+print(caught[0].message)
+""",
+        tmp_path,
+    )
+    assert re.search('without its compiled operators: .* reference(.|\n)*pip install', output)
 
 
-def test_a_binary_without_cuda_says_so_on_a_gpu(monkeypatch, fresh_announcements):
-    """On import where there is a GPU, else when a tensor comes from one."""
-    message = 'built without CUDA, but there is a GPU(.|\n)*FORCE_CUDA=1 pip install'
-    monkeypatch.setattr(_extension, 'build_info', {'cuda': None})
-    with pytest.warns(RuntimeWarning, match=message):
-        assert not _extension.compiled_for(torch.device('cuda'))
-    assert _extension.compiled_for(torch.device('cpu'))
-    _extension._announce_fallback.cache_clear()
+def test_a_binary_without_cuda_says_so_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(_library, 'build_info', {'cuda': None})
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
-    with pytest.warns(RuntimeWarning, match=message):
-        _extension.announce_on_import()
+    _library._announce_fallback.cache_clear()
+    with pytest.warns(RuntimeWarning, match='built without CUDA, but there is a GPU(.|\n)*FORCE_CUDA=1 pip install'):
+        _library.announce_on_import()
+    _library._announce_fallback.cache_clear()
 
 
 def test_a_missing_binary_is_announced_on_import(tmp_path):
-    package = os.path.dirname(os.path.dirname(ops.__file__))
-    shutil.copytree(package, tmp_path / 'overlock_mm', ignore=shutil.ignore_patterns('*.so', 'csrc'))
-    done = subprocess.run([sys.executable, '-c', 'import overlock_mm.ops'], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0
-    assert 'RuntimeWarning: overlock_mm was installed without its compiled operator' in done.stderr
+    output = run_without_binary('import overlock_mm.ops', tmp_path)
+    assert 'RuntimeWarning: overlock_mm was installed without its compiled operators' in output
 
 
-def test_the_fallback_compiles_too(monkeypatch):
-    monkeypatch.setattr(_extension, 'missing', 'not built')
-    arguments = make_arguments()
-    compiled = torch.compile(contmix, fullgraph=True, backend='aot_eager')
-    assert relative_error(compiled(**arguments), oracle(**arguments)) < 1e-14
+def test_the_fallback_compiles_too(tmp_path):
+    run_without_binary(
+        """
+from overlock_mm.ops import contmix
+from test_contmix import make_arguments, oracle
+arguments = make_arguments()
+out = torch.compile(contmix, fullgraph=True, backend='aot_eager')(**arguments)
+assert (out - oracle(**arguments)).norm() < 1e-14 * out.norm()
+""",
+        tmp_path,
+    )
 
 
 def test_a_binary_that_does_not_load_says_why(monkeypatch):
@@ -608,14 +631,19 @@ def test_a_binary_that_does_not_load_says_why(monkeypatch):
         raise OSError('undefined symbol: _ZN3c10')
 
     monkeypatch.setattr(torch.ops, 'load_library', fail)
-    assert re.search('does not load with torch .*undefined symbol', _extension._load()[0])
+    assert re.search('do not load with torch .*undefined symbol', _library._load()[0])
 
 
 def test_a_binary_for_another_torch_is_refused(monkeypatch):
-    """It may load all the same."""
+    """It might load. It is not tried."""
+
+    def fail(path):
+        raise AssertionError('it was loaded')
+
+    monkeypatch.setattr(torch.ops, 'load_library', fail)
     monkeypatch.setattr(torch, '__version__', '2.99.1')
-    missing, info = _extension._load()
-    assert re.fullmatch(r'the compiled operator was built for torch 2\.\d+\.\d+, this is torch 2.99.1', missing)
+    missing, info = _library._load()
+    assert re.fullmatch(r'the compiled operators were built for torch 2\.\d+\.\d+, this is torch 2.99.1', missing)
     assert info == {}
 
 
@@ -627,7 +655,7 @@ def test_exports():
         'depthwise_conv2d',
         'residual_depthwise_norm',
         'global_response_norm',
-        'has_depthwise',
         'residual_depthwise_conv2d',
+        'use_references',
     }
     assert all(callable(getattr(ops, name)) for name in ops.__all__)

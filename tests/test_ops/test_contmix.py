@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
 import torch
 from conftest import autocast_dtypes, devices, relative_error
 
-from overlock_mm.ops import _extension, contmix, contmix_reference
+from overlock_mm.ops import contmix, contmix_reference, use_references
 
 SIZES = dict(num_groups=2, small_kernel_size=3, large_kernel_size=5)
 IMPLEMENTATIONS = pytest.mark.parametrize('function', [contmix, contmix_reference], ids=['contmix', 'reference'])
@@ -261,11 +262,9 @@ def replaced(name, change):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize('compiled', [True, False], ids=['compiled', 'reference'])
-def test_bad_arguments(change, error, message, compiled, monkeypatch):
+def test_bad_arguments(change, error, message, compiled):
     """Whichever checks them: the compiled operator, or the Python around the reference."""
-    if not compiled:
-        monkeypatch.setattr(_extension, 'compiled_for', lambda device: False)
-    with pytest.raises(error) as raised:
+    with contextlib.nullcontext() if compiled else use_references(), pytest.raises(error) as raised:
         contmix(**change(make_arguments()))
     assert re.search(message, str(raised.value))
 

@@ -14,19 +14,21 @@
 namespace overlock_mm {
 namespace {
 
-/// As JSON.
+#if defined(__VERSION__)
+#define OVERLOCK_MM_COMPILER __VERSION__
+#else
+#define OVERLOCK_MM_COMPILER "unknown"
+#endif
+
+/// As JSON. The torch version is in the first string literal: overlock_mm/ops/_library.py reads it from the file, before it
+/// loads the binary.
 std::string build_info() {
   std::ostringstream out;
-  out << "{\"torch\": \"" << TORCH_VERSION << "\", \"compiler\": \""
-#if defined(__VERSION__)
-      << __VERSION__
-#else
-      << "unknown"
-#endif
-      << "\", \"cpu\": \"" << cpu_instruction_set() << "\", \"cuda\": ";
+  out << "{\"torch\": \"" TORCH_VERSION "\", \"compiler\": \"" OVERLOCK_MM_COMPILER "\", \"cpu\": \""
+      << cpu_instruction_set() << "\", \"cuda\": ";
 #ifdef OVERLOCK_MM_WITH_CUDA
-  out << '"' << CUDART_VERSION / 1000 << '.' << CUDART_VERSION % 1000 / 10 << "\", \"cuda_architectures\": \""
-      << OVERLOCK_MM_CUDA_ARCHITECTURES << '"';
+  out << '"' << CUDART_VERSION / 1000 << '.' << CUDART_VERSION % 1000 / 10
+      << "\", \"cuda_architectures\": \"" OVERLOCK_MM_CUDA_ARCHITECTURES "\"";
 #else
   out << "null, \"cuda_architectures\": null";
 #endif

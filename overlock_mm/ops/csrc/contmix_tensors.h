@@ -1,95 +1,67 @@
-// What the implementations for tensors share: argument checks, and how tensors become a kernel's parameters.
+// ContMix's operators for tensors: the internal ones as C++ functions, and how tensors become a kernel's parameters.
 #pragma once
 
-#include <ATen/ATen.h>
-#include <torch/version.h>
-
-#include <array>
-#include <optional>
-#include <string>
-#include <tuple>
-
 #include "contmix.h"
+#include "tensors.h"
 
 namespace overlock_mm {
 
-using at::Tensor;
-#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 3
-using OptionalTensor = c10::optional<Tensor>;  // not std's before torch 2.3
-#else
-using OptionalTensor = std::optional<Tensor>;
-#endif
+/// Gradients of value, query, keys, bias, rpb_small, rpb_large. One that is not wanted is an empty tensor.
+using ContMixGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-/// Raise ValueError, or TypeError for a dtype, unless the arguments of `contmix` other than key and proj_weight go
-/// together. Works on tensors with symbolic sizes.
-void check_arguments(const Tensor& value, const Tensor& query, const OptionalTensor& proj_bias,
-                     const OptionalTensor& rpb_small, const OptionalTensor& rpb_large, const c10::SymInt& num_groups,
-                     int64_t small_kernel_size, int64_t large_kernel_size);
-
-/// The same for `_contmix`: there keys and biases are of the accumulation type.
-void check_internal_arguments(const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias,
-                              const OptionalTensor& rpb_small, const OptionalTensor& rpb_large,
-                              int64_t small_kernel_size, int64_t large_kernel_size);
-
-void check_backward_arguments(const Tensor& grad_output, const Tensor& value, const Tensor& keys, const Tensor& output,
-                              const Tensor& logsumexp);
-
-/// As Python writes them.
-std::string shape_of(const Tensor& tensor);
-std::string name_of(at::ScalarType dtype);
-
-void check_device(const char* name, const Tensor& tensor, const Tensor& value, const char* name_of_value = "value");
-void check_same_dtype(const char* name, const Tensor& tensor, const Tensor& value, const char* name_of_value = "value");
-/// The dtype of value, or float32 beside half types.
-void check_dtype(const char* name, const Tensor& tensor, const Tensor& value, const char* name_of_value = "value");
-
-/// float64 for float64, else float32.
-inline at::ScalarType accumulation_type(const Tensor& value) {
-  return value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+inline std::tuple<Tensor, Tensor> call_contmix(const Tensor& value, const Tensor& query, const Tensor& keys,
+                                               const OptionalTensor& bias, const OptionalTensor& rpb_small,
+                                               const OptionalTensor& rpb_large, int64_t small_kernel_size,
+                                               int64_t large_kernel_size) {
+  static const auto op = operator_named<decltype(call_contmix)>("overlock_mm::_contmix");
+  return op.call(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
 }
 
-/// channels_last only where it can be told from contiguous.
-inline at::MemoryFormat memory_format_of(const Tensor& value) {
-  const bool channels_last = value.is_contiguous(at::MemoryFormat::ChannelsLast) && !value.is_contiguous();
-  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+inline ContMixGradients call_contmix_backward(const Tensor& grad_output, const Tensor& value, const Tensor& query,
+                                              const Tensor& keys, const OptionalTensor& bias,
+                                              const OptionalTensor& rpb_small, const OptionalTensor& rpb_large,
+                                              const Tensor& output, const Tensor& logsumexp, int64_t small_kernel_size,
+                                              int64_t large_kernel_size, std::array<bool, 6> output_mask) {
+  static const auto op = operator_named<decltype(call_contmix_backward)>("overlock_mm::_contmix_backward");
+  return op.call(grad_output, value, query, keys, bias, rpb_small, rpb_large, output, logsumexp, small_kernel_size,
+                 large_kernel_size, output_mask);
 }
 
-Map as_map(const Tensor& tensor);
+/// A map that a kernel reads. (A copy-on-write tensor stays one.)
+Map map_to_read(const Tensor& tensor);
+Map map_to_write(const Tensor& tensor);
 
-/// The arguments of `_contmix`, checked before, with what the kernels take for granted: keys and biases are contiguous.
-struct Inputs {
+/// The arguments of `_contmix`, already checked, as the kernels need them: keys and biases are contiguous.
+struct ContMixInputs {
   Tensor value, query, keys, bias, rpb[2];
   int64_t kernel_size[2];
 
-  Inputs(const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias,
-         const OptionalTensor& rpb_small, const OptionalTensor& rpb_large, int64_t small_kernel_size,
-         int64_t large_kernel_size);
+  ContMixInputs(const Tensor& value, const Tensor& query, const Tensor& keys, const OptionalTensor& bias,
+                const OptionalTensor& rpb_small, const OptionalTensor& rpb_large, int64_t small_kernel_size,
+                int64_t large_kernel_size);
 
   ContMixParams params() const;
 };
 
-struct Outputs {
+struct ContMixOutputs {
   Tensor output, logsumexp;
 
   /// Not initialised.
-  explicit Outputs(const Inputs& inputs);
+  explicit ContMixOutputs(const ContMixInputs& inputs);
   void add_to(ContMixParams& params) const;
 };
 
-/// Gradients of value, query, keys, bias, rpb_small, rpb_large. One that is not wanted is an empty tensor.
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-/// A partial sum is over a part of the map.
-struct GradientBuffers {
+/// Gradients of maps, and the partial sums of those of keys and biases, each over a part of the map.
+struct ContMixGradientBuffers {
   int64_t partials;
   std::array<bool, 6> wanted;
   at::TensorOptions options;
   Tensor grad_value, grad_query;
   Tensor partial_keys, partial_bias, partial_rpb[2];
 
-  GradientBuffers(const Inputs& inputs, int64_t partials, std::array<bool, 6> wanted);
+  ContMixGradientBuffers(const ContMixInputs& inputs, int64_t partials, std::array<bool, 6> wanted);
   void add_to(ContMixParams& params) const;
-  Gradients sums() const;
+  ContMixGradients sums() const;
 };
 
 }  // namespace overlock_mm

@@ -100,7 +100,8 @@ inline T in_base_2(T bias) {
 }
 
 template <typename T>
-void pack_keys(const ContMixParams& p, const Workspace<T>& workspace, bool backward, int64_t begin, int64_t end) {
+void pack_keys(const ContMixParams& p, const ContMixWorkspace<T>& workspace, bool backward, int64_t begin,
+               int64_t end) {
   const Layout<T> layout(p, backward);
   const int64_t d = p.query_channels;
   for (int64_t item = begin; item < end; ++item) {
@@ -629,7 +630,7 @@ OVERLOCK_MM_NOINLINE void exponentials(T* z, int64_t z_stride, int64_t slots, T*
   Vector<T> sum[n];
 #pragma GCC unroll 8
   for (int t = 0; t < n; ++t) {
-    maxima[t] = combine_lanes<Largest, T>(largest[t]);
+    maxima[t] = reduce_lanes<Largest, T>(largest[t]);
     largest[t] = Vector<T>{} + maxima[t];
     sum[t] = Vector<T>{};
   }
@@ -642,11 +643,11 @@ OVERLOCK_MM_NOINLINE void exponentials(T* z, int64_t z_stride, int64_t slots, T*
     }
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < n; ++t) sums[t] = combine_lanes<Add, T>(sum[t]);
+  for (int t = 0; t < n; ++t) sums[t] = reduce_lanes<Add, T>(sum[t]);
 }
 
 template <typename T>
-void forward(const ContMixParams& p, const Workspace<T>& workspace, int64_t strips, int64_t begin, int64_t end) {
+void forward(const ContMixParams& p, const ContMixWorkspace<T>& workspace, int64_t strips, int64_t begin, int64_t end) {
   constexpr int lanes = Simd<T>::lanes;
   const Layout<T> layout(p, false);
   const int64_t d = p.query_channels, cp = layout.channels, row_stride = p.width * cp;
@@ -725,7 +726,7 @@ void forward(const ContMixParams& p, const Workspace<T>& workspace, int64_t stri
 }
 
 template <typename T>
-void backward(const ContMixParams& p, const Workspace<T>& workspace, int64_t begin, int64_t end) {
+void backward(const ContMixParams& p, const ContMixWorkspace<T>& workspace, int64_t begin, int64_t end) {
   constexpr int lanes = Simd<T>::lanes;
   const Layout<T> layout(p, true);
   const int64_t d = p.query_channels, dp = layout.query_channels, cp = layout.channels;
@@ -937,7 +938,7 @@ void backward(const ContMixParams& p, const Workspace<T>& workspace, int64_t beg
 }
 
 template <typename T>
-void gather_grad_value(const ContMixParams& p, const Workspace<T>& workspace, int64_t begin, int64_t end) {
+void gather_grad_value(const ContMixParams& p, const ContMixWorkspace<T>& workspace, int64_t begin, int64_t end) {
   const Layout<T> layout(p, true);
   const int64_t row_size = p.width * layout.channels;
   Scratch<T> scratch(row_size);
@@ -964,22 +965,22 @@ void gather_grad_value(const ContMixParams& p, const Workspace<T>& workspace, in
 #define OVERLOCK_MM_STRING(x) OVERLOCK_MM_STRING_OF(x)
 
 template <typename T>
-constexpr Kernels<T> kKernels = {OVERLOCK_MM_STRING(OVERLOCK_MM_NAMESPACE),
-                                 &workspace_sizes<T>,
-                                 &pack_keys<T>,
-                                 &forward<T>,
-                                 &backward<T>,
-                                 &gather_grad_value<T>};
+constexpr ContMixKernels<T> kContMixKernels = {OVERLOCK_MM_STRING(OVERLOCK_MM_NAMESPACE),
+                                               &workspace_sizes<T>,
+                                               &pack_keys<T>,
+                                               &forward<T>,
+                                               &backward<T>,
+                                               &gather_grad_value<T>};
 
 }  // namespace
 
 template <>
-const Kernels<float>& table() {
-  return kKernels<float>;
+const ContMixKernels<float>& table() {
+  return kContMixKernels<float>;
 }
 template <>
-const Kernels<double>& table() {
-  return kKernels<double>;
+const ContMixKernels<double>& table() {
+  return kContMixKernels<double>;
 }
 
 }  // namespace overlock_mm::cpu::OVERLOCK_MM_NAMESPACE

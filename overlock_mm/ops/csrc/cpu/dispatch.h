@@ -1,7 +1,6 @@
-// Which kernels run, and on how many threads.
+// Which kernels run.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 
 #include <string>
@@ -12,7 +11,7 @@ namespace overlock_mm::cpu {
 
 enum class InstructionSet { baseline, avx2, avx512 };
 
-/// The best one of this processor, or what ATEN_CPU_CAPABILITY asks torch to make do with.
+/// The best one of this processor, or the one that ATEN_CPU_CAPABILITY limits torch to.
 inline InstructionSet instruction_set() {
   static const InstructionSet best = [] {
 #if defined(__x86_64__)
@@ -26,18 +25,13 @@ inline InstructionSet instruction_set() {
 }
 
 /// The kernels of that instruction set.
-template <typename Table>
-const Table& best_table() {
+template <typename Kernels>
+const Kernels& best_table() {
 #if defined(__x86_64__)
-  if (instruction_set() == InstructionSet::avx512) return avx512::table<Table>();
-  if (instruction_set() == InstructionSet::avx2) return avx2::table<Table>();
+  if (instruction_set() == InstructionSet::avx512) return avx512::table<Kernels>();
+  if (instruction_set() == InstructionSet::avx2) return avx2::table<Kernels>();
 #endif
-  return baseline::table<Table>();
-}
-
-template <typename Function>
-void in_parallel(int64_t items, Function function) {
-  at::parallel_for(0, items, 1, function);
+  return baseline::table<Kernels>();
 }
 
 }  // namespace overlock_mm::cpu

@@ -3,8 +3,6 @@
 #include <cstdint>
 #include <new>
 
-#include "contmix_cpu.h"
-#include "maps_cpu.h"
 #include "tables.h"
 
 #if defined(__x86_64__)
@@ -20,8 +18,11 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #endif
 
+#include "branch_norms_kernels.h"
 #include "contmix_kernels.h"
-#include "map_kernels.h"
+#include "depthwise_conv2d_kernels.h"
+#include "response_norm_kernels.h"
+#include "transpose_kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -3,12 +3,13 @@
 #include <cstdint>
 #include <new>
 
-#include "contmix_cpu.h"
-#include "maps_cpu.h"
 #include "tables.h"
 
 #define OVERLOCK_MM_NAMESPACE baseline
 #define OVERLOCK_MM_VECTOR_BYTES 16
 
+#include "branch_norms_kernels.h"
 #include "contmix_kernels.h"
-#include "map_kernels.h"
+#include "depthwise_conv2d_kernels.h"
+#include "response_norm_kernels.h"
+#include "transpose_kernels.h"

@@ -194,13 +194,13 @@ struct Largest {
   }
 };
 
-/// The lanes of x combined, by halves.
-template <typename Combine, typename T, int n = Simd<T>::lanes>
-OVERLOCK_MM_INLINE T combine_lanes(Vector<T> x) {
+/// Add or Largest of all lanes of x, by halves.
+template <typename Reduce, typename T, int n = Simd<T>::lanes>
+OVERLOCK_MM_INLINE T reduce_lanes(Vector<T> x) {
   if constexpr (n == 1) {
     return x[0];
   } else {
-    return combine_lanes<Combine, T, n / 2>(Combine{}(x, lanes_from<n / 2, T>(x, x)));
+    return reduce_lanes<Reduce, T, n / 2>(Reduce{}(x, lanes_from<n / 2, T>(x, x)));
   }
 }
 

@@ -4,6 +4,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include "../checks.h"
 #include "../contmix_tensors.h"
 #include "contmix_cuda.h"
 
@@ -27,10 +28,10 @@ std::tuple<Tensor, Tensor> contmix_cuda(const Tensor& value, const Tensor& query
                                         const OptionalTensor& bias, const OptionalTensor& rpb_small,
                                         const OptionalTensor& rpb_large, int64_t small_kernel_size,
                                         int64_t large_kernel_size) {
-  check_internal_arguments(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
+  check_contmix_keys(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
   const c10::cuda::CUDAGuard guard(value.device());
-  const Inputs inputs(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
-  const Outputs outputs(inputs);
+  const ContMixInputs inputs(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
+  const ContMixOutputs outputs(inputs);
   ContMixParams params = inputs.params();
   outputs.add_to(params);
   if (params.batch > 0) {
@@ -39,21 +40,21 @@ std::tuple<Tensor, Tensor> contmix_cuda(const Tensor& value, const Tensor& query
   return {outputs.output, outputs.logsumexp};
 }
 
-Gradients contmix_gradients_cuda(const Tensor& grad_output, const Tensor& value, const Tensor& query,
-                                 const Tensor& keys, const OptionalTensor& bias, const OptionalTensor& rpb_small,
-                                 const OptionalTensor& rpb_large, const Tensor& output, const Tensor& logsumexp,
-                                 int64_t small_kernel_size, int64_t large_kernel_size,
-                                 std::array<bool, 6> output_mask) {
-  check_internal_arguments(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
-  check_backward_arguments(grad_output, value, keys, output, logsumexp);
+ContMixGradients contmix_gradients_cuda(const Tensor& grad_output, const Tensor& value, const Tensor& query,
+                                        const Tensor& keys, const OptionalTensor& bias, const OptionalTensor& rpb_small,
+                                        const OptionalTensor& rpb_large, const Tensor& output, const Tensor& logsumexp,
+                                        int64_t small_kernel_size, int64_t large_kernel_size,
+                                        std::array<bool, 6> output_mask) {
+  check_contmix_keys(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
+  check_contmix_backward(grad_output, value, keys, output, logsumexp);
   const c10::cuda::CUDAGuard guard(value.device());
-  const Inputs inputs(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
+  const ContMixInputs inputs(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
   ContMixParams params = inputs.params();
-  const GradientBuffers gradients(inputs, contmix_backward_partials_cuda(params), output_mask);
+  const ContMixGradientBuffers gradients(inputs, contmix_backward_partials_cuda(params), output_mask);
   const Tensor contiguous_sums = logsumexp.contiguous();
-  params.grad_output = as_map(grad_output);
-  params.output = as_map(output);
-  params.logsumexp = contiguous_sums.data_ptr();
+  params.grad_output = map_to_read(grad_output);
+  params.output = map_to_read(output);
+  params.logsumexp = const_cast<void*>(contiguous_sums.const_data_ptr());
   gradients.add_to(params);
   if (params.batch > 0) {
     C10_CUDA_CHECK(contmix_backward_cuda(params, dtype_of(value), c10::cuda::getCurrentCUDAStream()));

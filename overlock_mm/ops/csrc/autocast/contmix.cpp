@@ -1,9 +1,9 @@
+// ContMix under autocast: value, query and key are cast.
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
-#include "../contmix_tensors.h"
+#include "../tensors.h"
 
 namespace overlock_mm {
 namespace {
@@ -21,11 +21,10 @@ Tensor contmix_autocast(const Tensor& value, const Tensor& query, const Tensor& 
       device == at::kCPU ? at::autocast::get_autocast_cpu_dtype() : at::autocast::get_autocast_gpu_dtype();
 #endif
   static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("overlock_mm::contmix", "")
-          .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                        const OptionalTensor&, const OptionalTensor&, int64_t, int64_t, int64_t)>();
-  // The parameters stay as they are: what is done with them is done in float32.
+      operator_named<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                            const OptionalTensor&, const OptionalTensor&, int64_t, int64_t, int64_t)>(
+          "overlock_mm::contmix");
+  // The parameters stay as they are: the computation with them is in float32.
   const auto cast = [&](const Tensor& tensor) { return at::autocast::cached_cast(dtype, tensor, device); };
   return op.call(cast(value), cast(query), cast(key), proj_weight, proj_bias, rpb_small, rpb_large, num_groups,
                  small_kernel_size, large_kernel_size);

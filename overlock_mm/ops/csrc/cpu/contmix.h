@@ -1,35 +1,33 @@
-// The CPU kernels, compiled once for every instruction set, and what they share with the code that runs them.
-//
-// They work in float32 or float64 on maps of any strides; half types are converted before. Each function does the items
-// [begin, end) of its phase; the items of a phase are independent, and how they are shared out changes no result.
+// The CPU kernels of ContMix, compiled once for every instruction set, and what they share with their launcher. They
+// take maps of any strides.
 #pragma once
 
 #include "../contmix.h"
 
 namespace overlock_mm::cpu {
 
-/// Memory that the phases of one call share, owned by the caller. Its layout is the kernels' own business.
+/// Memory that the phases of one call share. The caller owns it; only the kernels know its layout.
 template <typename T>
-struct Workspace {
+struct ContMixWorkspace {
   T* keys;        ///< keys and biases, laid out for the vectors
   T* grad_value;  ///< backward: of every strip, for the lines that the windows of its positions hold
 };
 
 template <typename T>
-struct Kernels {
+struct ContMixKernels {
   const char* instruction_set;
 
   /// Elements of the parts of a workspace.
   void (*workspace_sizes)(const ContMixParams&, bool backward, int64_t* keys, int64_t* grad_value);
 
   /// B * G items.
-  void (*pack_keys)(const ContMixParams&, const Workspace<T>&, bool backward, int64_t begin, int64_t end);
+  void (*pack_keys)(const ContMixParams&, const ContMixWorkspace<T>&, bool backward, int64_t begin, int64_t end);
   /// B * G * strips items: a strip of the map each.
-  void (*forward)(const ContMixParams&, const Workspace<T>&, int64_t strips, int64_t begin, int64_t end);
+  void (*forward)(const ContMixParams&, const ContMixWorkspace<T>&, int64_t strips, int64_t begin, int64_t end);
   /// B * G * partials items: a strip each.
-  void (*backward)(const ContMixParams&, const Workspace<T>&, int64_t begin, int64_t end);
+  void (*backward)(const ContMixParams&, const ContMixWorkspace<T>&, int64_t begin, int64_t end);
   /// B * 2 * G * H items: a line of grad_value each, from the strips that hold it.
-  void (*gather_grad_value)(const ContMixParams&, const Workspace<T>&, int64_t begin, int64_t end);
+  void (*gather_grad_value)(const ContMixParams&, const ContMixWorkspace<T>&, int64_t begin, int64_t end);
 };
 
 /// How many strips of the map the forward works on apart: enough for all threads, and few enough positions in each that

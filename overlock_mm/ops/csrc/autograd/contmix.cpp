@@ -2,7 +2,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "../contmix_ops.h"
+#include "../contmix_tensors.h"
 
 namespace overlock_mm {
 namespace {
@@ -81,11 +81,11 @@ std::tuple<Tensor, Tensor> contmix_autograd(const Tensor& value, const Tensor& q
   return {out[0], out[1]};
 }
 
-Gradients contmix_backward_autograd(const Tensor& grad_output, const Tensor& value, const Tensor& query,
-                                    const Tensor& keys, const OptionalTensor& bias, const OptionalTensor& rpb_small,
-                                    const OptionalTensor& rpb_large, const Tensor& output, const Tensor& logsumexp,
-                                    int64_t small_kernel_size, int64_t large_kernel_size,
-                                    std::array<bool, 6> output_mask) {
+ContMixGradients contmix_backward_autograd(const Tensor& grad_output, const Tensor& value, const Tensor& query,
+                                           const Tensor& keys, const OptionalTensor& bias,
+                                           const OptionalTensor& rpb_small, const OptionalTensor& rpb_large,
+                                           const Tensor& output, const Tensor& logsumexp, int64_t small_kernel_size,
+                                           int64_t large_kernel_size, std::array<bool, 6> output_mask) {
   const variable_list out = ContMixBackward::apply(grad_output, value, query, keys, bias, rpb_small, rpb_large, output,
                                                    logsumexp, small_kernel_size, large_kernel_size, output_mask);
   return {out[0], out[1], out[2], out[3], out[4], out[5]};

@@ -1,0 +1,215 @@
+"""Checks of the operators' arguments for the references: the same as csrc/checks.cpp, with the same messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HALF_TYPES = (torch.float16, torch.bfloat16)
+_MOST_BRANCHES = 8
+
+
+# What the dispatcher would refuse with messages of its own: checked before every call of an operator.
+
+
+def check_tensor(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f'{name} must be a Tensor, got {type(tensor).__name__}')
+
+
+def check_optional_tensor(name: str, tensor: Any) -> None:
+    if tensor is not None and not isinstance(tensor, Tensor):
+        raise TypeError(f'{name} must be a Tensor or None, got {type(tensor).__name__}')
+
+
+def check_dilation(dilation: Any) -> None:
+    if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
+        raise ValueError(f'dilation must be an int of at least 1, got {dilation!r}')
+
+
+def check_size(name: str, size: Any) -> None:
+    # SymInt: sizes under torch.compile may be symbolic.
+    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+        raise TypeError(f'{name} must be an int, got {size!r}')
+    if size < 1:
+        raise ValueError(f'{name} must be at least 1, got {size}')
+
+
+# What all operators have.
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    if x.dtype not in _DTYPES:
+        raise TypeError(f'{name} must be float16, bfloat16, float32 or float64, got {x.dtype}')
+
+
+def _check_rank(name: str, tensor: Tensor, rank: int) -> None:
+    if tensor.ndim != rank:
+        raise ValueError(f'{name} must have {rank} dimensions, got shape {tuple(tensor.shape)}')
+
+
+def _check_device(name: str, tensor: Tensor, reference: Tensor, reference_name: str) -> None:
+    if tensor.device != reference.device:
+        raise ValueError(f'{name} must be on the device of {reference_name}, {reference.device}, got {tensor.device}')
+
+
+def _check_dtype(name: str, tensor: Tensor, reference: Tensor, reference_name: str, parameter: bool) -> None:
+    """A parameter may be float32 beside half types."""
+    may_be_float = parameter and reference.dtype in _HALF_TYPES
+    if tensor.dtype != reference.dtype and not (may_be_float and tensor.dtype == torch.float32):
+        wanted = f'{reference.dtype} or torch.float32' if may_be_float else reference.dtype
+        raise TypeError(f'{name} must have dtype {wanted} with {reference_name} of {reference.dtype}, got {tensor.dtype}')
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f'{name} must have shape {shape}, got {tuple(tensor.shape)}')
+
+
+# ContMix.
+
+
+def check_contmix(
+    value: Tensor,
+    query: Tensor,
+    key: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Optional[Tensor],
+    rpb_small: Optional[Tensor],
+    rpb_large: Optional[Tensor],
+    *,
+    num_groups: int,
+    small_kernel_size: int,
+    large_kernel_size: int,
+) -> None:
+    _check_floating('value', value)
+    parameters = dict(proj_weight=proj_weight, proj_bias=proj_bias, rpb_small=rpb_small, rpb_large=rpb_large)
+    for name, tensor in dict(query=query, key=key, **parameters).items():
+        if tensor is not None:
+            _check_device(name, tensor, value, 'value')
+            _check_dtype(name, tensor, value, 'value', parameter=name in parameters)
+    for name, tensor, rank in (('value', value, 4), ('query', query, 4), ('key', key, 4), ('proj_weight', proj_weight, 2)):
+        _check_rank(name, tensor, rank)
+    batch, channels, height, width = value.shape
+    if channels == 0 or channels % (2 * num_groups):
+        raise ValueError(f'value must have channels divisible by 2 * num_groups = {2 * num_groups}, got {channels}')
+    if query.shape[1] == 0 or query.shape[1] % num_groups:
+        raise ValueError(f'query must have channels divisible by num_groups = {num_groups}, got {query.shape[1]}')
+    if (query.shape[0], *query.shape[2:]) != (batch, height, width):
+        raise ValueError(
+            f'query must have the batch and map of value, ({batch}, *, {height}, {width}), got shape {tuple(query.shape)}'
+        )
+    if tuple(key.shape[:2]) != tuple(query.shape[:2]):
+        raise ValueError(f'key must have shape ({batch}, {query.shape[1]}, S, S), got {tuple(key.shape)}')
+    for name, kernel_size in (('small_kernel_size', small_kernel_size), ('large_kernel_size', large_kernel_size)):
+        if kernel_size % 2 == 0:
+            raise ValueError(f'{name} must be odd, got {kernel_size}')
+        if kernel_size > min(height, width):
+            raise ValueError(f"{name} must be at most the map's smaller side, {min(height, width)}, got {kernel_size}")
+    slots, tokens = small_kernel_size**2 + large_kernel_size**2, key.shape[2] * key.shape[3]
+    shapes = dict(
+        proj_weight=(slots, tokens),
+        proj_bias=(slots,),
+        rpb_small=(num_groups, 2 * small_kernel_size - 1, 2 * small_kernel_size - 1),
+        rpb_large=(num_groups, 2 * large_kernel_size - 1, 2 * large_kernel_size - 1),
+    )
+    for name, tensor in parameters.items():
+        if tensor is not None:
+            _check_shape(name, tensor, shapes[name])
+
+
+# The other operators, of a map x (B, C, H, W).
+
+
+def _check_map(x: Tensor) -> None:
+    _check_floating('x', x)
+    _check_rank('x', x, 4)
+
+
+def _check_parameter(name: str, parameter: Tensor, x: Tensor) -> None:
+    """One number for a channel."""
+    _check_device(name, parameter, x, 'x')
+    _check_dtype(name, parameter, x, 'x', parameter=True)
+    _check_shape(name, parameter, (x.shape[1],))
+
+
+def _check_kernel(name: str, weight: Tensor, x: Tensor) -> None:
+    channels, size = x.shape[1], weight.shape[-1] if weight.ndim else 0
+    if tuple(weight.shape) != (channels, 1, size, size) or size % 2 == 0:
+        raise ValueError(f'{name} must have shape ({channels}, 1, k, k) with k odd, got {tuple(weight.shape)}')
+    _check_device(name, weight, x, 'x')
+    _check_dtype(name, weight, x, 'x', parameter=True)
+
+
+def check_depthwise_conv2d(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int, residual: bool, gelu: bool
+) -> None:
+    _check_map(x)
+    _check_kernel('weight', weight, x)
+    check_dilation(dilation)
+    if gelu and weight.shape[-1] != 3:
+        raise ValueError(f'weight must have shape ({x.shape[1]}, 1, 3, 3) with gelu, got {tuple(weight.shape)}')
+    if gelu and dilation != 1:
+        raise ValueError(f'dilation must be 1 with gelu, got {dilation}')
+    if bias is not None:
+        _check_parameter('bias', bias, x)
+
+
+def check_branch_norms(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    dilations: Sequence[int],
+    eps: float,
+) -> None:
+    _check_map(x)
+    branches = len(weights)
+    if not 1 <= branches <= _MOST_BRANCHES:
+        raise ValueError(f'weights must be 1 to {_MOST_BRANCHES} kernels, got {branches}')
+    if len(dilations) != branches:
+        raise ValueError(f'dilations must be a number for each of {branches} weights, got {list(dilations)}')
+    for weight, dilation in zip(weights, dilations):
+        _check_kernel('weights', weight, x)
+        check_dilation(dilation)
+    kernel_sizes = [weight.shape[-1] for weight in weights]
+    reaches = [(kernel_size - 1) * dilation for kernel_size, dilation in zip(kernel_sizes, dilations)]
+    if max(reaches) > reaches[0]:
+        raise ValueError(
+            f'the first branch must reach as far as any, got kernel sizes {kernel_sizes} and dilations {list(dilations)}'
+        )
+    if dilations[0] != 1:
+        raise ValueError(f'the first branch must have no dilation, got dilations {list(dilations)}')
+    for name, parameters in (('norm_weights', norm_weights), ('norm_biases', norm_biases)):
+        if len(parameters) != branches:
+            raise ValueError(f'{name} must be a tensor for each of {branches} weights, got {len(parameters)}')
+        for parameter in parameters:
+            _check_parameter(name, parameter, x)
+    if x.numel() == 0:
+        raise ValueError(f'x must not be empty, got shape {tuple(x.shape)}')
+
+
+def check_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> None:
+    _check_map(x)
+    _check_parameter('gamma', gamma, x)
+    _check_parameter('beta', beta, x)
+
+
+def check_residual_depthwise_norm(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], gamma: Tensor, beta: Tensor, eps: float, gelu: bool
+) -> None:
+    check_depthwise_conv2d(x, weight, bias, 1, True, False)
+    if weight.shape[-1] != 3:
+        raise ValueError(f'weight must have shape ({x.shape[1]}, 1, 3, 3), got {tuple(weight.shape)}')
+    check_response_norm(x, gamma, beta, eps)
+
+
+def check_transpose(matrices: Tensor) -> None:
+    if matrices.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f'matrices must be float32 or float64, got {matrices.dtype}')
+    if matrices.ndim < 2 or not matrices.is_contiguous():
+        raise ValueError(f'matrices must be contiguous, of 2 dimensions or more, got shape {tuple(matrices.shape)}')

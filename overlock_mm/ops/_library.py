@@ -1,0 +1,200 @@
+"""The operators in ``torch.ops.overlock_mm``: compiled ones where there is a binary, references everywhere else.
+
+The dispatcher chooses. The binary has kernels for the CPU, and those of ContMix for CUDA. The references are registered for
+all other devices (keys ``Autograd`` and ``CompositeExplicitAutograd``), and without a binary for the CPU too. With the key
+``CompositeImplicitAutograd``, torch.compile would decompose the compiled operators as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import warnings
+from collections.abc import Callable
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..versions import version_numbers
+from . import _checks, _reference
+from ._autocast import cast_as_autocast
+
+_BUILD_COMMAND = 'pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps .'
+
+#: As in csrc: defined here where there is no binary.
+SCHEMAS = {
+    'contmix': '(Tensor value, Tensor query, Tensor key, Tensor proj_weight, Tensor? proj_bias, Tensor? rpb_small, '
+    'Tensor? rpb_large, *, int num_groups, int small_kernel_size, int large_kernel_size) -> Tensor',
+    'depthwise_conv2d': '(Tensor x, Tensor weight, Tensor? bias, int dilation, bool residual, bool gelu) -> Tensor',
+    'branch_norms': '(Tensor x, Tensor[] weights, Tensor[] norm_weights, Tensor[] norm_biases, int[] dilations, '
+    'float eps) -> (Tensor output, Tensor mean, Tensor variance)',
+    'global_response_norm': '(Tensor x, Tensor gamma, Tensor beta, float eps) -> Tensor',
+    'residual_depthwise_norm': '(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps, '
+    'bool gelu) -> Tensor',
+    'residual_depthwise_norm_': '(Tensor(a!) x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps, '
+    'bool gelu) -> ()',
+    'transpose': '(Tensor matrices) -> Tensor',
+}
+
+try:
+    from torch.compiler import is_compiling
+except ImportError:  # torch < 2.3
+    from torch._dynamo import is_compiling  # noqa: F401
+
+
+def is_exporting() -> bool:
+    """Whether a graph is being made for elsewhere, where there may be no compiled operator: ONNX, torch.export, a trace."""
+    if torch.jit.is_tracing():
+        return True
+    # torch >= 2.7. Not is_exporting(), which is True under torch.compile too.
+    flag = getattr(torch.compiler, '_is_exporting_flag', None)
+    return torch.onnx.is_in_onnx_export() if flag is None else flag
+
+
+# The binary.
+
+
+def _load() -> tuple[Optional[str], dict[str, Any]]:
+    """Load the binary, which defines the operators: why it is missing (None if it is there), and its build information."""
+    binaries = sorted(Path(__file__).parent.glob('_C*.so'))
+    if not binaries:
+        return 'overlock_mm was installed without its compiled operators', {}
+    # With another torch it may load, and then read structures of another layout: it is asked before.
+    built_for = re.search(rb'{"torch": "([\d.]+)', binaries[0].read_bytes()).group(1).decode()
+    if version_numbers(built_for)[:2] != version_numbers(torch.__version__)[:2]:
+        return f'the compiled operators were built for torch {built_for}, this is torch {torch.__version__}', {}
+    try:
+        torch.ops.load_library(binaries[0])
+        return None, json.loads(torch.ops.overlock_mm._build_info())
+    except (OSError, RuntimeError) as error:
+        return f'the compiled operators do not load with torch {torch.__version__}: {error}', {}
+
+
+#: Why the binary is missing (None if it is there), and what it was built for: ``torch``, ``compiler``, ``cpu`` (the
+#: instruction set used here), ``cuda`` and ``cuda_architectures`` (None: for the CPU alone).
+missing, build_info = _load()
+
+
+def announce_on_import() -> None:
+    """Warn of what will be slow: everything, without a binary; the GPU of this machine, without CUDA in it."""
+    if missing:
+        _announce_fallback('cpu')
+    elif build_info['cuda'] is None and torch.cuda.device_count():
+        _announce_fallback('cuda')
+
+
+@cache
+def _announce_fallback(device_type: str) -> None:
+    reason = missing
+    if not reason and device_type == 'cuda':
+        reason = 'overlock_mm was built without CUDA, but there is a GPU'
+    elif not reason:
+        reason = f'there is no compiled operator for the device {device_type!r}'
+    force = 'FORCE_CUDA=1 ' if device_type == 'cuda' else ''
+    warnings.warn(
+        f'{reason}: ContMix runs through its reference in plain PyTorch, several times slower and with many times the '
+        "memory, and so do, on the CPU, the depth-wise convolutions and norms. To build it, in overlock_mm's sources, with "
+        f'a C++ compiler (and a CUDA toolkit that fits torch, for a GPU):\n    {force}{_BUILD_COMMAND}',
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
+# The references as operators: with checks, and with outputs in the memory format that the compiled operators give them.
+
+
+def _as_operator(reference: Callable, check: Callable) -> Callable:
+    @wraps(reference)
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        check(x, *args, **kwargs)
+        out = reference(x, *args, **kwargs)
+        if isinstance(out, tuple):
+            return _laid_out_as(x, out[0]), *out[1:]
+        return out if out is None else _laid_out_as(x, out)
+
+    return run
+
+
+def _laid_out_as(x: Tensor, out: Tensor) -> Tensor:
+    return out.contiguous(memory_format=torch.channels_last if _reference.is_channels_last(x) else torch.contiguous_format)
+
+
+def _contmix(value: Tensor, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    value, query, key = cast_as_autocast(value), cast_as_autocast(query), cast_as_autocast(key)
+    _checks.check_contmix(value, query, key, *args, **kwargs)
+    device_type = value.device.type
+    # The meta device has no autocast.
+    with contextlib.nullcontext() if device_type == 'meta' else torch.autocast(device_type, enabled=False):
+        return _laid_out_as(value, _reference.contmix_reference(value, query, key, *args, **kwargs))
+
+
+def _transpose(matrices: Tensor) -> Tensor:
+    _checks.check_transpose(matrices)
+    return _reference.transpose(matrices)
+
+
+#: The plain references, by the names of the operators.
+references: dict[str, Callable] = {
+    'contmix': _contmix,
+    'depthwise_conv2d': _as_operator(_reference.depthwise_conv2d, _checks.check_depthwise_conv2d),
+    'branch_norms': _as_operator(_reference.branch_norms, _checks.check_branch_norms),
+    'global_response_norm': _as_operator(_reference.global_response_norm, _checks.check_response_norm),
+    'residual_depthwise_norm': _as_operator(_reference.residual_depthwise_norm, _checks.check_residual_depthwise_norm),
+    'residual_depthwise_norm_': _as_operator(_reference.residual_depthwise_norm_, _checks.check_residual_depthwise_norm),
+    'transpose': _transpose,
+}
+
+
+def _announced_contmix(value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    _announce_fallback(value.device.type)
+    return _contmix(value, *args, **kwargs)
+
+
+#: What runs where there are no compiled kernels.
+fallbacks: dict[str, Callable] = {
+    **references,
+    'contmix': _announced_contmix,
+    'branch_norms': _as_operator(_reference.lean_branch_norms, _checks.check_branch_norms),
+}
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library('overlock_mm', 'FRAGMENT')
+    for name, schema in SCHEMAS.items():
+        if missing:
+            library.define(name + schema)
+        for key in ('Autograd', 'CompositeExplicitAutograd'):
+            library.impl(name, fallbacks[name], key)
+    return library
+
+
+_registrations = _register()  # they end with it
+_operators: dict[str, Callable] = {name: getattr(torch.ops.overlock_mm, name).default for name in SCHEMAS}
+
+
+def operator(name: str) -> Callable:
+    """``torch.ops.overlock_mm.<name>.default``, or its reference for an export."""
+    return references[name] if is_exporting() else _operators[name]
+
+
+class use_references(TorchFunctionMode):
+    """Context in which all operators run their references in plain PyTorch, on every device, in this thread.
+
+    For comparisons, debugging and benchmarks. :func:`branch_norms` then has each branch's convolution and batch norm by
+    itself, and autograd keeps all their outputs. ::
+
+        with use_references():
+            model(images)
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return _reference_of.get(function, function)(*args, **(kwargs or {}))
+
+
+_reference_of = {op: references[name] for name, op in _operators.items()}
+_reference_of.update((getattr(torch.ops.overlock_mm, name), reference) for name, reference in references.items())

@@ -1,0 +1,52 @@
+// Derivatives of global response norms.
+#include "autograd.h"
+
+namespace overlock_mm {
+namespace {
+
+using Norm = Tensor(const Tensor&, const Tensor&, const Tensor&, double);
+using Forward = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double);
+using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double);
+
+class ResponseNorm : public torch::autograd::Function<ResponseNorm> {
+ public:
+  static Variable forward(AutogradContext* context, const Variable& x, const Variable& gamma, const Variable& beta,
+                          double eps) {
+    static const auto op = operator_named<Forward>("overlock_mm::_response_norm");
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const auto [output, response] = op.call(x, gamma, beta, eps);
+    context->save_for_backward({x, gamma, response});
+    context->saved_data["eps"] = eps;
+    context->saved_data["beta_dtype"] = static_cast<int64_t>(beta.scalar_type());
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    static const auto op = operator_named<Backward>("overlock_mm::_response_norm_backward");
+    const auto saved = context->get_saved_variables();
+    const auto [x, gamma, beta] =
+        op.call(grads[0], saved[0], saved[1], saved[2], context->saved_data["eps"].toDouble());
+    const auto beta_dtype = static_cast<at::ScalarType>(context->saved_data["beta_dtype"].toInt());
+    return {x, gamma.to(saved[1].scalar_type()), beta.to(beta_dtype), Variable()};
+  }
+};
+
+Tensor global_response_norm_autograd(const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps) {
+  if (wants_gradient(x, gamma, beta)) return ResponseNorm::apply(x, gamma, beta, eps);
+  static const auto op = operator_named<Norm>("overlock_mm::global_response_norm");
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return op.call(x, gamma, beta, eps);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(overlock_mm, AutogradCPU, m) { m.impl("global_response_norm", &global_response_norm_autograd); }
+TORCH_LIBRARY_IMPL(overlock_mm, AutogradMeta, m) { m.impl("global_response_norm", &global_response_norm_autograd); }
+
+// These have no derivative, and say so if one is asked for.
+TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) {
+  m.impl("_response_norm", torch::autograd::autogradNotImplementedFallback());
+  m.impl("_response_norm_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+}  // namespace overlock_mm

@@ -1,0 +1,46 @@
+// What the kernels of branch norms are given: plain numbers and pointers, nothing of torch. Maps are as those of
+// depthwise_conv2d.h.
+#pragma once
+
+#include <cstdint>
+
+namespace overlock_mm {
+
+/// Parallel convolutions of one map, each followed by a batch norm over the batch, summed. Weights of all branches lie
+/// side by side: (C, taps) with taps the sum of k * k. No branch reaches further than `reach` positions.
+struct BranchNormsParams {
+  static constexpr int kMostBranches = 8;
+
+  int64_t batch, channels, height, width;
+  int64_t strips;
+  int branches;
+  int64_t kernel_size[kMostBranches], dilation[kMostBranches];  ///< kernel_size odd
+  int64_t reach;
+
+  const void* input;    ///< map
+  const void* weights;  ///< (C, taps)
+
+  // Statistics of the branches' outputs over a strip: their mean, and the sum of squared distances from it.
+  void* means;    ///< (B, strips, branches, C)
+  void* squares;  ///< likewise
+
+  // Backward: with y a branch's output, the gradient of y is scale * (grad - slope * (y - mean)), with grad that of the
+  // output less its mean, and slope = slope_of_product * product, the sum of grad * (y - mean) over the batch. An item
+  // is a block of channels of one image, or of the whole batch. The batch in one, all is done in one pass. Image by
+  // image there are two: the first makes the products only, and is the one without a grad_input.
+  bool whole_batch;
+  const void* grad_output;                      ///< map
+  const void* grad_mean;                        ///< (C): the mean of grad_output
+  const void *mean, *scale, *slope_of_product;  ///< (branches, C)
+  void* products;                               ///< (B, branches, C)
+  void* grad_input;                             ///< map, or null
+  void* grad_weights;                           ///< (B, C, taps), to be summed over the first
+
+  int64_t taps() const {
+    int64_t sum = 0;
+    for (int i = 0; i < branches; ++i) sum += kernel_size[i] * kernel_size[i];
+    return sum;
+  }
+};
+
+}  // namespace overlock_mm

@@ -1,0 +1,500 @@
+// Depth-wise convolutions of channels_last maps on the CPU. Included once for each instruction set, under the rules of
+// simd.h. docs/performance.md says why they are as they are.
+//
+// The lanes of a vector are channels. Two forms of a convolution:
+// - streamed (3 x 3, bound by memory): line by line with all channels, read where they lie, three lines of which stay
+// in
+//   the L2 cache. What goes through GELU first, or is overwritten, passes through a ring of three lines.
+// - by blocks (large kernels, bound by multiply-adds): one vector of channels of a strip is packed with a border of
+//   zeros, so that no tap asks where it is, and a tile of positions is accumulated in registers over all taps.
+
+#include "channel_blocks.h"
+#include "packed.h"
+
+namespace overlock_mm::cpu::OVERLOCK_MM_NAMESPACE {
+namespace {
+
+// -------------------------------------------------------------------------------------------------------------- GELU
+
+/// The cumulative distribution function of the normal distribution.
+template <typename T>
+OVERLOCK_MM_INLINE Vector<T> normal_below(Vector<T> x) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    // erf(z) / z over z², rational, minimax on |z| < 3.95, from where on a float's erf is 1: relative error 2e-8.
+    constexpr float limit = 3.95f;
+    const Vector<T> z = x * T(0.7071067811865476);
+    const Vector<T> inside = z > limit ? Vector<T>{} + limit : (z < -limit ? Vector<T>{} - limit : z);
+    const Vector<T> u = inside * inside;
+    Vector<T> p = u * 2.0259068455440413e-06f + 0.0002846884509476973f;
+    p = p * u + 0.0038081843889094f;
+    p = p * u + 0.0528755168876133f;
+    p = p * u + 0.1915508156954838f;
+    p = p * u + 1.1283791437320914f;
+    Vector<T> q = u * 3.783182662903132e-05f + 0.0011707316964231116f;
+    q = q * u + 0.015055135052424248f;
+    q = q * u + 0.1145598358480844f;
+    q = q * u + 0.5030901659239503f;
+    q = q * u + 1.0f;
+    const Vector<T> erf = inside * p / q;
+    const Vector<T> bounded = erf > 1.0f ? Vector<T>{} + 1.0f : (erf < -1.0f ? Vector<T>{} - 1.0f : erf);
+    return bounded * 0.5f + 0.5f;
+  } else {
+    Vector<T> out;
+    for (int i = 0; i < Simd<T>::lanes; ++i) out[i] = T(0.5) * std::erfc(x[i] * T(-0.7071067811865476));
+    return out;
+  }
+}
+
+/// GELU and its derivative.
+template <typename T>
+OVERLOCK_MM_INLINE Vector<T> gelu(Vector<T> x) {
+  return x * normal_below<T>(x);
+}
+
+template <typename T>
+OVERLOCK_MM_INLINE Vector<T> gelu_slope(Vector<T> x, Vector<T> below) {
+  constexpr double density_at_0 = 0.3989422804014327;  // 1 / sqrt(2 pi)
+  return below + x * exp2<T>(x * x * T(-0.5 * kLog2E)) * T(density_at_0);
+}
+
+// ---------------------------------------------------------------------------------------------------------- streamed
+
+constexpr int kStreamed = 3;                             // kernel size
+constexpr int kStreamTile = kVectorBytes == 64 ? 8 : 4;  // positions of a line in registers
+constexpr int kGradientTile = kVectorBytes == 64 ? 8 : 4;
+
+/// A line of a map with its neighbours, all channels of a position side by side.
+template <typename E>
+struct Around {
+  const E* lines[kStreamed];  ///< position 0 of the lines above, here and below; null: outside the map
+  int64_t stride, width;
+
+  /// Channels from `first` on of n positions of a line and of their neighbours; zeros for those outside the map.
+  template <int n>
+  OVERLOCK_MM_INLINE void load_positions(int line, int64_t x, int64_t first, Vector<Computed<E>>* in) const {
+    const E* const at = lines[line] + x * stride + first;
+    in[0] = x > 0 ? load(at - stride) : Vector<Computed<E>>{};
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) in[i + 1] = load(at + i * stride);
+    in[n + 1] = x + n < width ? load(at + n * stride) : Vector<Computed<E>>{};
+    // The lines above are in the cache. The processor does not foresee the way of a tile over this one.
+    if (line == kStreamed - 1) {
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) __builtin_prefetch(at + (n + i + 1) * stride);
+    }
+  }
+};
+
+/// Line y of an image (H, W, C), null outside of it.
+template <typename E>
+const E* line_of(const DepthwiseConv2dParams& p, const void* map, int64_t image, int64_t y) {
+  return y < 0 || y >= p.height ? nullptr : const_data<E>(map) + (image * p.height + y) * p.width * p.channels;
+}
+
+/// Line y where it lies. Only for as many channels as a vector has lanes, or more: Ring is for the others.
+template <typename E>
+Around<E> around_line(const DepthwiseConv2dParams& p, const void* map, int64_t image, int64_t y) {
+  return {{line_of<E>(p, map, image, y - 1), line_of<E>(p, map, image, y), line_of<E>(p, map, image, y + 1)},
+          p.channels,
+          p.width};
+}
+
+/// The last three lines of a map that were pushed, with whole vectors of channels.
+template <typename T>
+class Ring {
+ public:
+  /// A vector more than the channels, lest the positions of a tile share a few sets of the cache.
+  static int64_t stride(int64_t channels) { return round_up<T>(channels) + Simd<T>::lanes; }
+  static int64_t size(int64_t channels, int64_t width) { return kStreamed * width * stride(channels); }
+
+  /// `data`: memory for `size` numbers.
+  Ring(const DepthwiseConv2dParams& p, T* data) : p_(p), stride_(stride(p.channels)), data_(data) {}
+
+  /// Line y, if it was pushed last or one or two lines before.
+  T* line(int64_t y) const { return data_ + y % kStreamed * p_.width * stride_; }
+  int64_t stride() const { return stride_; }
+
+  /// Line y, which was pushed one line before the last, or last at the end of the map.
+  Around<T> around(int64_t y) const {
+    return {{y > 0 ? line(y - 1) : nullptr, line(y), y + 1 < p_.height ? line(y + 1) : nullptr}, stride_, p_.width};
+  }
+
+  /// Take in line y, (W, C) at `from`: function(vector) of it. Nothing for a line outside the map, which is null.
+  template <typename E, typename Function>
+  OVERLOCK_MM_INLINE void push(const E* from, int64_t y, Function function) {
+    if (!from) return;
+    T* to = line(y);
+    const int64_t blocks = number_of_blocks<T>(p_.channels);
+    for (int64_t x = 0; x < p_.width; ++x, from += p_.channels, to += stride_) {
+      for (int64_t b = 0; b < blocks; ++b) {
+        const ChannelBlock block = block_of<T>(p_.channels, b);
+        store(to + block.first, function(load_block(from, block), x, block));
+      }
+    }
+  }
+
+ private:
+  const DepthwiseConv2dParams& p_;
+  int64_t stride_;
+  T* data_;
+};
+
+/// Sums of n positions from x on over the 3x3 taps around them.
+template <typename T, int n, typename E>
+OVERLOCK_MM_INLINE void convolve_streamed(const Around<E>& around, int64_t x, int64_t first, const T* weights,
+                                          Vector<T> start, Vector<T>* sums) {
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) sums[i] = start;
+#pragma GCC unroll 3
+  for (int ky = 0; ky < 3; ++ky) {
+    if (!around.lines[ky]) continue;
+    Vector<T> in[n + 2];
+    around.template load_positions<n>(ky, x, first, in);
+#pragma GCC unroll 3
+    for (int kx = 0; kx < 3; ++kx) {
+      const Vector<T> w = load(weights + (3 * ky + kx) * Simd<T>::lanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) sums[i] += w * in[i + kx];
+    }
+  }
+}
+
+/// Call tile(x, width as a constant) for the positions of a line, in tiles of `most`, and of halves of it at the end.
+template <int most, typename Tile>
+OVERLOCK_MM_INLINE void in_tiles(int64_t x, int64_t width, Tile tile) {
+  for (; x + most <= width; x += most) tile.template operator()<most>(x);
+  if constexpr (most > 1) in_tiles<most / 2>(x, width, tile);
+}
+
+/// A line, convolved. Tiles go through all channels before the next tile: what lies side by side is read
+/// and written together.
+template <typename T, typename E, typename Start, typename Finish>
+struct StreamedLine {
+  Around<E> around;
+  int64_t channels;
+  const T* weights;  ///< (blocks, 9, lanes)
+  Start start;       ///< of a block: what its sums begin with
+  Finish finish;     ///< takes a position, a block and its sum
+  T* squares;        ///< (blocks, lanes), of the sums, or null
+
+  template <int n>
+  OVERLOCK_MM_INLINE void operator()(int64_t x) const {
+    const T* block_weights = weights;
+    const int64_t blocks = number_of_blocks<T>(channels);
+    for (int64_t b = 0; b < blocks; ++b, block_weights += kStreamed * kStreamed * Simd<T>::lanes) {
+      const ChannelBlock block = block_of<T>(channels, b);
+      Vector<T> sums[n];
+      convolve_streamed<T, n>(around, x, block.first, block_weights, start(block), sums);
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) finish(x + i, block, sums[i]);
+      if (squares) {
+        T* const to = squares + b * Simd<T>::lanes;
+        Vector<T> square = load(to);
+#pragma GCC unroll 8
+        for (int i = 0; i < n; ++i) square += sums[i] * sums[i];
+        store(to, square);
+      }
+    }
+  }
+};
+
+template <typename T, typename E, typename Start, typename Finish>
+OVERLOCK_MM_INLINE void convolve_line(const Around<E>& around, int64_t channels, const T* weights, Start start,
+                                      Finish finish, T* squares = nullptr) {
+  in_tiles<kStreamTile>(0, around.width,
+                        StreamedLine<T, E, Start, Finish>{around, channels, weights, start, finish, squares});
+}
+
+/// The weights of all blocks, (blocks, 9, lanes), with the residual connection as a 1 on the middle tap.
+template <typename T>
+void pack_streamed_weights(const DepthwiseConv2dParams& p, bool flipped, T* to) {
+  constexpr int64_t lanes = Simd<T>::lanes, taps = kStreamed * kStreamed;
+  for (int64_t b = 0; b < number_of_blocks<T>(p.channels); ++b, to += taps * lanes) {
+    pack_weights(const_data<T>(p.weight), taps, 0, taps, block_of<T>(p.channels, b), flipped, to);
+    if (p.residual) {
+      for (int64_t i = 0; i < lanes; ++i) to[taps / 2 * lanes + i] += T(1);
+    }
+  }
+}
+
+/// Maps of E, computed with in T.
+template <typename T, typename E>
+void stream_maps(const DepthwiseConv2dParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Simd<T>::lanes, taps = kStreamed * kStreamed;
+  const int64_t blocks = number_of_blocks<T>(p.channels);
+  // In place, and with channels that fill no vector, lines cannot be read where they lie.
+  const bool pushes = p.gelu || p.input == p.output || p.channels < lanes;
+  const int64_t ring_size = pushes ? Ring<T>::size(p.channels, p.width) : 0;
+  Scratch<T> scratch(ring_size + blocks * (taps + 1) * lanes);
+  Ring<T> ring(p, scratch.take(ring_size));
+  T* const weights = scratch.take(blocks * taps * lanes);
+  T* const squares = p.squares ? scratch.take(blocks * lanes) : nullptr;
+  pack_streamed_weights(p, /*flipped=*/false, weights);
+  const T* const bias = const_data<T>(p.bias);
+  const int64_t image_size = p.height * p.width * p.channels;
+
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = item / p.strips, strip = item % p.strips;
+    E* const output = static_cast<E*>(p.output) + image * image_size;
+    const Lines lines(p.height, p.strips, strip);
+    for (int64_t i = 0; squares && i < blocks * lanes; ++i) squares[i] = T(0);
+    for (int64_t pushed = lines.begin - 1; pushed <= lines.end; ++pushed) {
+      const E* from = pushes ? line_of<E>(p, p.input, image, pushed) : nullptr;
+      if (p.borders && from && (pushed < lines.begin || pushed == lines.end)) {
+        const int64_t border = pushed < lines.begin ? 2 * strip - 2 : 2 * strip + 1;
+        from = const_data<E>(p.borders) + (image * 2 * (p.strips - 1) + border) * p.width * p.channels;
+      }
+      if (p.gelu) {
+        ring.push(from, pushed,
+                  [](Vector<T> x, int64_t, const ChannelBlock&) OVERLOCK_MM_INLINE_LAMBDA { return gelu<T>(x); });
+      } else {
+        ring.push(from, pushed, [](Vector<T> x, int64_t, const ChannelBlock&) OVERLOCK_MM_INLINE_LAMBDA { return x; });
+      }
+      const int64_t y = pushed - 1;
+      if (y < lines.begin) continue;
+      E* const to = output + y * p.width * p.channels;
+      const auto convolve = [&](const auto& around) OVERLOCK_MM_INLINE_LAMBDA {
+        convolve_line<T>(
+            around, p.channels, weights,
+            [&](const ChannelBlock& block)
+                OVERLOCK_MM_INLINE_LAMBDA { return bias ? load_block(bias, block) : Vector<T>{}; },
+            [&](int64_t x, const ChannelBlock& block, Vector<T> sum)
+                OVERLOCK_MM_INLINE_LAMBDA { store_repeated(to + x * p.channels, block, sum); },
+            squares);
+      };
+      if (pushes) {
+        convolve(ring.around(y));
+      } else {
+        convolve(around_line<E>(p, p.input, image, y));
+      }
+    }
+    for (int64_t b = 0; squares && b < blocks; ++b)
+      store_repeated(static_cast<T*>(p.squares) + item * p.channels, block_of<T>(p.channels, b),
+                     load(squares + b * lanes));
+  }
+}
+
+template <typename T>
+void stream(const DepthwiseConv2dParams& p, int64_t begin, int64_t end) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (p.bfloat16) return stream_maps<T, BFloat16>(p, begin, end);
+  }
+  stream_maps<T, T>(p, begin, end);
+}
+
+/// Gradients of the taps, and of the bias, at the positions of a line, added up.
+template <typename T, typename I, typename G>
+struct StreamedGradient {
+  Around<I> inputs;  ///< f(input)
+  Around<G> grads;
+  int64_t channels;
+  T* sums;  ///< (blocks, 10, lanes)
+
+  template <int n>
+  OVERLOCK_MM_INLINE void operator()(int64_t x) const {
+    constexpr int lanes = Simd<T>::lanes, taps = kStreamed * kStreamed;
+    T* to = sums;
+    const int64_t blocks = number_of_blocks<T>(channels);
+    for (int64_t b = 0; b < blocks; ++b, to += (taps + 1) * lanes) {
+      const int64_t first = block_of<T>(channels, b).first;
+      Vector<T> grad[n], bias = load(to + taps * lanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) {
+        grad[i] = load(grads.lines[1] + (x + i) * grads.stride + first);
+        bias += grad[i];
+      }
+      store(to + taps * lanes, bias);
+#pragma GCC unroll 3
+      for (int ky = 0; ky < 3; ++ky) {
+        if (!inputs.lines[ky]) continue;
+        Vector<T> in[n + 2];
+        inputs.template load_positions<n>(ky, x, first, in);
+#pragma GCC unroll 3
+        for (int kx = 0; kx < 3; ++kx) {
+          T* const tap = to + (3 * ky + kx) * lanes;
+          Vector<T> sum = load(tap);
+#pragma GCC unroll 8
+          for (int i = 0; i < n; ++i) sum += grad[i] * in[i + kx];
+          store(tap, sum);
+        }
+      }
+    }
+  }
+};
+
+template <typename T, typename I, typename G>
+OVERLOCK_MM_INLINE StreamedGradient<T, I, G> streamed_gradient(const Around<I>& inputs, const Around<G>& grads,
+                                                               int64_t channels, T* sums) {
+  return {inputs, grads, channels, sums};
+}
+
+/// All gradients in one pass over input and grad_output.
+template <typename T, typename E>
+void stream_maps_backward(const DepthwiseConv2dParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Simd<T>::lanes, taps = kStreamed * kStreamed;
+  const int64_t blocks = number_of_blocks<T>(p.channels);
+  const int64_t ring_size = Ring<T>::size(p.channels, p.width), sums_size = blocks * (taps + 1) * lanes;
+  // Channels that fill no vector cannot be read where they lie.
+  const bool pushes_grads = p.channels < lanes, pushes_inputs = p.gelu || pushes_grads;
+  Scratch<T> scratch((pushes_grads + pushes_inputs + p.gelu) * ring_size + blocks * taps * lanes + sums_size);
+  Ring<T> grads(p, pushes_grads ? scratch.take(ring_size) : nullptr);
+  Ring<T> inputs(p, pushes_inputs ? scratch.take(ring_size) : nullptr);
+  // gelu'(input), line by line as the inputs.
+  T* const slopes = p.gelu ? scratch.take(ring_size) : nullptr;
+  T* const weights = scratch.take(blocks * taps * lanes);
+  T* const sums = scratch.take(sums_size);
+  pack_streamed_weights(p, /*flipped=*/true, weights);
+  const int64_t stride = inputs.stride();
+  const auto slopes_of = [&](int64_t y) { return slopes + (y + kStreamed) % kStreamed * p.width * stride; };
+  const int64_t image_size = p.height * p.width * p.channels;
+
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = item / p.strips;
+    const Lines lines(p.height, p.strips, item % p.strips);
+    for (int64_t i = 0; i < sums_size; ++i) sums[i] = T(0);
+    for (int64_t pushed = lines.begin - 1; pushed <= lines.end; ++pushed) {
+      if (pushes_grads) {
+        grads.push(line_of<E>(p, p.grad_output, image, pushed), pushed,
+                   [](Vector<T> g, int64_t, const ChannelBlock&) OVERLOCK_MM_INLINE_LAMBDA { return g; });
+      }
+      const E* const input = pushes_inputs ? line_of<E>(p, p.input, image, pushed) : nullptr;
+      if (p.gelu) {
+        T* const to = slopes_of(pushed);
+        inputs.push(input, pushed,
+                    [&](Vector<T> x, int64_t column, const ChannelBlock& block) OVERLOCK_MM_INLINE_LAMBDA {
+                      const Vector<T> below = normal_below<T>(x);
+                      store(to + column * stride + block.first, gelu_slope<T>(x, below));
+                      return x * below;
+                    });
+      } else {
+        inputs.push(input, pushed,
+                    [](Vector<T> x, int64_t, const ChannelBlock&) OVERLOCK_MM_INLINE_LAMBDA { return x; });
+      }
+      const int64_t y = pushed - 1;
+      if (y < lines.begin) continue;
+      const auto differentiate = [&](const auto& around_input, const auto& around_grad) OVERLOCK_MM_INLINE_LAMBDA {
+        if (p.grad_input) {
+          E* const to = static_cast<E*>(p.grad_input) + image * image_size + y * p.width * p.channels;
+          const T* const slope = p.gelu ? slopes_of(y) : nullptr;
+          convolve_line<T>(
+              around_grad, p.channels, weights,
+              [](const ChannelBlock&) OVERLOCK_MM_INLINE_LAMBDA { return Vector<T>{}; },
+              [&](int64_t x, const ChannelBlock& block, Vector<T> sum) OVERLOCK_MM_INLINE_LAMBDA {
+                if (slope) sum *= load(slope + x * stride + block.first);
+                store_repeated(to + x * p.channels, block, sum);
+              });
+        }
+        if (p.grad_weight || p.grad_bias)
+          in_tiles<kGradientTile>(0, p.width, streamed_gradient<T>(around_input, around_grad, p.channels, sums));
+      };
+      if (pushes_grads) {
+        differentiate(inputs.around(y), grads.around(y));
+      } else if (pushes_inputs) {
+        differentiate(inputs.around(y), around_line<E>(p, p.grad_output, image, y));
+      } else {
+        differentiate(around_line<E>(p, p.input, image, y), around_line<E>(p, p.grad_output, image, y));
+      }
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      const ChannelBlock block = block_of<T>(p.channels, b);
+      const T* const from = sums + b * (taps + 1) * lanes;
+      for (int64_t i = 0; i < block.count; ++i) {
+        const int64_t channel = item * p.channels + block.first + i;
+        for (int64_t t = 0; p.grad_weight && t < taps; ++t)
+          static_cast<T*>(p.grad_weight)[channel * taps + t] = from[t * lanes + i];
+        if (p.grad_bias) static_cast<T*>(p.grad_bias)[channel] = from[taps * lanes + i];
+      }
+    }
+  }
+}
+
+template <typename T>
+void stream_backward(const DepthwiseConv2dParams& p, int64_t begin, int64_t end) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (p.bfloat16) return stream_maps_backward<T, BFloat16>(p, begin, end);
+  }
+  stream_maps_backward<T, T>(p, begin, end);
+}
+
+// --------------------------------------------------------------------------------------------------------- by blocks
+
+template <typename T>
+void convolve(const DepthwiseConv2dParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  const int64_t blocks = number_of_blocks<T>(p.channels), taps = p.kernel_size * p.kernel_size;
+  const int64_t border = p.kernel_size / 2 * p.dilation;
+  const int64_t most_lines = (p.height + p.strips - 1) / p.strips;
+  Scratch<T> scratch(Packed<T>::size(most_lines, p.width, border) + taps * lanes);
+  Scratch<int64_t> offsets_scratch(taps);
+  const Packed<T> packed{scratch.take(Packed<T>::size(most_lines, p.width, border)), p.width + 2 * border};
+  T* const weights = scratch.take(taps * lanes);
+  int64_t* const offsets = offsets_scratch.take(taps);
+  tap_offsets<T>(p.kernel_size, p.dilation, packed.width, offsets);
+  const int64_t image_size = p.height * p.width * p.channels;
+
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = item / blocks / p.strips;
+    const ChannelBlock block = block_of<T>(p.channels, item % blocks);
+    const Lines lines(p.height, p.strips, item / blocks % p.strips);
+    Packed<T>(packed).pack(const_data<T>(p.input) + image * image_size, p.height, p.width, p.channels, block,
+                           lines.begin, lines.count(), border, Vector<T>{});
+    pack_weights(const_data<T>(p.weight), taps, 0, taps, block, /*flipped=*/false, weights);
+    if (p.residual) {
+      for (int64_t i = 0; i < lanes; ++i) weights[taps / 2 * lanes + i] += T(1);
+    }
+    const Vector<T> start = p.bias ? load_block(const_data<T>(p.bias), block) : Vector<T>{};
+    for (int64_t y = 0; y < lines.count(); ++y) {
+      T* const to = static_cast<T*>(p.output) + image * image_size + (lines.begin + y) * p.width * p.channels;
+      in_even_tiles(p.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
+        Vector<T> sums[kColumns];
+        for (int64_t i = 0; i < n; ++i) sums[i] = start;
+        convolve_positions<T>(n, packed.at(y, x), offsets, weights, taps, sums);
+        for (int64_t i = 0; i < n; ++i) store_block(to + (x + i) * p.channels, block, sums[i]);
+      });
+    }
+  }
+}
+
+template <typename T>
+void weight_gradient(const DepthwiseConv2dParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  const int64_t blocks = number_of_blocks<T>(p.channels), taps = p.kernel_size * p.kernel_size;
+  const int64_t border = p.kernel_size / 2 * p.dilation;
+  const int64_t most_lines = (p.height + p.strips - 1) / p.strips;
+  const int64_t input_size = Packed<T>::size(most_lines, p.width, border);
+  const int64_t grads_size = Packed<T>::size(most_lines, p.width, 0);
+  Scratch<T> scratch(input_size + grads_size + taps * lanes);
+  Packed<T> inputs{scratch.take(input_size), p.width + 2 * border}, grads{scratch.take(grads_size), p.width};
+  T* const sums = scratch.take(taps * lanes);
+  const int64_t image_size = p.height * p.width * p.channels;
+
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t part = item / blocks, image = part / p.strips;
+    const ChannelBlock block = block_of<T>(p.channels, item % blocks);
+    const Lines lines(p.height, p.strips, part % p.strips);
+    inputs.pack(const_data<T>(p.input) + image * image_size, p.height, p.width, p.channels, block, lines.begin,
+                lines.count(), border, Vector<T>{});
+    grads.pack(const_data<T>(p.grad_output) + image * image_size, p.height, p.width, p.channels, block, lines.begin,
+               lines.count(), 0, Vector<T>{});
+    for (int64_t i = 0; i < taps * lanes; ++i) sums[i] = T(0);
+    correlate(grads, inputs, lines.count(), p.width, p.kernel_size, p.dilation, sums);
+    unpack_gradients(sums, taps, block, taps, static_cast<T*>(p.grad_weight) + part * p.channels * taps);
+  }
+}
+
+template <typename T>
+constexpr DepthwiseConv2dKernels<T> kDepthwiseConv2dKernels = {Simd<T>::lanes, &stream<T>, &stream_backward<T>,
+                                                               &convolve<T>, &weight_gradient<T>};
+
+}  // namespace
+
+template <>
+const DepthwiseConv2dKernels<float>& table() {
+  return kDepthwiseConv2dKernels<float>;
+}
+template <>
+const DepthwiseConv2dKernels<double>& table() {
+  return kDepthwiseConv2dKernels<double>;
+}
+
+}  // namespace overlock_mm::cpu::OVERLOCK_MM_NAMESPACE

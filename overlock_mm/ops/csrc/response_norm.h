@@ -1,0 +1,21 @@
+// What the kernels of response norms are given: plain numbers and pointers, nothing of torch. Maps are as those of
+// depthwise_conv2d.h.
+#pragma once
+
+#include <cstdint>
+
+namespace overlock_mm {
+
+/// Global response normalisation: output = input * (gamma * response + 1) + beta.
+struct ResponseNormParams {
+  int64_t batch, channels, positions, strips;
+  const void* input;  ///< map
+  const void* other;  ///< map, or null: of what products are summed with the input
+  void* sums;         ///< (B, strips, C): of input * other
+  void* plain_sums;   ///< (B, strips, C): of other, or null
+  // output = input * scale + other * other_scale + shift, per image and channel.
+  const void *scale, *other_scale, *shift;  ///< (B, C), (B, C) or null with other, (C) or null
+  void* output;
+};
+
+}  // namespace overlock_mm

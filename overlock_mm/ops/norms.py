@@ -1,0 +1,120 @@
+"""Norms that OverLoCK has around its depth-wise convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ._autocast import cast_as_autocast
+from ._checks import check_dilation, check_optional_tensor, check_residual_depthwise_norm, check_tensor
+from ._library import operator
+from .depthwise import residual_depthwise_conv2d
+
+
+def branch_norms(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    dilations: Sequence[int],
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of parallel depth-wise convolutions, each through a batch norm with the statistics of the batch.
+
+    Given the statistics the branches are one kernel, also in training (paper section 3.2, "Dilated RepConv Layer"). The
+    compiled operator takes one pass over the map for the statistics, and one convolution; it keeps ``x`` for the backward,
+    and no other map. On devices without it the backward keeps ``x`` and the output of the first branch.
+
+    Args:
+        x (Tensor[B, C, H, W])
+        weights (sequence of Tensor[C, 1, k, k]): a kernel for each branch, k odd, at most 8. The first reaches as far as
+            any and has no dilation.
+        norm_weights, norm_biases (sequences of Tensor[C]): of the branches' batch norms.
+        dilations: of the branches.
+        eps: of the batch norms.
+
+    Returns:
+        tuple[Tensor[B, C, H, W], Tensor[branches, C], Tensor[branches, C]]: the sum, and of each branch's output the mean
+        and the biased variance, which have no gradient.
+
+    Raises:
+        TypeError, ValueError: as :func:`depthwise_conv2d`; ``x`` is empty.
+    """
+    check_tensor('x', x)
+    weights, norm_weights, norm_biases, dilations = map(list, (weights, norm_weights, norm_biases, dilations))
+    for name, tensors in (('weights', weights), ('norm_weights', norm_weights), ('norm_biases', norm_biases)):
+        for tensor in tensors:
+            check_tensor(name, tensor)
+    for dilation in dilations:
+        check_dilation(dilation)
+    return operator('branch_norms')(cast_as_autocast(x), weights, norm_weights, norm_biases, dilations, eps)
+
+
+def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-6) -> Tensor:
+    """Global response normalisation (Woo et al., ConvNeXt V2, eq. 1-3): ``x * (gamma * n + 1) + beta``.
+
+    n is the L2 norm of a channel's map over its mean over the channels. Sums are in float32 at least.
+
+    Args:
+        x (Tensor[B, C, H, W])
+        gamma, beta (Tensor[C])
+        eps: added to the mean.
+
+    Returns:
+        Tensor[B, C, H, W]: with the dtype and memory format of ``x``, also under autocast.
+
+    Raises:
+        TypeError, ValueError: as :func:`depthwise_conv2d`.
+    """
+    check_tensor('x', x)
+    check_tensor('gamma', gamma)
+    check_tensor('beta', beta)
+    return operator('global_response_norm')(x, gamma, beta, eps)
+
+
+def residual_depthwise_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float = 1e-6,
+    gelu: bool = False,
+    inplace: bool = False,
+) -> Tensor:
+    """``global_response_norm(residual_depthwise_conv2d(x, weight, bias, gelu), gamma, beta, eps)``.
+
+    Where gradients are disabled this is one operator: the compiled one sums the squares of the convolution's output on its
+    way to memory, and normalises the output in place. Where they are enabled, both operators run one after the other.
+
+    Args:
+        x (Tensor[B, C, H, W])
+        weight (Tensor[C, 1, 3, 3])
+        bias (Tensor[C] | None)
+        gamma, beta (Tensor[C]), eps: of the norm.
+        gelu: whether x goes through the exact GELU first.
+        inplace: whether the result overwrites ``x``, as in PyTorch's activations. Only where gradients are disabled.
+
+    Returns:
+        Tensor[B, C, H, W]: as :func:`depthwise_conv2d`.
+
+    Raises:
+        TypeError, ValueError: as :func:`depthwise_conv2d`; ``inplace`` with gradients, or under an autocast that casts x.
+    """
+    for name, tensor in (('x', x), ('weight', weight), ('gamma', gamma), ('beta', beta)):
+        check_tensor(name, tensor)
+    check_optional_tensor('bias', bias)
+    given, x = x, cast_as_autocast(x)
+    if inplace and (torch.is_grad_enabled() or x.dtype != given.dtype):
+        reason = 'gradients are enabled' if torch.is_grad_enabled() else f'autocast makes {x.dtype} of {given.dtype}'
+        raise ValueError(f'inplace must be False where {reason}, got True')
+    if torch.is_grad_enabled():
+        check_residual_depthwise_norm(x, weight, bias, gamma, beta, eps, gelu)
+        return global_response_norm(residual_depthwise_conv2d(x, weight, bias, gelu), gamma, beta, eps)
+    if inplace:
+        operator('residual_depthwise_norm_')(x, weight, bias, gamma, beta, eps, gelu)
+        return x
+    return operator('residual_depthwise_norm')(x, weight, bias, gamma, beta, eps, gelu)

@@ -178,16 +178,16 @@ instruction_sets = pytest.mark.parametrize(
 
 def run_with_instruction_set(code: str, test_file: str, capability: str, instruction_set: str) -> None:
     """Run code that imports from a test's file with one instruction set. A switch of torch disables the others."""
-    from overlock_mm.ops import _extension
+    from overlock_mm.ops import _library
 
     known = {'baseline': 0, 'avx2': 1, 'avx512': 2}
-    if known[instruction_set] > known[_extension.build_info['cpu']]:
+    if known[instruction_set] > known[_library.build_info['cpu']]:
         pytest.skip(f'this processor has no {instruction_set}')
     prelude = f"""
 import sys
 sys.path[:0] = [{str(Path(test_file).parent)!r}, {str(ROOT / 'tests')!r}]
-from overlock_mm.ops import _extension
-assert _extension.build_info['cpu'] == {instruction_set!r}, _extension.build_info
+from overlock_mm.ops import _library
+assert _library.build_info['cpu'] == {instruction_set!r}, _library.build_info
 """
     environment = {**os.environ, 'ATEN_CPU_CAPABILITY': capability, 'CUDA_VISIBLE_DEVICES': ''}
     command = [sys.executable, '-W', 'ignore', '-c', prelude + code]

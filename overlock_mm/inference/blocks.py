@@ -143,7 +143,8 @@ class ScaledSum(nn.Module):
     def __init__(self, scale: nn.Module, conv: FoldedConv2d) -> None:
         super().__init__()
         self.conv = conv
-        self.register_buffer('factor', scale.weight.detach().flatten()[:, None, None] if isinstance(scale, LayerScale) else None)
+        factor = scale.weight.detach().view(-1, 1, 1) if isinstance(scale, LayerScale) else None
+        self.register_buffer('factor', factor)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.factor is not None:

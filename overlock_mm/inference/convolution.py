@@ -14,8 +14,7 @@ from ..models.layers import DepthwiseConv, LayerScale, ResidualDepthwiseConv
 from ..models.reparam import DilatedReparamConv, exact_dtype
 from ..ops import depthwise_conv2d
 from ..ops._autocast import cast_as_autocast, dtype_under_autocast
-from ..ops._maps import HAS_FAST_BFLOAT16
-from .onednn import PackedConv2d, can_pack
+from .onednn import HAS_FAST_BFLOAT16, PackedConv2d, can_pack
 
 #: Positions of a bfloat16 map from which on oneDNN's depth-wise 3x3 convolution is faster than this package's, where the
 #: processor computes in bfloat16.

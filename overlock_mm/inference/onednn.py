@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..ops._autocast import dtype_under_autocast
-from ..ops._extension import is_compiling, is_exporting
+from ..ops._library import is_compiling, is_exporting
 
+#: Whether this processor computes in bfloat16. oneDNN takes bfloat16 from AVX-512 on, and is up to 50 times slower without.
+#: (torch < 2.6 does not tell.)
+HAS_FAST_BFLOAT16: bool = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
 #: What can follow a convolution, and how oneDNN's operators call it: name and algorithm.
 _ACTIVATIONS = {None: ('none', ''), 'gelu': ('gelu', 'none'), 'silu': ('swish', '')}
 

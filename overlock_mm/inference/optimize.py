@@ -24,12 +24,12 @@ Model = TypeVar('Model', bound=nn.Module)
 def optimize(model: Model) -> Model:
     """A copy of a model for inference: the same function to rounding, faster and in less memory.
 
-    In every OverLoCK in it, batch norms, LayerScales and parallel branches are folded into convolutions, and blocks overwrite
-    their own maps. On the CPU the convolutions' weights are packed in oneDNN's layout. The rest of the model is copied as it
-    is. The copy is a snapshot: what happens to the model afterwards does not reach it. It cannot be trained, and its
-    state dict has names of its own.
+    In every OverLoCK of the model, batch norms, LayerScales and parallel branches are folded into convolutions, and blocks
+    overwrite their own maps. On the CPU the weights of convolutions are packed in oneDNN's layout. The rest of the model is
+    copied as it is.
 
-    A part that is not as it was built stays as it is: with a layer that was replaced, wrapped or given a hook.
+    The copy is a snapshot: later changes of the model do not reach it. It cannot be trained, and its state dict has names
+    of its own. A block with a layer that was replaced, wrapped or given a hook is copied as it is.
 
     Args:
         model: a backbone, or a whole model of mmdet, mmseg or mmpretrain, in any mode, on any device.

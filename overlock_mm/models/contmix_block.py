@@ -49,8 +49,8 @@ class ContMixBlock(BaseModule):
             A map too small for the kernel is enlarged to it, and the result averaged back.
         small_kernel_size: of the small kernel, odd, at most ``kernel_size``.
         context_size: S; the context has S x S tokens.
-        norm_cfg: mmcv's config of the norm of the input. By default a LayerNorm over the channels, which works with any batch,
-            and with ``norm_eval``: new batch norms among frozen ones would never see statistics to normalise by.
+        norm_cfg: mmcv's config of the norm of the input. By default a LayerNorm over the channels, which works with any
+            batch and with ``norm_eval``. New batch norms among frozen ones would never see statistics to normalise by.
         layer_scale_init_value: what the scale of the residual branch starts at.
         init_cfg: mmengine's initialisation, applied after the block's own: weights from a truncated normal distribution of
             variance 1 / fan-in, which keeps the logits of the kernels at a scale where their softmax learns.
@@ -99,9 +99,7 @@ class ContMixBlock(BaseModule):
         self.norm = LayerNorm2d(in_channels) if norm_cfg is None else _build_norm(norm_cfg, in_channels)
         self.value = Conv2d(in_channels, channels, kernel_size=1)
         self.query = Conv2d(in_channels, inner, kernel_size=1, bias=False)
-        self.key = nn.Sequential(
-            nn.AdaptiveAvgPool2d(context_size), Conv2d(in_channels, inner, kernel_size=1, bias=False)
-        )
+        self.key = nn.Sequential(nn.AdaptiveAvgPool2d(context_size), Conv2d(in_channels, inner, kernel_size=1, bias=False))
         self.kernel_proj = nn.Linear(context_size**2, small_kernel_size**2 + kernel_size**2)  # the paper's W_d
         self.rpb_small = nn.Parameter(torch.zeros(num_groups, 2 * small_kernel_size - 1, 2 * small_kernel_size - 1))
         self.rpb_large = nn.Parameter(torch.zeros(num_groups, 2 * kernel_size - 1, 2 * kernel_size - 1))

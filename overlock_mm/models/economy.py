@@ -26,9 +26,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from .. import ops
 from ..ops._autocast import autocast_disabled, autocast_dtype, is_autocast_enabled
-from ..ops._extension import is_compiling, is_exporting
+from ..ops._library import is_compiling, is_exporting, operator, using_references
 
 #: What ``OverLoCK(memory=...)`` takes.
 POLICIES = ('lean', 'fast')
@@ -46,7 +45,8 @@ def run_block(policy: str, block: nn.Module, *inputs: Any) -> Any:
     """``block(*inputs)`` under a policy: 'fast', 'lean' or 'checkpoint'. Without gradients they are all the same.
 
     'lean' is 'fast' where somebody else decides what is kept: under torch.compile, in an export, in a checkpointed block,
-    and under hooks of saved tensors that were set outside (where torch tells of them, from about 2.8 on).
+    with references of operators, and under hooks of saved tensors that were set outside (where torch tells of them, from
+    about 2.8 on).
     """
     if not torch.is_grad_enabled():
         return block(*inputs)
@@ -59,7 +59,9 @@ def run_block(policy: str, block: nn.Module, *inputs: Any) -> Any:
 
 
 def _others_decide() -> bool:
-    return is_compiling() or is_exporting() or _state.inside_checkpoint or (not _state.inside_lean and _has_hooks())
+    if is_compiling() or is_exporting() or using_references() or _state.inside_checkpoint:
+        return True
+    return not _state.inside_lean and _has_hooks()
 
 
 def _has_hooks() -> bool:
@@ -98,24 +100,25 @@ def _batch_norm_again(function: Callable, args: tuple, kwargs: dict) -> Optional
     return function, args, kwargs
 
 
-def _branch_again(function: Callable, args: tuple, kwargs: dict) -> Optional[Call]:
-    """A branch beside a large kernel is cheap; the large kernel is not, and a plain 3x3 one stands before a batch norm."""
-    _, weight, _, dilation = args
+def _small_kernel_again(function: Callable, args: tuple, kwargs: dict) -> Optional[Call]:
+    """Residual 3x3 kernels and the branches beside a large kernel are cheap. Large kernels are not, and a plain 3x3 one
+    stands before a batch norm, where keeping its output costs little."""
+    _, weight, _, dilation, residual, _ = args
     size = weight.shape[-1]
-    return (function, args, kwargs) if size <= 9 and (size > 3 or dilation > 1) else None
+    return (function, args, kwargs) if residual or (size <= 9 and (size > 3 or dilation > 1)) else None
 
 
 #: Functions whose outputs are cheap: the call that makes them again, or None where they are kept after all.
 _CHEAP: dict[Callable, Callable[[Callable, tuple, dict], Optional[Call]]] = {
     **dict.fromkeys(
         (
-            F.layer_norm, F.gelu, F.silu, ops.residual_depthwise_conv2d, ops.global_response_norm, torch.addcmul, Tensor.mul,
-            torch.cat, Tensor.split, Tensor.permute, Tensor.contiguous, Tensor.to, Tensor.__getitem__,
+            F.layer_norm, F.gelu, F.silu, operator('global_response_norm'), torch.addcmul, torch.cat, Tensor.mul,
+            Tensor.split, Tensor.permute, Tensor.contiguous, Tensor.to, Tensor.__getitem__,
         ),
         _same_call,
     ),
     F.batch_norm: _batch_norm_again,
-    ops.depthwise_conv2d: _branch_again,
+    operator('depthwise_conv2d'): _small_kernel_again,
 }  # fmt: skip
 #: These keep nothing themselves. Their outputs are cheap only where their inputs are made again anyway.
 _SUMS = (Tensor.add, Tensor.sub)
@@ -263,9 +266,11 @@ def _flat(values: tuple) -> Iterator[Any]:
 
 def _values_of(sources: tuple) -> tuple:
     return tuple(
-        each.value() if isinstance(each, (_Note, _Kept)) else list(_values_of(tuple(each))) if isinstance(each, list) else each
+        each.value() if isinstance(each, (_Note, _Kept))
+        else list(_values_of(tuple(each))) if isinstance(each, list)
+        else each
         for each in sources
-    )
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- checkpointing

@@ -5,8 +5,6 @@ B images, C channels, maps of H x W positions.
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -160,7 +158,7 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def as_matrix(layer: nn.Module, num_features: int, like: Tensor, size: tuple[int, ...] = (1, 1)) -> tuple[Tensor, Optional[Tensor]]:
+def as_matrix(layer: nn.Module, num_features: int, like: Tensor, size: tuple[int, ...] = (1, 1)) -> tuple[Tensor, Tensor]:
     """The matrix (L, N) and the bias (L) of a layer that is affine in its features, such as a 1x1 convolution.
 
     The layer is called, on the N basis vectors and on zero. So its hooks run, and a wrapper, an adapter, a pruned or a

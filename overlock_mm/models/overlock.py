@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoints.loading import TakesReleasedCheckpoints, check_variant, openmmlab_name
-from ..ops._maps import is_channels_last
+from ..ops._reference import is_channels_last
 from ..registry import MODELS
 from .blocks import BasicBlock, DynamicBlock
 from .economy import POLICIES, run_block

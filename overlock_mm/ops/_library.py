@@ -10,15 +10,15 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ..versions import version_numbers
 from . import _checks, _reference
@@ -178,23 +178,34 @@ _operators: dict[str, Callable] = {name: getattr(torch.ops.overlock_mm, name).de
 
 
 def operator(name: str) -> Callable:
-    """``torch.ops.overlock_mm.<name>.default``, or its reference for an export."""
-    return references[name] if is_exporting() else _operators[name]
+    """``torch.ops.overlock_mm.<name>.default``, or its reference in an export and where references are asked for."""
+    return references[name] if is_exporting() or using_references() else _operators[name]
 
 
-class use_references(TorchFunctionMode):
+class _State(threading.local):
+    using_references = False
+
+
+_state = _State()
+
+
+def using_references() -> bool:
+    """Whether :func:`use_references` is in force. torch.compile does not look at it."""
+    return not is_compiling() and _state.using_references
+
+
+@contextlib.contextmanager
+def use_references() -> Iterator[None]:
     """Context in which all operators run their references in plain PyTorch, on every device, in this thread.
 
     For comparisons, debugging and benchmarks. :func:`branch_norms` then has each branch's convolution and batch norm by
-    itself, and autograd keeps all their outputs. ::
+    itself, and autograd keeps all their outputs, as with ``OverLoCK(memory='fast')``. ::
 
         with use_references():
             model(images)
     """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return _reference_of.get(function, function)(*args, **(kwargs or {}))
-
-
-_reference_of = {op: references[name] for name, op in _operators.items()}
-_reference_of.update((getattr(torch.ops.overlock_mm, name), reference) for name, reference in references.items())
+    before, _state.using_references = _state.using_references, True
+    try:
+        yield
+    finally:
+        _state.using_references = before

@@ -15,17 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _extension
 from ._autocast import dtype_under_autocast
-from ._extension import is_compiling, is_exporting
-from ._maps import is_channels_last
-from ._overridable import overridable
+from ._library import is_compiling, is_exporting, operator, using_references
+from ._reference import is_channels_last
 
 #: From this many numbers in a weight for one position of the output on, the product is faster.
 WEIGHTS_PER_POSITION = 128
 
 
-@overridable
 def conv2d(
     x: Tensor,
     weight: Tensor,
@@ -46,25 +43,31 @@ def conv2d(
     Returns:
         Tensor[B, C_out, H', W']
     """
-    if dilation == (1, 1) and groups == 1 and x.ndim == weight.ndim == 4 and padding == _padding(weight):
-        if x.shape[2:] == weight.shape[2:] == (1, 1):
-            return F.linear(x.flatten(1), weight.flatten(1), bias)[..., None, None]
-        if is_faster_as_product(x, weight, bias, stride):
-            return _Convolution.apply(x, weight, bias, stride)
+    if not is_compiling() and not is_exporting() and not using_references():
+        with torch._C.DisableTorchFunction():  # a mode would see every property that is read here
+            if _fits(x, weight, padding, dilation, groups):
+                if x.shape[2:] == weight.shape[2:] == (1, 1):
+                    return F.linear(x.flatten(1), weight.flatten(1), bias)[..., None, None]
+                if is_faster_as_product(x, weight, bias, stride):
+                    return _Convolution.apply(x, weight, bias, stride)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
+def _fits(x: Tensor, weight: Tensor, padding: tuple[int, int], dilation: tuple[int, int], groups: int) -> bool:
+    """Whether it is a plain convolution with a padding of k // 2."""
+    return x.ndim == weight.ndim == 4 and padding == _padding(weight) and dilation == (1, 1) and groups == 1
+
+
 def is_faster_as_product(x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: tuple[int, int]) -> bool:
-    """Whether a convolution with a padding of k // 2 can be a product of matrices, and is faster so.
+    """Whether a plain convolution with a padding of k // 2 is faster as a product of matrices.
 
     All tensors must be float32 on the CPU and the weight large for the map. Nobody may look on: no graph, export, transform
     or dispatch mode (which may count PyTorch's operators). What does not fit is left to PyTorch's convolution, whose errors
     say what is wrong.
     """
-    # A graph is asked for first: torch.compile cannot look into what comes after.
-    if is_compiling() or is_exporting() or type(x) is not Tensor or not _is_float32_on_cpu(x, weight, bias):
+    if type(x) is not Tensor or not _is_float32_on_cpu(x, weight, bias):
         return False
-    if x.ndim != 4 or weight.shape[1] != x.shape[1] or _is_looked_on():
+    if weight.shape[1] != x.shape[1] or _is_looked_on():
         return False
     if weight.shape[2:] != (1, 1) and not weight.is_contiguous():
         return False  # it and its gradient would have to be laid out anew
@@ -150,9 +153,7 @@ def _product(a: Tensor, b: Tensor, bias: Optional[Tensor] = None) -> Tensor:
 
 def _transposed(matrices: Tensor) -> Tensor:
     """(..., m, n) to (..., n, m), dense. (PyTorch's copy takes ten times as long.)"""
-    if _extension.missing:
-        return matrices.transpose(-1, -2).contiguous()
-    return torch.ops.overlock_mm._transpose(matrices)
+    return operator('transpose')(matrices)
 
 
 def _padding(weight: Tensor) -> tuple[int, int]:

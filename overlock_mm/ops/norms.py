@@ -87,8 +87,8 @@ def residual_depthwise_norm(
 ) -> Tensor:
     """``global_response_norm(residual_depthwise_conv2d(x, weight, bias, gelu), gamma, beta, eps)``.
 
-    Where gradients are disabled this is one operator: the compiled one sums the squares of the convolution's output on its
-    way to memory, and normalises the output in place. Where they are enabled, both operators run one after the other.
+    Without gradients this is one operator: the compiled one sums the squares of the convolution's output on its
+    way to memory, and normalises the output in place. With gradients, both operators run one after the other.
 
     Args:
         x (Tensor[B, C, H, W])
@@ -96,7 +96,7 @@ def residual_depthwise_norm(
         bias (Tensor[C] | None)
         gamma, beta (Tensor[C]), eps: of the norm.
         gelu: whether x goes through the exact GELU first.
-        inplace: whether the result overwrites ``x``, as in PyTorch's activations. Only where gradients are disabled.
+        inplace: whether the result overwrites ``x``, as in PyTorch's activations. Only without gradients.
 
     Returns:
         Tensor[B, C, H, W]: as :func:`depthwise_conv2d`.
@@ -108,10 +108,12 @@ def residual_depthwise_norm(
         check_tensor(name, tensor)
     check_optional_tensor('bias', bias)
     given, x = x, cast_as_autocast(x)
-    if inplace and (torch.is_grad_enabled() or x.dtype != given.dtype):
-        reason = 'gradients are enabled' if torch.is_grad_enabled() else f'autocast makes {x.dtype} of {given.dtype}'
+    tensors = [each for each in (x, weight, bias, gamma, beta) if each is not None]
+    wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+    if inplace and (wants_gradient or x.dtype != given.dtype):
+        reason = 'a gradient is asked for' if wants_gradient else f'autocast makes {x.dtype} of {given.dtype}'
         raise ValueError(f'inplace must be False where {reason}, got True')
-    if torch.is_grad_enabled():
+    if wants_gradient:
         check_residual_depthwise_norm(x, weight, bias, gamma, beta, eps, gelu)
         return global_response_norm(residual_depthwise_conv2d(x, weight, bias, gelu), gamma, beta, eps)
     if inplace:

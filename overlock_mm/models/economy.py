@@ -157,19 +157,18 @@ class _Notebook(TorchFunctionMode):
         if not outputs[0].requires_grad or outputs[0] is call[1][0]:
             return
         function, args, kwargs = call
-        args, kwargs = self._sources_of(args), dict(zip(kwargs, self._sources_of(tuple(kwargs.values()))))
+        args, kwargs = self._sources_of(args), {name: self._sources_of(each) for name, each in kwargs.items()}
         for index, each in enumerate(outputs):
             note = _Note(function, args, kwargs, index if isinstance(out, tuple) else None, each.device.type)
             self._notes.setdefault(each.data_ptr(), []).append((each, each._version, note))
 
-    def _sources_of(self, values: tuple) -> tuple:
+    def _sources_of(self, values: Any) -> Any:
         """Arguments, with tensors replaced by what is kept of them."""
-        return tuple(
-            (self._find(each) or _Kept(each)) if isinstance(each, Tensor)
-            else list(self._sources_of(tuple(each))) if isinstance(each, (list, tuple))
-            else each
-            for each in values
-        )  # fmt: skip
+        if isinstance(values, Tensor):
+            return self._find(values) or _Kept(values)
+        if type(values) in (list, tuple):
+            return type(values)(self._sources_of(each) for each in values)
+        return values
 
     def _find(self, tensor: Tensor) -> Optional[_Note]:
         for noted, version, note in reversed(self._notes.get(tensor.data_ptr(), ())):
@@ -229,9 +228,8 @@ class _Note:
 
     def add_user(self) -> None:
         if self._users == 0:
-            for source in _flat((*self._args, *self._kwargs.values())):
-                if isinstance(source, (_Note, _Kept)):
-                    source.add_user()
+            for source in _sources_in((self._args, tuple(self._kwargs.values()))):
+                source.add_user()
         self._users += 1
         self._pending += 1
 
@@ -239,7 +237,7 @@ class _Note:
         """The tensor. It is made for the first user in a backward, and let go with the last."""
         if self._value is None:
             args = _values_of(self._args)
-            kwargs = dict(zip(self._kwargs, _values_of(tuple(self._kwargs.values()))))
+            kwargs = {name: _values_of(each) for name, each in self._kwargs.items()}
             with torch.no_grad(), self._autocast():
                 out = self._function(*args, **kwargs)
             self._value = out if self._index is None else out[self._index]
@@ -256,21 +254,20 @@ class _Note:
         return torch.autocast(self._device_type, dtype=self._autocast_dtype)
 
 
-def _flat(values: tuple) -> Iterator[Any]:
-    for each in values:
-        if isinstance(each, list):
-            yield from each
-        else:
-            yield each
+def _sources_in(values: Any) -> Iterator[Union[_Note, _Kept]]:
+    if isinstance(values, (_Note, _Kept)):
+        yield values
+    elif type(values) in (list, tuple):
+        for each in values:
+            yield from _sources_in(each)
 
 
-def _values_of(sources: tuple) -> tuple:
-    return tuple(
-        each.value() if isinstance(each, (_Note, _Kept))
-        else list(_values_of(tuple(each))) if isinstance(each, list)
-        else each
-        for each in sources
-    )  # fmt: skip
+def _values_of(sources: Any) -> Any:
+    if isinstance(sources, (_Note, _Kept)):
+        return sources.value()
+    if type(sources) in (list, tuple):
+        return type(sources)(_values_of(each) for each in sources)
+    return sources
 
 
 # ------------------------------------------------------------------------------------------------------- checkpointing

@@ -54,8 +54,10 @@ def conv2d(
 
 
 def _fits(x: Tensor, weight: Tensor, padding: tuple[int, int], dilation: tuple[int, int], groups: int) -> bool:
-    """Whether it is a plain convolution with a padding of k // 2."""
-    return x.ndim == weight.ndim == 4 and padding == _padding(weight) and dilation == (1, 1) and groups == 1
+    """Whether it is a plain convolution with a padding of k // 2, and its weight fits the map."""
+    if not (dilation == (1, 1) and groups == 1 and x.ndim == weight.ndim == 4):
+        return False
+    return weight.shape[1] == x.shape[1] and padding == _padding(weight)
 
 
 def is_faster_as_product(x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: tuple[int, int]) -> bool:
@@ -67,7 +69,7 @@ def is_faster_as_product(x: Tensor, weight: Tensor, bias: Optional[Tensor], stri
     """
     if type(x) is not Tensor or not _is_float32_on_cpu(x, weight, bias):
         return False
-    if weight.shape[1] != x.shape[1] or _is_looked_on():
+    if x.ndim != 4 or weight.shape[1] != x.shape[1] or _is_looked_on():
         return False
     if weight.shape[2:] != (1, 1) and not weight.is_contiguous():
         return False  # it and its gradient would have to be laid out anew

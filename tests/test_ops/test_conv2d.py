@@ -1,4 +1,4 @@
-"""Convolutions as oneDNN's products of matrices, against PyTorch's convolution."""
+"""Dense convolutions, as oneDNN's products of matrices too, against PyTorch's."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
-from overlock_mm.ops import _extension
-from overlock_mm.ops._products import WEIGHTS_PER_POSITION, conv2d_as_product, has_products, is_faster_as_product
+from overlock_mm.ops import conv2d, use_references
+from overlock_mm.ops.conv2d import WEIGHTS_PER_POSITION, _Convolution, has_products, is_faster_as_product
 
 pytestmark = pytest.mark.skipif(not has_products(), reason='this PyTorch has no oneDNN, or not its products')
 
@@ -24,6 +24,10 @@ def make(kernel_size=3, size=(7, 10), batch=2, channels=6, outputs=10, bias=True
         weight=torch.randn(outputs, channels, kernel_size, kernel_size) / kernel_size,
         bias=torch.randn(outputs) if bias else None,
     )
+
+
+def conv2d_as_product(x, weight, bias, stride=(1, 1)):
+    return _Convolution.apply(x, weight, bias, stride)
 
 
 def plain(x, weight, bias, stride=(1, 1)):
@@ -58,12 +62,12 @@ def test_results_and_gradients(kernel_size, stride, size, bias, layout):
     assert got['out'].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_without_the_compiled_operator(monkeypatch):
+def test_without_the_compiled_operator():
     """PyTorch's own copies do, and give the same bits."""
     tensors = make()
     expected = gradients_of(conv2d_as_product, tensors, stride=2)
-    monkeypatch.setattr(_extension, 'missing', 'for a test')
-    got = gradients_of(conv2d_as_product, tensors, stride=2)
+    with use_references():
+        got = gradients_of(conv2d_as_product, tensors, stride=2)
     for name, each in expected.items():
         assert torch.equal(got[name], each), name
 
@@ -146,3 +150,65 @@ def test_which_it_takes():
     finally:
         torch.set_float32_matmul_precision(before)
     assert takes(x, weight)
+
+
+@pytest.mark.parametrize(
+    'settings', [{}, dict(stride=(2, 2)), dict(groups=2), dict(dilation=(2, 2)), dict(padding=(0, 0))], ids=str
+)
+@pytest.mark.parametrize('kernel_size, size', [(1, (1, 1)), (1, (5, 4)), (3, (1, 1)), (3, (6, 5)), (3, (40, 40))])
+def test_every_setting_is_that_of_a_convolution(kernel_size, size, settings):
+    """Whichever way is chosen, in results and gradients."""
+    settings = dict(padding=(kernel_size // 2, kernel_size // 2), **settings) if 'padding' not in settings else settings
+    x = torch.randn(2, 16, *size, requires_grad=True)
+    weight = torch.randn(32, 16 // settings.get('groups', 1), kernel_size, kernel_size, requires_grad=True)
+    bias = torch.randn(32, requires_grad=True)
+    try:
+        expected = F.conv2d(x, weight, bias, **settings)
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError) as raised:
+            conv2d(x, weight, bias, **settings)
+        assert str(raised.value) == str(error)
+        return
+    got = conv2d(x, weight, bias, **settings)
+    assert got.shape == expected.shape
+    assert relative_error(got, expected) < 1e-6
+    grad = torch.randn_like(expected)
+    for mine, theirs in zip(*(torch.autograd.grad(out, (x, weight, bias), grad) for out in (got, expected))):
+        assert relative_error(mine, theirs) < 1e-6
+
+
+def is_product(out: torch.Tensor) -> bool:
+    return '_Convolution' in type(out.grad_fn).__name__
+
+
+def test_the_choice():
+    x, weight = torch.randn(1, 64, 2, 2), torch.randn(64, 64, 1, 1, requires_grad=True)
+    assert is_product(conv2d(x, weight))
+    assert not is_product(conv2d(torch.randn(1, 64, 30, 30), weight))
+    with use_references():
+        assert not is_product(conv2d(x, weight))
+    assert not is_product(conv2d(torch.randn(1, 64, 1, 1), weight))  # a linear layer
+
+
+def test_one_position_is_a_linear_layer_in_every_dtype():
+    for dtype in (torch.float64, torch.bfloat16):
+        x, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((3, 16, 1, 1), (8, 16, 1, 1), (8,)))
+        out = conv2d(x, weight, bias)
+        assert out.shape == (3, 8, 1, 1)
+        assert relative_error(out, F.conv2d(x.double(), weight.double(), bias.double())) < 1e-2
+
+
+@pytest.mark.parametrize('bad', ['channels', 'dtype'])
+def test_bad_arguments_are_refused_by_the_convolution(bad):
+    x, weight = torch.randn(1, 64, 2, 2), torch.randn(64, 64, 3, 3)
+    with pytest.raises(RuntimeError, match='channels' if bad == 'channels' else 'type'):
+        conv2d(x[:, :2] if bad == 'channels' else x, weight if bad == 'channels' else weight.bfloat16(), padding=(1, 1))
+
+
+def test_operations_are_counted():
+    """PyTorch's counter does not know the products."""
+    counters = pytest.importorskip('torch.utils.flop_counter')
+    x, weight = torch.randn(1, 64, 2, 2), torch.randn(64, 64, 1, 1)
+    with counters.FlopCounterMode(display=False) as counter:
+        conv2d(x, weight)
+    assert counter.get_total_flops() == 2 * 64 * 64 * 4

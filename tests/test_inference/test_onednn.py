@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import relative_error
 from torch.autograd import forward_ad
 
-from overlock_mm.ops._packed import PackedConv2d, can_pack
+from overlock_mm.inference.onednn import PackedConv2d, can_pack
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason='this torch has no oneDNN, and nothing is packed'
@@ -152,8 +152,10 @@ def test_bad_arguments():
 @needs_onednn
 def test_can_pack():
     x = torch.randn(1, 4, 5, 5)
-    assert not can_pack(x)  # gradients are enabled
+    assert can_pack(x)
+    assert not can_pack(x.clone().requires_grad_())
     with torch.no_grad():
+        assert can_pack(x.clone().requires_grad_())
         assert can_pack(x)
         assert can_pack(x.bfloat16()) == has_bfloat16()
         for other in (x.double(), x.half(), x.to('meta'), torch.nn.Parameter(x)):

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..models.layers import DepthwiseConv, LayerScale, ResidualDepthwiseConv
 from ..models.reparam import DilatedReparamConv, exact_dtype
 from ..ops import depthwise_conv2d
-from ..ops._autocast import cast_as_autocast, dtype_under_autocast
+from ..ops._autocast import cast_as_autocast, dtype_under_autocast, is_autocast_enabled
 from .onednn import HAS_FAST_BFLOAT16, PackedConv2d, can_pack
 
 #: Positions of a bfloat16 map from which on oneDNN's depth-wise 3x3 convolution is faster than this package's, where the
@@ -95,7 +95,7 @@ class FoldedConv2d(nn.Module):
         dtype = dtype_under_autocast(x)
         if self.is_depthwise and not self._is_faster_by_onednn(x, dtype):
             return None
-        if self.weight.dtype != x.dtype and dtype == x.dtype:
+        if self.weight.dtype != x.dtype and not is_autocast_enabled(x.device.type):
             return None  # the convolution says what is wrong
         packed = self._packed.get(dtype)
         if packed is None:

@@ -1,4 +1,4 @@
-"""``python -m overlock_mm.ops``: what of the operator is built and used here, for bug reports."""
+"""``python -m overlock_mm.ops``: how the operators are built, and which run here, for bug reports."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def main() -> None:
     }
     if info:
         cuda = f'CUDA {info["cuda"]} for {info["cuda_architectures"]}' if info['cuda'] else 'without CUDA'
-        lines['compiled operator'] = f'torch {info["torch"]}, {cuda}, compiler {info["compiler"]}'
-        lines['used on the CPU'] = f'compiled operator, {info["cpu"]}'
-        on_gpu = 'compiled operator' if info['cuda'] else 'REFERENCE: built without CUDA'
+        lines['compiled operators'] = f'torch {info["torch"]}, {cuda}, compiler {info["compiler"]}'
+        lines['used on the CPU'] = f'compiled operators, {info["cpu"]}'
+        on_gpu = 'compiled ContMix, other REFERENCES' if info['cuda'] else 'REFERENCES: built without CUDA'
     else:
-        lines['compiled operator'] = f'MISSING: {_library.missing}'
-        lines['used on the CPU'] = on_gpu = 'REFERENCE'
+        lines['compiled operators'] = f'MISSING: {_library.missing}'
+        lines['used on the CPU'] = on_gpu = 'REFERENCES'
     if torch.cuda.is_available():
         lines['used on the GPU'] = on_gpu
     width = max(map(len, lines))

@@ -1,4 +1,4 @@
-"""Autocast's state, which torch < 2.4 has a function for per device in place of one that takes the device."""
+"""The state of autocast, for which torch < 2.4 has a function per device."""
 
 from __future__ import annotations
 
@@ -24,18 +24,16 @@ else:
 
 
 def cast_as_autocast(x: Tensor) -> Tensor:
-    """``x`` in autocast's dtype where it is on. As torch's own autocast: float64 is left alone."""
-    if not isinstance(x, Tensor):
-        return x  # whoever checks arguments says so
+    """``x`` in the dtype that autocast casts it to where it is enabled. As in torch, float64 stays float64."""
     dtype = dtype_under_autocast(x)
-    return x if dtype == x.dtype else x.to(dtype)  # to() takes longer to see that
+    return x if dtype == x.dtype else x.to(dtype)  # to() would take longer to compare them
 
 
 def dtype_under_autocast(x: Tensor) -> torch.dtype:
     dtype = x.dtype
     if dtype != torch.float64:
         device_type = x.device.type
-        # The meta device, of shapes without data, knows no autocast.
+        # The meta device has no autocast.
         if device_type != 'meta' and is_autocast_enabled(device_type):
             return autocast_dtype(device_type)
     return dtype

@@ -554,8 +554,8 @@ def test_reports_what_is_built():
     lines = dict(line.split('  ', 1) for line in done.stdout.splitlines())
     lines = {name.strip(): value.strip() for name, value in lines.items()}
     assert lines['torch'].startswith(torch.__version__)
-    assert lines['used on the CPU'] == f'compiled operator, {_library.build_info["cpu"]}'
-    assert lines['compiled operator'].startswith(f'torch {torch.__version__.split("+")[0]}')
+    assert lines['used on the CPU'] == f'compiled operators, {_library.build_info["cpu"]}'
+    assert lines['compiled operators'].startswith(f'torch {torch.__version__.split("+")[0]}')
 
 
 def run_without_binary(code: str, folder: Path) -> str:

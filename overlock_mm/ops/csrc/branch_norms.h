@@ -1,4 +1,4 @@
-// What the kernels of branch norms are given: plain numbers and pointers, nothing of torch. Maps are as those of
+// Parameters of the branch norm kernels: plain numbers and pointers, nothing of torch. Maps are laid out as in
 // depthwise_conv2d.h.
 #pragma once
 
@@ -6,8 +6,8 @@
 
 namespace overlock_mm {
 
-/// Parallel convolutions of one map, each followed by a batch norm over the batch, summed. Weights of all branches lie
-/// side by side: (C, taps) with taps the sum of k * k. No branch reaches further than `reach` positions.
+/// Parallel convolutions of one map, each followed by a batch norm, summed. The weights of all branches lie side by
+/// side: (C, taps), where taps is the sum of k * k. No branch reaches further than `reach` positions.
 struct BranchNormsParams {
   static constexpr int kMostBranches = 8;
 
@@ -24,10 +24,10 @@ struct BranchNormsParams {
   void* means;    ///< (B, strips, branches, C)
   void* squares;  ///< likewise
 
-  // Backward: with y a branch's output, the gradient of y is scale * (grad - slope * (y - mean)), with grad that of the
-  // output less its mean, and slope = slope_of_product * product, the sum of grad * (y - mean) over the batch. An item
-  // is a block of channels of one image, or of the whole batch. The batch in one, all is done in one pass. Image by
-  // image there are two: the first makes the products only, and is the one without a grad_input.
+  // Backward. Let y be a branch's output, and grad the gradient of the output less its mean. The gradient of y is
+  // scale * (grad - slope * (y - mean)), where slope = slope_of_product * product, and product is the sum of
+  // grad * (y - mean) over the batch. A work item is a channel block of one image or of the whole batch. With the whole
+  // batch there is one pass. With one image there are two: the first only makes the products, and has no grad_input.
   bool whole_batch;
   const void* grad_output;                      ///< map
   const void* grad_mean;                        ///< (C): the mean of grad_output

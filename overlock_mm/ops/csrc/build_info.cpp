@@ -1,4 +1,4 @@
-// What was built, and what of it is used here: for `python -m overlock_mm.ops` and bug reports.
+// How the binary was built, and which instruction set it uses here: for `python -m overlock_mm.ops` and bug reports.
 #include "build_info.h"
 
 #include <torch/library.h>
@@ -20,8 +20,8 @@ namespace {
 #define OVERLOCK_MM_COMPILER "unknown"
 #endif
 
-/// As JSON. The torch version is in the first string literal: overlock_mm/ops/_library.py reads it from the file, before it
-/// loads the binary.
+/// As JSON. The torch version is in the first string literal: overlock_mm/ops/_library.py reads it from the file,
+/// before it loads the binary.
 std::string build_info() {
   std::ostringstream out;
   out << "{\"torch\": \"" TORCH_VERSION "\", \"compiler\": \"" OVERLOCK_MM_COMPILER "\", \"cpu\": \""

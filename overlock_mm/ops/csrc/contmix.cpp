@@ -1,4 +1,4 @@
-// ContMix: schemas, what is the same on every device that has kernels, and shapes for the meta device.
+// ContMix: schemas, the part that is the same on every device with kernels, and shapes for the meta device.
 #include <torch/library.h>
 
 #include "checks.h"
@@ -7,8 +7,8 @@
 namespace overlock_mm {
 namespace {
 
-/// z = W_d (kᵀ q) + b = (W_d kᵀ) q + b: with the keys M = W_d kᵀ folded, the context tokens are gone from the work at
-/// every position. The small matrix product is torch's, and so is its backward.
+/// z = W_d (kᵀ q) + b = (W_d kᵀ) q + b: with the folded keys M = W_d kᵀ, the work at a position does not depend on the
+/// number of context tokens. The small matrix product is torch's, and so is its backward.
 Tensor contmix(const Tensor& value, const Tensor& query, const Tensor& key, const Tensor& proj_weight,
                const OptionalTensor& proj_bias, const OptionalTensor& rpb_small, const OptionalTensor& rpb_large,
                int64_t num_groups, int64_t small_kernel_size, int64_t large_kernel_size) {

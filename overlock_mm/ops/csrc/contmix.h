@@ -1,4 +1,4 @@
-// What a ContMix kernel is given: plain numbers and pointers, nothing of torch. docs/contmix.md has the mathematics.
+// Parameters of the ContMix kernels: plain numbers and pointers, nothing of torch. docs/contmix.md has the mathematics.
 //
 // B images, G groups, an H x W map. Branch 0 has the small kernel and the first half of the channels, branch 1 the
 // large kernel and the other half. A branch of kernel size k has k * k slots a position, row-major in the position's
@@ -41,12 +41,12 @@ struct ContMixParams {
   const void* rpb[2];  ///< (G, 2k - 1, 2k - 1) by offset, or null
   void* logsumexp;     ///< (B, 2, G, H, W): of each kernel's logits, in base 2: log2(sum(exp(logits)))
 
-  // Backward only. Null where a gradient is not asked for.
+  // Backward only. A gradient that is not wanted is null.
   Map grad_output;  ///< as output
   Map grad_value;   ///< as value
   Map grad_query;   ///< as query
   // Partial sums over the map, contiguous, of the accumulation type, to be summed over their first dimension (and B).
-  // Every element is written. There are as many as the device's contmix_backward_partials says.
+  // The kernels write every element. The device decides how many there are (contmix_backward_partials).
   int64_t partials;
   void* grad_keys;    ///< (partials, B, G, L, query_channels)
   void* grad_bias;    ///< (partials, B, G, L)
@@ -67,7 +67,7 @@ OVERLOCK_MM_HOST_DEVICE inline Integer window_start(Integer position, Integer si
   return start < 0 ? 0 : (start > last ? last : start);
 }
 
-/// First and last position whose window holds `position`: the window the other way round.
+/// First and last position whose window holds `position`.
 template <typename Integer>
 OVERLOCK_MM_HOST_DEVICE inline Integer first_reader(Integer position, Integer kernel_size) {
   return position < kernel_size ? 0 : position - kernel_size / 2;

@@ -1,4 +1,4 @@
-// What the kernels of response norms are given: plain numbers and pointers, nothing of torch. Maps are as those of
+// Parameters of the response norm kernels: plain numbers and pointers, nothing of torch. Maps are laid out as in
 // depthwise_conv2d.h.
 #pragma once
 
@@ -10,8 +10,8 @@ namespace overlock_mm {
 struct ResponseNormParams {
   int64_t batch, channels, positions, strips;
   const void* input;  ///< map
-  const void* other;  ///< map, or null: of what products are summed with the input
-  void* sums;         ///< (B, strips, C): of input * other
+  const void* other;  ///< map, or null
+  void* sums;         ///< (B, strips, C): of input * other, or of the input's squares without other
   void* plain_sums;   ///< (B, strips, C): of other, or null
   // output = input * scale + other * other_scale + shift, per image and channel.
   const void *scale, *other_scale, *shift;  ///< (B, C), (B, C) or null with other, (C) or null

@@ -1,4 +1,4 @@
-// What all code that deals with tensors uses.
+// Shared by all code that deals with tensors.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -5,7 +5,7 @@
 #include <string>
 #include <utility>
 
-#include "contmix_cuda.h"
+#include "contmix_launch.h"
 #include "cuda_emulation.h"
 
 namespace {
@@ -112,9 +112,9 @@ int main(int count, char** arguments) {
   const Array logsumexp(params.batch * 2 * params.groups * params.height * params.width * accumulator);
   params.logsumexp = logsumexp.data;
 
-  if (contmix_forward_cuda(params, dtype, nullptr) != cudaSuccess) fail("the forward was not launched");
+  if (launch_contmix_forward(params, dtype, nullptr) != cudaSuccess) fail("the forward was not launched");
 
-  if (params.partials == 0) params.partials = overlock_mm::contmix_backward_partials_cuda(params);
+  if (params.partials == 0) params.partials = overlock_mm::contmix_backward_partials(params);
   const int64_t copies = params.partials * params.batch * params.groups * accumulator;
   const int64_t entries[] = {2 * params.kernel_size[0] - 1, 2 * params.kernel_size[1] - 1};
   const int64_t sizes[] = {params.slots() * params.query_channels, params.slots(), entries[0] * entries[0],
@@ -127,7 +127,7 @@ int main(int count, char** arguments) {
   params.grad_bias = sums[1].data;
   params.grad_rpb[0] = sums[2].data;
   params.grad_rpb[1] = sums[3].data;
-  if (grad_output.data && contmix_backward_cuda(params, dtype, nullptr) != cudaSuccess)
+  if (grad_output.data && launch_contmix_backward(params, dtype, nullptr) != cudaSuccess)
     fail("the backward was not launched");
 
   FILE* result = std::fopen(arguments[2], "wb");

@@ -1,4 +1,4 @@
-// What the derivatives of all operators use.
+// Shared by the derivatives of all operators.
 //
 // They are registered for the keys AutogradCPU and AutogradMeta, since the compiled kernels are for the CPU. The
 // references (overlock_mm/ops/_library.py), which ATen's autograd differentiates, take the alias key Autograd, which

@@ -33,7 +33,7 @@ class ContMix : public torch::autograd::Function<ContMix> {
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto saved = context->get_saved_variables();
     const auto kernel_sizes = context->saved_data["kernel_sizes"].toIntVector();
-    // Only what this backward is asked for. Arguments that are None have no edge.
+    // Only the gradients that this backward needs. Arguments that are None have no edge.
     std::array<bool, 6> wanted;
     size_t edge = 0;
     for (size_t i = 0; i < wanted.size(); ++i) wanted[i] = saved[i].defined() && context->needs_input_grad(edge++);

@@ -12,7 +12,7 @@ namespace {
 
 using namespace cpu;
 
-/// The kernels of all branches side by side, (C, taps), as the compiled kernels take them.
+/// The taps of all branches side by side, (C, taps).
 Tensor side_by_side(at::TensorList weights, const Tensor& x) {
   std::vector<Tensor> flat;
   for (const Tensor& weight : weights) flat.push_back(weight.to(accumulation_type(x)).flatten(1));
@@ -26,7 +26,7 @@ Tensor stack_as_double(at::TensorList parameters) {
   return at::stack(doubles);
 }
 
-BranchNormsParams params_of(const Tensor& input, const Tensor& kernels, at::TensorList weights,
+BranchNormsParams params_of(const Tensor& input, const Tensor& taps, at::TensorList weights,
                             at::IntArrayRef dilations) {
   BranchNormsParams p{};
   p.batch = input.size(0);
@@ -40,7 +40,7 @@ BranchNormsParams params_of(const Tensor& input, const Tensor& kernels, at::Tens
   }
   p.reach = weights[0].size(2) / 2;
   p.input = input.const_data_ptr();
-  p.weights = kernels.const_data_ptr();
+  p.weights = taps.const_data_ptr();
   return p;
 }
 
@@ -99,29 +99,29 @@ std::tuple<Tensor, Tensor, Tensor> branch_norms_cpu(const Tensor& x, at::TensorL
   check_branch_norms(x, weights, norm_weights, dilations);
   check_norm_parameters("norm_biases", norm_biases, x, weights.size());
   TORCH_CHECK_VALUE(x.numel() > 0, "x must not be empty, got shape ", shape_of(x));
-  const Tensor input = as_input(x), kernels = side_by_side(weights, x);
-  BranchNormsParams p = params_of(input, kernels, weights, dilations);
+  const Tensor input = as_input(x), taps = side_by_side(weights, x);
+  BranchNormsParams p = params_of(input, taps, weights, dilations);
   p.strips = strips_for_sums(p.batch * divide_up(p.channels, 16), p.height, 2 * p.reach + 1);
-  const Tensor means = at::empty({p.batch * p.strips, p.branches, p.channels}, kernels.options()),
+  const Tensor means = at::empty({p.batch * p.strips, p.branches, p.channels}, taps.options()),
                squares = at::empty_like(means);
   p.means = means.mutable_data_ptr();
   p.squares = squares.mutable_data_ptr();
-  with_kernels<BranchNormsKernels>(input.scalar_type(), [&](const auto& kernels_of_set) {
-    in_parallel(p.batch * p.strips * divide_up(p.channels, kernels_of_set.lanes),
-                [&](int64_t begin, int64_t end) { kernels_of_set.statistics(p, begin, end); });
+  with_kernels<BranchNormsKernels>(input.scalar_type(), [&](const auto& kernels) {
+    in_parallel(p.batch * p.strips * divide_up(p.channels, kernels.lanes),
+                [&](int64_t begin, int64_t end) { kernels.statistics(p, begin, end); });
   });
 
-  // By hand: the some hundred operators that it takes otherwise are up to half of all the time on a small map.
+  // By hand: with torch it would be about a hundred operators, up to half of the time on a small map.
   const Tensor gammas = stack_as_double(norm_weights), betas = stack_as_double(norm_biases);
-  const Tensor kernel = at::empty({p.channels, 1, 2 * p.reach + 1, 2 * p.reach + 1}, kernels.options()),
-               bias = at::empty({p.channels}, kernels.options()),
-               mean = at::empty({p.branches, p.channels}, kernels.options()), variance = at::empty_like(mean);
-  AT_DISPATCH_FLOATING_TYPES(kernels.scalar_type(), "branch_norms", [&] {
+  const Tensor kernel = at::empty({p.channels, 1, 2 * p.reach + 1, 2 * p.reach + 1}, taps.options()),
+               bias = at::empty({p.channels}, taps.options()),
+               mean = at::empty({p.branches, p.channels}, taps.options()), variance = at::empty_like(mean);
+  AT_DISPATCH_FLOATING_TYPES(taps.scalar_type(), "branch_norms", [&] {
     const Statistics statistics =
         merge_statistics(p, means.const_data_ptr<scalar_t>(), squares.const_data_ptr<scalar_t>());
     std::copy(statistics.mean.begin(), statistics.mean.end(), mean.mutable_data_ptr<scalar_t>());
     std::copy(statistics.variance.begin(), statistics.variance.end(), variance.mutable_data_ptr<scalar_t>());
-    fold_branches(p, statistics, kernels.const_data_ptr<scalar_t>(), gammas.const_data_ptr<double>(),
+    fold_branches(p, statistics, taps.const_data_ptr<scalar_t>(), gammas.const_data_ptr<double>(),
                   betas.const_data_ptr<double>(), eps, kernel.mutable_data_ptr<scalar_t>(),
                   bias.mutable_data_ptr<scalar_t>());
   });
@@ -130,9 +130,9 @@ std::tuple<Tensor, Tensor, Tensor> branch_norms_cpu(const Tensor& x, at::TensorL
   return {as_output(output, x), mean, variance};
 }
 
-/// Whether an item of the backward is a channel block of the whole batch, and all is done in one pass, or of one image,
+/// Whether a work item of the backward is a channel block of the whole batch, in one pass. Else it is one of an image,
 /// and there are two passes, which make the outputs of the branches twice (4 parts of work and not 3). One pass is
-/// better unless threads were idle, or it took much memory. The results are the same.
+/// better unless threads would be idle, or it would take much memory. The results are the same.
 bool takes_whole_batch(const BranchNormsParams& p, int64_t lanes, int64_t element_size) {
   constexpr int64_t most_bytes_of_thread = 64 * 1024 * 1024;
   const int64_t blocks = divide_up(p.channels, lanes), threads = at::get_num_threads();
@@ -148,9 +148,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_norms_backward_cpu(const Tenso
                                                                      const Tensor& variance, at::IntArrayRef dilations,
                                                                      double eps) {
   check_branch_norms_backward(grad_output, x, weights, norm_weights, mean, variance, dilations);
-  const Tensor input = as_input(x), grad = as_input(grad_output), kernels = side_by_side(weights, x);
+  const Tensor input = as_input(x), grad = as_input(grad_output), taps = side_by_side(weights, x);
   const at::ScalarType dtype = input.scalar_type();
-  BranchNormsParams p = params_of(input, kernels, weights, dilations);
+  BranchNormsParams p = params_of(input, taps, weights, dilations);
   const double positions = double(p.batch) * p.height * p.width;
   const Tensor grad_mean = launch_channel_sums(grad) / positions;
 
@@ -159,8 +159,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_norms_backward_cpu(const Tenso
                slope_of_product = (inverse_deviation * inverse_deviation / positions).to(dtype),
                means = mean.to(dtype).contiguous();
   const Tensor grad_input = empty_output(input),
-               products = at::empty({p.batch, p.branches, p.channels}, kernels.options()),
-               partial = at::empty({p.batch, p.channels, p.taps()}, kernels.options());
+               products = at::empty({p.batch, p.branches, p.channels}, taps.options()),
+               partial = at::empty({p.batch, p.channels, p.taps()}, taps.options());
   p.grad_output = grad.const_data_ptr();
   p.grad_mean = grad_mean.const_data_ptr();
   p.mean = means.const_data_ptr();
@@ -168,11 +168,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_norms_backward_cpu(const Tenso
   p.slope_of_product = slope_of_product.const_data_ptr();
   p.products = products.mutable_data_ptr();
   p.grad_weights = partial.mutable_data_ptr();
-  with_kernels<BranchNormsKernels>(dtype, [&](const auto& kernels_of_set) {
-    p.whole_batch = takes_whole_batch(p, kernels_of_set.lanes, input.element_size());
-    const int64_t items = (p.whole_batch ? 1 : p.batch) * divide_up(p.channels, kernels_of_set.lanes);
+  with_kernels<BranchNormsKernels>(dtype, [&](const auto& kernels) {
+    p.whole_batch = takes_whole_batch(p, kernels.lanes, input.element_size());
+    const int64_t items = (p.whole_batch ? 1 : p.batch) * divide_up(p.channels, kernels.lanes);
     const auto pass = [&] {
-      in_parallel(items, [&](int64_t begin, int64_t end) { kernels_of_set.gradients(p, begin, end); });
+      in_parallel(items, [&](int64_t begin, int64_t end) { kernels.gradients(p, begin, end); });
     };
     if (!p.whole_batch) pass();
     p.grad_input = grad_input.mutable_data_ptr();

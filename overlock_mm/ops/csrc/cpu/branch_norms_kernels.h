@@ -6,42 +6,73 @@
 namespace overlock_mm::cpu::OVERLOCK_MM_NAMESPACE {
 namespace {
 
-/// What is known of a branch before its map is read.
+/// The taps of one branch.
 template <typename T>
-struct Branch {
-  int64_t kernel_size, dilation, taps;
-  int64_t first_tap;  ///< in the weights of all branches
-  int64_t corner;     ///< its first tap in the packed map, from the corner of the widest branch on, in elements
-  const int64_t* offsets;
+struct BranchTaps {
+  int64_t kernel_size, dilation, count;
+  int64_t first;           ///< among the taps of all branches
+  int64_t corner;          ///< where the first tap is in a packed map, from the first tap of the widest branch on
+  const int64_t* offsets;  ///< of the others from there
 };
 
+/// Those of all branches, in maps that are packed `packed_width` positions wide.
 template <typename T>
-class Branches {
+class TapsOfBranches {
  public:
-  Branches(const BranchNormsParams& p, int64_t packed_width) : offsets_(p.taps()) {
-    int64_t first_tap = 0;
+  TapsOfBranches(const BranchNormsParams& p, int64_t packed_width) : p_(p), offsets_(p.taps()) {
+    int64_t first = 0;
     for (int i = 0; i < p.branches; ++i) {
       const int64_t k = p.kernel_size[i], d = p.dilation[i], margin = p.reach - k / 2 * d;
       int64_t* const offsets = offsets_.take(k * k);
       tap_offsets<T>(k, d, packed_width, offsets);
-      branches_[i] = {k, d, k * k, first_tap, (margin * packed_width + margin) * Simd<T>::lanes, offsets};
-      first_tap += k * k;
+      branches_[i] = {k, d, k * k, first, (margin * packed_width + margin) * Simd<T>::lanes, offsets};
+      first += k * k;
     }
   }
-  const Branch<T>& operator[](int i) const { return branches_[i]; }
+  const BranchTaps<T>& operator[](int i) const { return branches_[i]; }
+
+  /// The weights of a channel block, (taps of all branches, lanes).
+  void pack_weights_of(const ChannelBlock& block, bool flipped, T* to) const {
+    for (int i = 0; i < p_.branches; ++i) {
+      pack_weights(const_data<T>(p_.weights), p_.taps(), branches_[i].first, branches_[i].count, block, flipped,
+                   to + branches_[i].first * Simd<T>::lanes);
+    }
+  }
 
  private:
+  const BranchNormsParams& p_;
   Scratch<int64_t> offsets_;
-  Branch<T> branches_[BranchNormsParams::kMostBranches];
+  BranchTaps<T> branches_[BranchNormsParams::kMostBranches];
+};
+
+/// The mean of a branch's output over a strip, and the sum of squared distances from it.
+template <typename T>
+struct BranchMoments {
+  Vector<T> mean, square;
 };
 
 template <typename T>
-void pack_branch_weights(const BranchNormsParams& p, const Branches<T>& branches, const ChannelBlock& block,
-                         bool flipped, T* to) {
-  for (int i = 0; i < p.branches; ++i) {
-    pack_weights(const_data<T>(p.weights), p.taps(), branches[i].first_tap, branches[i].taps, block, flipped,
-                 to + branches[i].first_tap * Simd<T>::lanes);
+BranchMoments<T> branch_moments(const Packed<T>& packed, int64_t lines, int64_t width, const BranchTaps<T>& taps,
+                                const T* weights) {
+  // Counted from the first position's output: a large mean would take the digits of a small variance.
+  Vector<T> shift{}, sum{}, square{};
+  convolve_positions<T>(1, packed.at(0, 0) + taps.corner, taps.offsets, weights, taps.count, &shift);
+  for (int64_t y = 0; y < lines; ++y) {
+    Vector<T> line_sum{}, line_square{};
+    in_even_tiles(width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
+      Vector<T> out[kColumns] = {};
+      convolve_positions<T>(n, packed.at(y, x) + taps.corner, taps.offsets, weights, taps.count, out);
+      for (int64_t j = 0; j < n; ++j) {
+        const Vector<T> distance = out[j] - shift;
+        line_sum += distance;
+        line_square += distance * distance;
+      }
+    });
+    sum += line_sum;
+    square += line_square;
   }
+  const Vector<T> mean = sum / T(lines * width);
+  return {shift + mean, square - sum * mean};
 }
 
 template <typename T>
@@ -53,7 +84,7 @@ void branch_statistics(const BranchNormsParams& p, int64_t begin, int64_t end) {
   Scratch<T> scratch(packed_size + p.taps() * lanes);
   Packed<T> packed{scratch.take(packed_size), p.width + 2 * p.reach};
   T* const weights = scratch.take(p.taps() * lanes);
-  const Branches<T> branches(p, packed.width);
+  const TapsOfBranches<T> branches(p, packed.width);
   const int64_t image_size = p.height * p.width * p.channels;
 
   for (int64_t item = begin; item < end; ++item) {
@@ -62,37 +93,18 @@ void branch_statistics(const BranchNormsParams& p, int64_t begin, int64_t end) {
     const Lines lines(p.height, p.strips, part % p.strips);
     packed.pack(const_data<T>(p.input) + part / p.strips * image_size, p.height, p.width, p.channels, block,
                 lines.begin, lines.count(), p.reach, Vector<T>{});
-    pack_branch_weights(p, branches, block, /*flipped=*/false, weights);
+    branches.pack_weights_of(block, /*flipped=*/false, weights);
     for (int i = 0; i < p.branches; ++i) {
-      const Branch<T>& branch = branches[i];
-      const T* const own_weights = weights + branch.first_tap * lanes;
-      // Counted from the first position's output, lest a large mean eats up the digits of a small variance.
-      Vector<T> shift{}, sum{}, square{};
-      convolve_positions<T>(1, packed.at(0, 0) + branch.corner, branch.offsets, own_weights, branch.taps, &shift);
-      for (int64_t y = 0; y < lines.count(); ++y) {
-        Vector<T> of_line{}, square_of_line{};
-        in_even_tiles(p.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
-          Vector<T> out[kColumns] = {};
-          convolve_positions<T>(n, packed.at(y, x) + branch.corner, branch.offsets, own_weights, branch.taps, out);
-          for (int64_t j = 0; j < n; ++j) {
-            const Vector<T> distance = out[j] - shift;
-            of_line += distance;
-            square_of_line += distance * distance;
-          }
-        });
-        sum += of_line;
-        square += square_of_line;
-      }
-      const T count = T(lines.count() * p.width);
-      const Vector<T> mean = sum / count;
+      const BranchMoments<T> moments =
+          branch_moments(packed, lines.count(), p.width, branches[i], weights + branches[i].first * lanes);
       const int64_t at = (part * p.branches + i) * p.channels;
-      store_block(static_cast<T*>(p.means) + at, block, shift + mean);
-      store_block(static_cast<T*>(p.squares) + at, block, square - sum * mean);
+      store_block(static_cast<T*>(p.means) + at, block, moments.mean);
+      store_block(static_cast<T*>(p.squares) + at, block, moments.square);
     }
   }
 }
 
-/// One block of channels of the images that an item of the backward works on, packed.
+/// A channel block of the images that an item of the backward works on, packed.
 template <typename T>
 class BranchImages {
  public:
@@ -114,7 +126,7 @@ class BranchImages {
 
   int64_t bordered_width() const { return p_.width + 2 * p_.reach; }
   Packed<T> input(int64_t i) const { return {inputs_ + i * bordered_, bordered_width()}; }
-  /// Of a branch's output from its mean; then the gradient of that output.
+  /// Distances of a branch's output from its mean; then the gradient of that output.
   Packed<T> distance(int64_t i) const { return {distances_ + i * bordered_, bordered_width()}; }
   Packed<T> grad(int64_t i) const { return {grads_ + i * plain_, p_.width}; }
   Packed<T> grad_input(int64_t i) const { return {grad_inputs_ + i * plain_, p_.width}; }
@@ -138,101 +150,157 @@ class BranchImages {
   T *inputs_, *distances_, *grads_, *grad_inputs_;
 };
 
-/// Compute the distances of a branch's output from its mean; the sum of their products with the gradient.
+/// The gradients of a channel block, on one thread.
 template <typename T>
-Vector<T> branch_distances(const BranchNormsParams& p, const Branch<T>& branch, const T* weights, Vector<T> mean,
-                           const Packed<T>& input, const Packed<T>& grad, const Packed<T>& distance) {
-  constexpr int64_t lanes = Simd<T>::lanes;
-  Vector<T> product{};
-  for (int64_t y = 0; y < p.height; ++y) {
-    Vector<T> of_line{};
-    in_even_tiles(p.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
-      Vector<T> out[kColumns] = {};
-      convolve_positions<T>(n, input.at(y, x) + branch.corner, branch.offsets, weights, branch.taps, out);
-      const T* const from = grad.at(y, x);
-      T* const to = distance.at(y + p.reach, x + p.reach);
-      for (int64_t j = 0; j < n; ++j) {
-        const Vector<T> own = out[j] - mean;
-        store(to + j * lanes, own);
-        of_line += own * load(from + j * lanes);
+class BranchGradients {
+ public:
+  explicit BranchGradients(const BranchNormsParams& p)
+      : p_(p),
+        images_(p.whole_batch ? p.batch : 1),
+        taps_(p.taps()),
+        scratch_(BranchImages<T>::size(p, images_) + (2 + images_) * taps_ * lanes),
+        maps_(p, images_, scratch_),
+        weights_(scratch_.take(taps_ * lanes)),
+        flipped_(scratch_.take(taps_ * lanes)),
+        sums_(scratch_.take(images_ * taps_ * lanes)),
+        branches_(p, maps_.bordered_width()) {}
+
+  /// A block of an image, or of the whole batch.
+  void run(int64_t item) {
+    const int64_t blocks = number_of_blocks<T>(p_.channels);
+    first_image_ = item / blocks;
+    block_ = block_of<T>(p_.channels, item % blocks);
+    maps_.pack(first_image_, block_);
+    branches_.pack_weights_of(block_, /*flipped=*/false, weights_);
+    branches_.pack_weights_of(block_, /*flipped=*/true, flipped_);
+    for (int64_t i = 0; i < images_ * taps_ * lanes; ++i) sums_[i] = T(0);
+    for (int b = 0; b < p_.branches; ++b) {
+      Vector<T> product = multiply_distances(b);
+      if (!p_.grad_input) continue;
+      if (!p_.whole_batch) product = product_over_batch(b);
+      for (int64_t i = 0; i < images_; ++i) {
+        differentiate_norm(b, i, product);
+        correlate_with_input(b, i);
+        add_to_grad_input(b, i);
       }
-    });
-    product += of_line;
+    }
+    for (int64_t i = 0; p_.grad_input && i < images_; ++i) write(i);
   }
-  return product;
-}
+
+ private:
+  static constexpr int64_t lanes = Simd<T>::lanes;
+
+  Vector<T> load_statistic(const void* statistic, int b) const {
+    return load_block(const_data<T>(statistic) + b * p_.channels, block_);
+  }
+  T* product_at(int64_t image, int b) const {
+    return static_cast<T*>(p_.products) + (image * p_.branches + b) * p_.channels;
+  }
+
+  /// Compute the distances of branch b's output from its mean; the sum of their products with the gradient.
+  Vector<T> multiply_distances(int b) {
+    const Vector<T> mean = load_statistic(p_.mean, b);
+    Vector<T> product{};
+    for (int64_t i = 0; i < images_; ++i) {
+      const Vector<T> own = multiply_distances(b, i, mean);
+      product += own;
+      if (p_.whole_batch || !p_.grad_input) store_block(product_at(first_image_ + i, b), block_, own);
+    }
+    return product;
+  }
+
+  Vector<T> multiply_distances(int b, int64_t i, Vector<T> mean) {
+    const BranchTaps<T>& taps = branches_[b];
+    const T* const weights = weights_ + taps.first * lanes;
+    const Packed<T> input = maps_.input(i), grad = maps_.grad(i), distance = maps_.distance(i);
+    Vector<T> product{};
+    for (int64_t y = 0; y < p_.height; ++y) {
+      Vector<T> line_product{};
+      in_even_tiles(p_.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
+        Vector<T> out[kColumns] = {};
+        convolve_positions<T>(n, input.at(y, x) + taps.corner, taps.offsets, weights, taps.count, out);
+        const T* const from = grad.at(y, x);
+        T* const to = distance.at(y + p_.reach, x + p_.reach);
+        for (int64_t j = 0; j < n; ++j) {
+          const Vector<T> own = out[j] - mean;
+          store(to + j * lanes, own);
+          line_product += own * load(from + j * lanes);
+        }
+      });
+      product += line_product;
+    }
+    return product;
+  }
+
+  /// From the products of all images, which the first pass made.
+  Vector<T> product_over_batch(int b) const {
+    Vector<T> product{};
+    for (int64_t i = 0; i < p_.batch; ++i) product += load_block(product_at(i, b), block_);
+    return product;
+  }
+
+  /// The gradient of branch b's output, in the place of its distances.
+  void differentiate_norm(int b, int64_t i, Vector<T> product) {
+    const Vector<T> slope = product * load_statistic(p_.slope_of_product, b), scale = load_statistic(p_.scale, b);
+    const Packed<T> distance = maps_.distance(i);
+    for (int64_t y = 0; y < p_.height; ++y) {
+      const T* const grad = maps_.grad(i).at(y, 0);
+      T* const to = distance.at(y + p_.reach, p_.reach);
+      for (int64_t x = 0; x < p_.width * lanes; x += lanes)
+        store(to + x, scale * (load(grad + x) - slope * load(to + x)));
+    }
+  }
+
+  /// Gradients of the taps.
+  void correlate_with_input(int b, int64_t i) {
+    const BranchTaps<T>& taps = branches_[b];
+    const Packed<T> grad_branch = maps_.distance(i);
+    correlate({grad_branch.at(p_.reach, p_.reach), grad_branch.width},
+              {maps_.input(i).data + taps.corner, grad_branch.width}, p_.height, p_.width, taps.kernel_size,
+              taps.dilation, sums_ + (i * taps_ + taps.first) * lanes);
+  }
+
+  void add_to_grad_input(int b, int64_t i) {
+    const BranchTaps<T>& taps = branches_[b];
+    const T* const weights = flipped_ + taps.first * lanes;
+    const Packed<T> grad_branch = maps_.distance(i), grad_input = maps_.grad_input(i);
+    for (int64_t y = 0; y < p_.height; ++y) {
+      in_even_tiles(p_.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
+        Vector<T> out[kColumns];
+        T* const to = grad_input.at(y, x);
+        for (int64_t j = 0; j < n; ++j) out[j] = load(to + j * lanes);
+        convolve_positions<T>(n, grad_branch.at(y, x) + taps.corner, taps.offsets, weights, taps.count, out);
+        for (int64_t j = 0; j < n; ++j) store(to + j * lanes, out[j]);
+      });
+    }
+  }
+
+  void write(int64_t i) const {
+    const int64_t image = first_image_ + i;
+    unpack_gradients(sums_ + i * taps_ * lanes, taps_, block_, taps_,
+                     static_cast<T*>(p_.grad_weights) + image * p_.channels * taps_);
+    T* to = static_cast<T*>(p_.grad_input) + image * p_.height * p_.width * p_.channels;
+    const T* from = maps_.grad_input(i).data;
+    for (int64_t at = 0; at < p_.height * p_.width; ++at, to += p_.channels, from += lanes)
+      store_block(to, block_, load(from));
+  }
+
+  const BranchNormsParams& p_;
+  const int64_t images_, taps_;
+  Scratch<T> scratch_;
+  BranchImages<T> maps_;
+  T* const weights_;  ///< (taps, lanes)
+  T* const flipped_;  ///< likewise, each kernel turned round
+  T* const sums_;     ///< (images, taps, lanes): gradients of the taps
+  const TapsOfBranches<T> branches_;
+  int64_t first_image_ = 0;
+  ChannelBlock block_{};
+};
 
 template <typename T>
 void branch_gradients(const BranchNormsParams& p, int64_t begin, int64_t end) {
-  constexpr int64_t lanes = Simd<T>::lanes;
-  const int64_t blocks = number_of_blocks<T>(p.channels), taps = p.taps();
-  const int64_t images = p.whole_batch ? p.batch : 1;
-  Scratch<T> scratch(BranchImages<T>::size(p, images) + (2 + images) * taps * lanes);
-  BranchImages<T> maps(p, images, scratch);
-  T* const weights = scratch.take(taps * lanes);
-  T* const flipped = scratch.take(taps * lanes);
-  T* const sums = scratch.take(images * taps * lanes);
-  const Branches<T> branches(p, maps.bordered_width());
-  T* const products = static_cast<T*>(p.products);
-
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t first = item / blocks;
-    const ChannelBlock block = block_of<T>(p.channels, item % blocks);
-    maps.pack(first, block);
-    pack_branch_weights(p, branches, block, /*flipped=*/false, weights);
-    pack_branch_weights(p, branches, block, /*flipped=*/true, flipped);
-    for (int64_t i = 0; i < images * taps * lanes; ++i) sums[i] = T(0);
-    for (int b = 0; b < p.branches; ++b) {
-      const Branch<T>& branch = branches[b];
-      const Vector<T> mean = load_block(const_data<T>(p.mean) + b * p.channels, block);
-      Vector<T> product{};
-      for (int64_t i = 0; i < images; ++i) {
-        const Vector<T> of_image = branch_distances(p, branch, weights + branch.first_tap * lanes, mean, maps.input(i),
-                                                    maps.grad(i), maps.distance(i));
-        product += of_image;
-        if (p.whole_batch || !p.grad_input)
-          store_block(products + ((first + i) * p.branches + b) * p.channels, block, of_image);
-      }
-      if (!p.grad_input) continue;
-
-      if (!p.whole_batch) {
-        product = Vector<T>{};
-        for (int64_t i = 0; i < p.batch; ++i)
-          product += load_block(products + (i * p.branches + b) * p.channels, block);
-      }
-      const Vector<T> slope = product * load_block(const_data<T>(p.slope_of_product) + b * p.channels, block);
-      const Vector<T> scale = load_block(const_data<T>(p.scale) + b * p.channels, block);
-      for (int64_t i = 0; i < images; ++i) {
-        const Packed<T> of_output = maps.distance(i), grad_input = maps.grad_input(i);
-        for (int64_t y = 0; y < p.height; ++y) {
-          const T* const grad = maps.grad(i).at(y, 0);
-          T* const to = of_output.at(y + p.reach, p.reach);
-          for (int64_t x = 0; x < p.width * lanes; x += lanes)
-            store(to + x, scale * (load(grad + x) - slope * load(to + x)));
-        }
-        correlate({of_output.at(p.reach, p.reach), of_output.width},
-                  {maps.input(i).data + branch.corner, of_output.width}, p.height, p.width, branch.kernel_size,
-                  branch.dilation, sums + (i * taps + branch.first_tap) * lanes);
-        for (int64_t y = 0; y < p.height; ++y) {
-          in_even_tiles(p.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
-            Vector<T> out[kColumns];
-            T* const to = grad_input.at(y, x);
-            for (int64_t j = 0; j < n; ++j) out[j] = load(to + j * lanes);
-            convolve_positions<T>(n, of_output.at(y, x) + branch.corner, branch.offsets,
-                                  flipped + branch.first_tap * lanes, branch.taps, out);
-            for (int64_t j = 0; j < n; ++j) store(to + j * lanes, out[j]);
-          });
-        }
-      }
-    }
-    for (int64_t i = 0; p.grad_input && i < images; ++i) {
-      unpack_gradients(sums + i * taps * lanes, taps, block, taps,
-                       static_cast<T*>(p.grad_weights) + (first + i) * p.channels * taps);
-      T* to = static_cast<T*>(p.grad_input) + (first + i) * p.height * p.width * p.channels;
-      for (int64_t at = 0; at < p.height * p.width; ++at, to += p.channels)
-        store_block(to, block, load(maps.grad_input(i).data + at * lanes));
-    }
-  }
+  BranchGradients<T> gradients(p);
+  for (int64_t item = begin; item < end; ++item) gradients.run(item);
 }
 
 template <typename T>

@@ -7,8 +7,8 @@
 namespace overlock_mm::cpu::OVERLOCK_MM_NAMESPACE {
 namespace {
 
-/// The channels that a vector holds: `count` from `first` on. The last block of a map begins earlier, so that it is
-/// whole, and its first `skip` lanes repeat channels of the block before.
+/// The channels that a vector holds: `count` from `first` on. The last block of a map begins earlier, so that it fills
+/// a vector, and its first `skip` lanes repeat channels of the block before.
 struct ChannelBlock {
   int64_t first, skip, count;
 };

@@ -1,5 +1,4 @@
-// The CPU kernels of ContMix, compiled once for every instruction set, and what they share with their launcher. They
-// take maps of any strides.
+// The CPU kernels of ContMix, compiled once for every instruction set. They take maps of any strides.
 #pragma once
 
 #include "../contmix.h"

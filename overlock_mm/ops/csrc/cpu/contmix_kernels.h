@@ -1,9 +1,4 @@
-// ContMix on the CPU. Included once for each instruction set by a file that has set
-//   OVERLOCK_MM_NAMESPACE     the namespace of the instruction set,
-//   OVERLOCK_MM_VECTOR_BYTES  the width of its vectors,
-// has included what is used here, and has switched the compiler to the instruction set. Nothing but simd.h may be
-// included here: a function of a header that is compiled for AVX-512 could be the one that the linker keeps for
-// everybody.
+// ContMix on the CPU. Included once for each instruction set, under the rules of simd.h.
 //
 // The shape of the computation (docs/contmix.md counts it):
 // - Logits, softmax: the lanes of a vector are slots of one position, k * k of them rounded up to whole vectors. The
@@ -21,7 +16,7 @@ namespace {
 
 constexpr int kVectors = kVectorBytes == 64 ? 4 : 2;  // of logits in registers for each of kTile positions
 constexpr int kTile = 4;
-constexpr int kChunk = 16;  // positions of a line that are worked on together: their weights stay in the L1 cache
+constexpr int kChunk = 16;  // positions of a line that take each step together: their weights stay in the L1 cache
 
 /// Sizes in elements. "Padded" is rounded up to whole vectors.
 template <typename T>
@@ -222,7 +217,7 @@ void pack_value(const ContMixParams& p, int64_t image, int64_t channel, int64_t 
   }
 }
 
-/// The same as (channels, lines, W). What is read beyond the last, in whole vectors, is 0.
+/// The same as (channels, lines, W). Vectors are read beyond the last number, where there are zeros.
 template <typename T>
 void pack_value_by_channel(const ContMixParams& p, int64_t image, int64_t channel, int64_t begin, int64_t end, T* to) {
   for (int64_t c = 0; c < p.channels; ++c) {
@@ -272,7 +267,7 @@ class BiasTables {
       for (int64_t first = 0; first < k; ++first) {
         T* table = tables_[branch] + first * stride(layout_, branch);
         for (int64_t i = 0; i < k; ++i) {
-          // Whole vectors: what goes too far is overwritten by the next row, or is padding.
+          // Whole vectors: the next row overwrites what goes too far, or it is padding.
           for (int64_t j = 0; j < k; j += Simd<T>::lanes) {
             store(table + i * k + j, load(bias + i * k + j) + load(rpb + i * side + first + j));
           }
@@ -394,7 +389,7 @@ void logits(const ContMixParams& p, const Layout<T>& layout, const BiasTables<T>
   }
 }
 
-/// Neighbouring positions whose windows along the line move with them, or stand still.
+/// Neighbouring positions whose windows along the line all move with them, or all stand still.
 struct Run {
   int64_t length;
   bool sliding;
@@ -434,7 +429,7 @@ OVERLOCK_MM_INLINE void with_constants(Run run, Function function) {
 
 /// For every column of a line that the windows of n neighbouring positions hold: `at_column(u)`, then
 /// `at_position(t, slot)` for every position t that holds it. Column u of sliding windows is slot u - t of position t.
-/// t is a constant after inlining, so that what it indexes stays in registers.
+/// t is a constant after inlining, so that the arrays that it indexes stay in registers.
 template <int n, bool sliding, typename AtColumn, typename AtPosition>
 OVERLOCK_MM_INLINE void for_columns(int64_t k, AtColumn at_column, AtPosition at_position) {
   if constexpr (sliding) {
@@ -493,7 +488,7 @@ OVERLOCK_MM_NOINLINE void sum_windows(int64_t k, const T* weights, int64_t weigh
   }
 }
 
-/// The way back: add n positions' gradients (n, padded channels), each under its kernel, to the windows they came from.
+/// The reverse: add n positions' gradients (n, padded channels), each weighted by its kernel, to the windows.
 template <typename T, int n, int n_vectors, bool sliding>
 OVERLOCK_MM_NOINLINE void spread_to_windows(int64_t k, const T* weights, int64_t weights_stride, const T* grad,
                                             int64_t grad_stride, T* grad_value, int64_t row_stride,
@@ -532,8 +527,8 @@ OVERLOCK_MM_NOINLINE void spread_to_windows(int64_t k, const T* weights, int64_t
   }
 }
 
-/// Store what was summed for the columns that n windows hold together as the slots of position t, and of those after
-/// it. Whole vectors are stored: what goes too far belongs to the next row, or is beyond the slots.
+/// Store sums for the columns that n windows hold together as the slots of position t, and of those after it. Whole
+/// vectors are stored: numbers that go too far belong to the next row, or are beyond the slots.
 template <typename T, int t, int n, int n_rows, int n_vectors, bool sliding>
 OVERLOCK_MM_INLINE void store_from_windows(int64_t k, const Vector<T> (&sums)[n][n_rows][n_vectors], T* out,
                                            int64_t out_stride) {
@@ -646,295 +641,445 @@ OVERLOCK_MM_NOINLINE void exponentials(T* z, int64_t z_stride, int64_t slots, T*
   for (int t = 0; t < n; ++t) sums[t] = reduce_lanes<Add, T>(sum[t]);
 }
 
+/// n positions of line y from column x on, which take each step together.
+struct Chunk {
+  int64_t y, x, n;
+};
+
+/// Shared by the forward and the backward: the strip that a thread works on, and where its data is.
 template <typename T>
-void forward(const ContMixParams& p, const ContMixWorkspace<T>& workspace, int64_t strips, int64_t begin, int64_t end) {
-  constexpr int lanes = Simd<T>::lanes;
-  const Layout<T> layout(p, false);
-  const int64_t d = p.query_channels, cp = layout.channels, row_stride = p.width * cp;
-  const int64_t tables_size = round_up<T>(BiasTables<T>::size(p, layout));
-  const int64_t value_sizes[2] = {Strip::most_held(p, strips, 0) * row_stride,
-                                  Strip::most_held(p, strips, 1) * row_stride};
-  Scratch<T> scratch(tables_size + kChunk * (layout.all_slots + cp) + round_up<T>(kChunk * d) + value_sizes[0] +
-                     value_sizes[1]);
-  const BiasTables<T> tables(p, layout, scratch.take(tables_size));
-  T* const weights = scratch.take(kChunk * layout.all_slots);
-  T* const mixed = scratch.take(kChunk * cp);
-  T* const query = scratch.take(round_up<T>(kChunk * d));
-  T* const values[2] = {scratch.take(value_sizes[0]), scratch.take(value_sizes[1])};
+class StripWorker {
+ protected:
+  StripWorker(const ContMixParams& p, const ContMixWorkspace<T>& workspace, int64_t strips, bool backward)
+      : p_(p), layout_(p, backward), workspace_(workspace), strips_(strips) {}
+  StripWorker(const StripWorker&) = delete;
+  StripWorker& operator=(const StripWorker&) = delete;
 
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t image_and_group = item / strips;
-    const int64_t image = image_and_group / p.groups, group = image_and_group % p.groups;
-    const Strip strip(p, strips, item % strips);
-    const T* keys = workspace.keys + image_and_group * layout.keys_size;
-    for (int branch = 0; branch < 2; ++branch) {
-      const int64_t channel = (branch * p.groups + group) * p.channels;
-      pack_value(p, image, channel, strip.first_held(p, branch), strip.end_held(p, branch), cp, values[branch]);
-    }
+  /// Go to an item of B * G * strips.
+  void go_to(int64_t item) {
+    image_and_group_ = item / strips_;
+    image_ = image_and_group_ / p_.groups;
+    group_ = image_and_group_ % p_.groups;
+    strip_ = Strip(p_, strips_, item % strips_);
+    keys_ = workspace_.keys + image_and_group_ * layout_.keys_size;
+  }
 
-    for (int64_t y = strip.begin; y < strip.end; ++y) {
-      if (y == strip.begin || tables.differs_from_line_before(y)) tables.fill(keys, y);
-      for (int64_t x = 0; x < p.width; x += kChunk) {
-        const int64_t n = min(kChunk, p.width - x);
-        const T* from = line<T>(p.query, image, group * d, y) + x * p.query.column_stride;
-        read_positions(p.query, from, n, d, d, query);
-        for (int branch = 0; branch < 2; ++branch) {
-          const int64_t k = p.kernel_size[branch], slots = layout.padded_slots[branch];
-          const int64_t branch_and_group = (image * 2 + branch) * p.groups + group;
-          T* const z = weights + layout.offset[branch];
-          logits(p, layout, tables, branch, x, n, keys, query, d, z, layout.all_slots);
+  /// First channel of the group in the value and output maps.
+  int64_t channel_of(int branch) const { return (branch * p_.groups + group_) * p_.channels; }
 
-          T maxima[kChunk], sums[kChunk];
-          constexpr int together = kVectorBytes == 64 ? 4 : 2;
-          int64_t done = 0;
-          for (; done + together <= n; done += together) {
-            exponentials<T, together>(z + done * layout.all_slots, layout.all_slots, slots, maxima + done, sums + done);
-          }
-          for (; done < n; ++done) {
-            exponentials<T, 1>(z + done * layout.all_slots, layout.all_slots, slots, maxima + done, sums + done);
-          }
-          T* logsumexp = static_cast<T*>(p.logsumexp) + (branch_and_group * p.height + y) * p.width + x;
-          for (int64_t t = 0; t < n; ++t) logsumexp[t] = maxima[t] + std::log2(sums[t]);
+  T* at(const Map& map, int64_t channel, const Chunk& chunk) const {
+    return line<T>(map, image_, channel, chunk.y) + chunk.x * map.column_stride;
+  }
+  T* query_at(const Map& map, const Chunk& chunk) const { return at(map, group_ * p_.query_channels, chunk); }
+  T* logsumexp_at(int branch, const Chunk& chunk) const {
+    const int64_t branch_and_group = (image_ * 2 + branch) * p_.groups + group_;
+    return static_cast<T*>(p_.logsumexp) + (branch_and_group * p_.height + chunk.y) * p_.width + chunk.x;
+  }
 
-          const T* window_line =
-              values[branch] + (window_start(y, p.height, k) - strip.first_held(p, branch)) * row_stride;
-          const auto sum_channels = [&](int64_t c, auto n_vectors) {
-            for (int64_t t = 0; t < n;) {
-              const Run run = run_from(x + t, n - t, p.width, k, 8 / n_vectors.value);
-              const T* window = window_line + window_start(x + t, p.width, k) * cp + c;
-              with_constants(run, [&](auto length, auto sliding) {
-                sum_windows<T, length.value, n_vectors.value, sliding.value>(
-                    k, z + t * layout.all_slots, layout.all_slots, window, row_stride, cp, mixed + t * cp + c, cp);
-              });
-              t += run.length;
-            }
-          };
-          int64_t c = 0;
-          for (; c + 2 * lanes <= cp; c += 2 * lanes) sum_channels(c, Constant<2>{});
-          if (c < cp) sum_channels(c, Constant<1>{});
+  /// First line of the window of a position in line y, counted from the first line that the strip's windows hold.
+  int64_t window_line(int branch, int64_t y) const {
+    return window_start(y, p_.height, p_.kernel_size[branch]) - strip_.first_held(p_, branch);
+  }
 
-          for (int64_t t = 0; t < n; ++t) {
-            const T scale = T(1) / sums[t];
-            for (int64_t i = 0; i < cp; ++i) mixed[t * cp + i] *= scale;
-          }
-          T* to = line<T>(p.output, image, (branch * p.groups + group) * p.channels, y) + x * p.output.column_stride;
-          write_positions(p.output, to, n, p.channels, cp, mixed);
-        }
-      }
+  /// Call function(t, run) for the runs, of at most `most` positions, that a chunk consists of; t is a run's first.
+  template <typename Function>
+  OVERLOCK_MM_INLINE void for_runs(int branch, const Chunk& chunk, int most, Function function) const {
+    for (int64_t t = 0; t < chunk.n;) {
+      const Run run = run_from(chunk.x + t, chunk.n - t, p_.width, p_.kernel_size[branch], most);
+      function(t, run);
+      t += run.length;
     }
   }
+
+  const ContMixParams& p_;
+  const Layout<T> layout_;
+  const ContMixWorkspace<T>& workspace_;
+  const int64_t strips_;
+  int64_t image_and_group_ = 0, image_ = 0, group_ = 0;
+  Strip strip_{p_, 1, 0};
+  const T* keys_ = nullptr;
+};
+
+/// Call function(first channel, number of vectors as a constant) for padded channels, two vectors at a time.
+template <typename T, typename Function>
+OVERLOCK_MM_INLINE void for_channel_vectors(int64_t padded_channels, Function function) {
+  constexpr int lanes = Simd<T>::lanes;
+  int64_t c = 0;
+  for (; c + 2 * lanes <= padded_channels; c += 2 * lanes) function(c, Constant<2>{});
+  if (c < padded_channels) function(c, Constant<1>{});
 }
 
 template <typename T>
-void backward(const ContMixParams& p, const ContMixWorkspace<T>& workspace, int64_t begin, int64_t end) {
-  constexpr int lanes = Simd<T>::lanes;
-  const Layout<T> layout(p, true);
-  const int64_t d = p.query_channels, dp = layout.query_channels, cp = layout.channels;
-  const int64_t tables_size = round_up<T>(BiasTables<T>::size(p, layout));
-  const int64_t row_size = layout.all_slots + 3 * lanes;  // whole vectors are stored from any slot on
-  const bool wants_keys = p.grad_keys, wants_value = p.grad_value.data;
-  const bool wants_biases = p.grad_bias || p.grad_rpb[0] || p.grad_rpb[1];
-  int64_t sides[2];
-  for (int branch = 0; branch < 2; ++branch) sides[branch] = 2 * p.kernel_size[branch] - 1;
-  const int64_t rpb_size = sides[0] * sides[0] + sides[1] * sides[1];
-  int64_t value_sizes[2];
-  for (int branch = 0; branch < 2; ++branch) {
-    value_sizes[branch] = round_up<T>(p.channels * Strip::most_held(p, p.partials, branch) * p.width) + 2 * lanes;
-  }
-  Scratch<T> scratch(2 * tables_size + kChunk * (layout.all_slots + row_size + cp + 2 * dp) + layout.all_slots * dp +
-                     round_up<T>(p.slots() + rpb_size) + value_sizes[0] + value_sizes[1]);
-  const BiasTables<T> tables(p, layout, scratch.take(tables_size));
-  const BiasTables<T> table_gradients(p, layout, scratch.take(tables_size));
-  T* const weights = scratch.take(kChunk * layout.all_slots);
-  T* const logit_gradients = scratch.take(kChunk * row_size);
-  T* const grad_output = scratch.take(kChunk * cp);
-  T* const query = scratch.take(kChunk * dp);
-  T* const grad_query = scratch.take(kChunk * dp);
-  T* const grad_keys = scratch.take(layout.all_slots * dp);
-  T* const grad_bias = scratch.take(round_up<T>(p.slots() + rpb_size));
-  T* const grad_rpb[2] = {grad_bias + p.slots(), grad_bias + p.slots() + sides[0] * sides[0]};
-  T* const values[2] = {scratch.take(value_sizes[0]), scratch.take(value_sizes[1])};
+class ForwardWorker : StripWorker<T> {
+ public:
+  ForwardWorker(const ContMixParams& p, const ContMixWorkspace<T>& workspace, int64_t strips)
+      : StripWorker<T>(p, workspace, strips, /*backward=*/false),
+        scratch_(tables_size() + kChunk * (layout_.all_slots + layout_.channels) + query_size() + value_size(0) +
+                 value_size(1)),
+        tables_(p, layout_, scratch_.take(tables_size())),
+        weights_(scratch_.take(kChunk * layout_.all_slots)),
+        mixed_(scratch_.take(kChunk * layout_.channels)),
+        query_(scratch_.take(query_size())),
+        values_{scratch_.take(value_size(0)), scratch_.take(value_size(1))} {}
 
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t image_and_group = item / p.partials;
-    const int64_t image = image_and_group / p.groups, group = image_and_group % p.groups;
-    const Strip strip(p, p.partials, item % p.partials);
-    const T* keys = workspace.keys + image_and_group * layout.keys_size;
+  /// A strip of a group.
+  void run(int64_t item) {
+    this->go_to(item);
     for (int branch = 0; branch < 2; ++branch) {
-      const int64_t channel = (branch * p.groups + group) * p.channels;
-      pack_value_by_channel(p, image, channel, strip.first_held(p, branch), strip.end_held(p, branch), values[branch]);
+      pack_value(p_, image_, this->channel_of(branch), strip_.first_held(p_, branch), strip_.end_held(p_, branch),
+                 layout_.channels, values_[branch]);
     }
-    T* const grad_values = workspace.grad_value + item * strip_size<T>(p, layout);
-    if (wants_value) {
-      for (int64_t i = 0; i < strip_size<T>(p, layout); ++i) grad_values[i] = T(0);
-    }
-    for (int64_t i = 0; i < layout.all_slots * dp; ++i) grad_keys[i] = T(0);
-    for (int64_t i = 0; i < p.slots() + rpb_size; ++i) grad_bias[i] = T(0);
-    table_gradients.clear();
-
-    for (int64_t y = strip.begin; y < strip.end; ++y) {
-      if (y == strip.begin || tables.differs_from_line_before(y)) {
-        if (y > strip.begin && wants_biases) table_gradients.take_gradients(y - 1, grad_bias, grad_rpb);
-        tables.fill(keys, y);
-      }
-      for (int64_t x = 0; x < p.width; x += kChunk) {
-        const int64_t n = min(kChunk, p.width - x);
-        const T* from = line<T>(p.query, image, group * d, y) + x * p.query.column_stride;
-        read_positions(p.query, from, n, d, dp, query);
-        for (int64_t i = 0; i < n * dp; ++i) grad_query[i] = T(0);
-
-        for (int branch = 0; branch < 2; ++branch) {
-          const int64_t k = p.kernel_size[branch], slots = layout.padded_slots[branch],
-                        first_slot = layout.offset[branch];
-          const int64_t branch_and_group = (image * 2 + branch) * p.groups + group;
-          const int64_t channel = (branch * p.groups + group) * p.channels;
-          const T* grad_from = line<T>(p.grad_output, image, channel, y) + x * p.grad_output.column_stride;
-          read_positions(p.grad_output, grad_from, n, p.channels, cp, grad_output);
-
-          T products[kChunk];  // D: the gradient times the output
-          const T* output = line<T>(p.output, image, channel, y) + x * p.output.column_stride;
-          channel_products(p.grad_output, grad_from, p.output, output, n, p.channels, products);
-
-          // P, from the logits once more.
-          T* const z = weights + first_slot;
-          logits(p, layout, tables, branch, x, n, keys, query, dp, z, layout.all_slots);
-          const T* logsumexp = const_data<T>(p.logsumexp) + (branch_and_group * p.height + y) * p.width + x;
-          for (int64_t t = 0; t < n; ++t) {
-            T* const row = z + t * layout.all_slots;
-            for (int64_t slot = 0; slot < slots; slot += lanes)
-              store(row + slot, exp2<T>(load(row + slot) - logsumexp[t]));
-          }
-
-          if (wants_value) {
-            T* const held = grad_values + (branch ? Strip::most_held(p, p.partials, 0) * p.width * cp : 0);
-            const int64_t held_line = window_start(y, p.height, k) - strip.first_held(p, branch);
-            T* const window_line = held + held_line * p.width * cp;
-            const auto spread_channels = [&](int64_t c, auto n_vectors) {
-              for (int64_t t = 0; t < n;) {
-                const Run run = run_from(x + t, n - t, p.width, k, 8 / n_vectors.value);
-                T* window = window_line + window_start(x + t, p.width, k) * cp + c;
-                with_constants(run, [&](auto length, auto sliding) {
-                  spread_to_windows<T, length.value, n_vectors.value, sliding.value>(
-                      k, z + t * layout.all_slots, layout.all_slots, grad_output + t * cp + c, cp, window, p.width * cp,
-                      cp);
-                });
-                t += run.length;
-              }
-            };
-            int64_t c = 0;
-            for (; c + 2 * lanes <= cp; c += 2 * lanes) spread_channels(c, Constant<2>{});
-            if (c < cp) spread_channels(c, Constant<1>{});
-          }
-          if (!wants_keys && !wants_biases && !p.grad_query.data) continue;
-
-          // dP, then dZ = P (dP - D) in its place.
-          T* const dz = logit_gradients + first_slot;
-          const int64_t plane = (strip.end_held(p, branch) - strip.first_held(p, branch)) * p.width;
-          const T* value = values[branch] + (window_start(y, p.height, k) - strip.first_held(p, branch)) * p.width;
-          for (int64_t t = 0; t < n;) {
-            const Run run = run_from(x + t, n - t, p.width, k, kTile);
-            const int64_t columns = run.sliding ? k + run.length - 1 : k;
-            const int64_t n_vectors = (columns + lanes - 1) / lanes;
-            const int64_t start = window_start(x + t, p.width, k);
-            T* const out = dz + t * row_size;
-            if (n_vectors <= 4) {
-              with_constants(run, [&](auto length, auto sliding) {
-                const auto of_vectors = [&](auto vectors, auto rows) {
-                  weight_gradients<T, length.value, rows.value, vectors.value, sliding.value>(
-                      k, start, grad_output + t * cp, cp, p.channels, value, plane, p.width, out, row_size);
-                };
-                switch (n_vectors) {
-                  case 1:
-                    return of_vectors(Constant<1>{}, Constant < kVectorBytes == 64 ? 4 : 2 > {});
-                  case 2:
-                    return of_vectors(Constant<2>{}, Constant<1>{});
-                  case 3:
-                    return of_vectors(Constant<3>{}, Constant<1>{});
-                  default:
-                    return of_vectors(Constant<4>{}, Constant<1>{});
-                }
-              });
-            } else {  // a kernel too wide for the registers: position by position, vector by vector
-              for (int64_t i = 0; i < run.length; ++i) {
-                for (int64_t row = 0; row < k; ++row) {
-                  for (int64_t j = 0; j < k; j += lanes) {
-                    weight_gradients_of_rows<T, 1, 1, 1, false>(
-                        lanes, window_start(x + t + i, p.width, k) + j, grad_output + (t + i) * cp, cp, p.channels,
-                        value + row * p.width, plane, p.width, out + i * row_size + row * k + j, row_size);
-                  }
-                }
-              }
-            }
-            t += run.length;
-          }
-          for (int64_t t = 0; t < n; ++t) {
-            T* const row = dz + t * row_size;
-            const T* weight = z + t * layout.all_slots;
-            for (int64_t slot = layout.slots[branch]; slot < slots; ++slot) row[slot] = T(0);
-            for (int64_t slot = 0; slot < slots; slot += lanes) {
-              store(row + slot, load(weight + slot) * (load(row + slot) - products[t]));
-            }
-            if (wants_biases) {
-              T* const table = table_gradients.table(branch, x + t);
-              for (int64_t slot = 0; slot < slots; slot += lanes)
-                store(table + slot, load(table + slot) + load(row + slot));
-            }
-          }
-
-          if (p.grad_query.data) {
-            const T* rows = keys + layout.rows + first_slot * dp;
-            for (int64_t c = 0; c < dp; c += lanes) {
-              int64_t t = 0;
-              for (; t + 8 <= n; t += 8) {
-                add_product<T, 8>(slots, dz + t * row_size, row_size, 1, rows + c, dp, grad_query + t * dp + c, dp);
-              }
-              for (; t < n; ++t) {
-                add_product<T, 1>(slots, dz + t * row_size, row_size, 1, rows + c, dp, grad_query + t * dp + c, dp);
-              }
-            }
-          }
-          if (wants_keys) {
-            T* const rows = grad_keys + first_slot * dp;
-            for (int64_t c = 0; c < dp; c += lanes) {
-              int64_t slot = 0;
-              for (; slot + 8 <= slots; slot += 8) {
-                add_product<T, 8>(n, dz + slot, 1, row_size, query + c, dp, rows + slot * dp + c, dp);
-              }
-              for (; slot < slots; ++slot) {
-                add_product<T, 1>(n, dz + slot, 1, row_size, query + c, dp, rows + slot * dp + c, dp);
-              }
-            }
-          }
-        }
-        if (p.grad_query.data) {
-          T* to = line<T>(p.grad_query, image, group * d, y) + x * p.grad_query.column_stride;
-          write_positions(p.grad_query, to, n, d, dp, grad_query);
-        }
+    for (int64_t y = strip_.begin; y < strip_.end; ++y) {
+      if (y == strip_.begin || tables_.differs_from_line_before(y)) tables_.fill(keys_, y);
+      for (int64_t x = 0; x < p_.width; x += kChunk) {
+        const Chunk chunk{y, x, min(kChunk, p_.width - x)};
+        const int64_t d = p_.query_channels;
+        read_positions(p_.query, this->query_at(p_.query, chunk), chunk.n, d, d, query_);
+        for (int branch = 0; branch < 2; ++branch) mix(branch, chunk);
       }
     }
-    if (wants_biases) table_gradients.take_gradients(strip.end - 1, grad_bias, grad_rpb);
+  }
 
-    const int64_t partial = item % p.partials * p.batch * p.groups + image_and_group;
-    if (wants_keys) {
-      T* to = static_cast<T*>(p.grad_keys) + partial * p.slots() * d;
+ private:
+  using StripWorker<T>::p_;
+  using StripWorker<T>::layout_;
+  using StripWorker<T>::strips_;
+  using StripWorker<T>::image_;
+  using StripWorker<T>::strip_;
+  using StripWorker<T>::keys_;
+
+  int64_t tables_size() const { return round_up<T>(BiasTables<T>::size(p_, layout_)); }
+  int64_t query_size() const { return round_up<T>(kChunk * p_.query_channels); }
+  int64_t value_size(int branch) const { return Strip::most_held(p_, strips_, branch) * p_.width * layout_.channels; }
+
+  void mix(int branch, const Chunk& chunk) {
+    T maxima[kChunk], sums[kChunk];
+    T* const z = weights_ + layout_.offset[branch];
+    logits(p_, layout_, tables_, branch, chunk.x, chunk.n, keys_, query_, p_.query_channels, z, layout_.all_slots);
+    take_exponentials(branch, chunk.n, z, maxima, sums);
+    T* const logsumexp = this->logsumexp_at(branch, chunk);
+    for (int64_t t = 0; t < chunk.n; ++t) logsumexp[t] = maxima[t] + std::log2(sums[t]);
+    sum_values(branch, chunk, z);
+    write_normalised(branch, chunk, sums);
+  }
+
+  void take_exponentials(int branch, int64_t n, T* z, T* maxima, T* sums) const {
+    constexpr int together = kVectorBytes == 64 ? 4 : 2;
+    const int64_t stride = layout_.all_slots, slots = layout_.padded_slots[branch];
+    int64_t done = 0;
+    for (; done + together <= n; done += together)
+      exponentials<T, together>(z + done * stride, stride, slots, maxima + done, sums + done);
+    for (; done < n; ++done) exponentials<T, 1>(z + done * stride, stride, slots, maxima + done, sums + done);
+  }
+
+  void sum_values(int branch, const Chunk& chunk, const T* weights) {
+    const int64_t k = p_.kernel_size[branch], cp = layout_.channels, row_stride = p_.width * cp,
+                  weights_stride = layout_.all_slots;
+    const T* const window_line = values_[branch] + this->window_line(branch, chunk.y) * row_stride;
+    for_channel_vectors<T>(cp, [&](int64_t c, auto n_vectors) {
+      this->for_runs(branch, chunk, 8 / n_vectors.value, [&](int64_t t, Run run) OVERLOCK_MM_INLINE_LAMBDA {
+        const T* const window = window_line + window_start(chunk.x + t, p_.width, k) * cp + c;
+        with_constants(run, [&](auto length, auto sliding) {
+          sum_windows<T, length.value, n_vectors.value, sliding.value>(k, weights + t * weights_stride, weights_stride,
+                                                                       window, row_stride, cp, mixed_ + t * cp + c, cp);
+        });
+      });
+    });
+  }
+
+  void write_normalised(int branch, const Chunk& chunk, const T* sums) {
+    const int64_t cp = layout_.channels;
+    for (int64_t t = 0; t < chunk.n; ++t) {
+      const T scale = T(1) / sums[t];
+      for (int64_t i = 0; i < cp; ++i) mixed_[t * cp + i] *= scale;
+    }
+    write_positions(p_.output, this->at(p_.output, this->channel_of(branch), chunk), chunk.n, p_.channels, cp, mixed_);
+  }
+
+  Scratch<T> scratch_;
+  const BiasTables<T> tables_;
+  T* const weights_;
+  T* const mixed_;
+  T* const query_;
+  T* const values_[2];
+};
+
+template <typename T>
+void forward(const ContMixParams& p, const ContMixWorkspace<T>& workspace, int64_t strips, int64_t begin, int64_t end) {
+  ForwardWorker<T> worker(p, workspace, strips);
+  for (int64_t item = begin; item < end; ++item) worker.run(item);
+}
+
+/// With P the weights, O the output, and d(X) the gradient of X:
+///   D = sum of d(O) O,  d(P) = d(O) V,  d(Z) = P (d(P) - D),
+/// which give the gradients of queries, keys and biases. The gradient of the value is d(O), weighted by P and added to
+/// the windows.
+template <typename T>
+class BackwardWorker : StripWorker<T> {
+ public:
+  BackwardWorker(const ContMixParams& p, const ContMixWorkspace<T>& workspace)
+      : StripWorker<T>(p, workspace, p.partials, /*backward=*/true),
+        scratch_(2 * tables_size() +
+                 kChunk * (layout_.all_slots + row_size() + layout_.channels + 2 * layout_.query_channels) +
+                 keys_size() + biases_size() + value_size(0) + value_size(1)),
+        tables_(p, layout_, scratch_.take(tables_size())),
+        table_gradients_(p, layout_, scratch_.take(tables_size())),
+        weights_(scratch_.take(kChunk * layout_.all_slots)),
+        logit_gradients_(scratch_.take(kChunk * row_size())),
+        grad_output_(scratch_.take(kChunk * layout_.channels)),
+        query_(scratch_.take(kChunk * layout_.query_channels)),
+        grad_query_(scratch_.take(kChunk * layout_.query_channels)),
+        grad_keys_(scratch_.take(keys_size())),
+        grad_bias_(scratch_.take(biases_size())),
+        grad_rpb_{grad_bias_ + p.slots(), grad_bias_ + p.slots() + rpb_size(0)},
+        values_{scratch_.take(value_size(0)), scratch_.take(value_size(1))} {}
+
+  /// A strip of a group.
+  void run(int64_t item) {
+    this->go_to(item);
+    clear_sums(item);
+    for (int branch = 0; branch < 2; ++branch) {
+      pack_value_by_channel(p_, image_, this->channel_of(branch), strip_.first_held(p_, branch),
+                            strip_.end_held(p_, branch), values_[branch]);
+    }
+    for (int64_t y = strip_.begin; y < strip_.end; ++y) {
+      if (y == strip_.begin || tables_.differs_from_line_before(y)) {
+        if (y > strip_.begin && wants_biases()) table_gradients_.take_gradients(y - 1, grad_bias_, grad_rpb_);
+        tables_.fill(keys_, y);
+      }
+      for (int64_t x = 0; x < p_.width; x += kChunk) differentiate({y, x, min(kChunk, p_.width - x)});
+    }
+    if (wants_biases()) table_gradients_.take_gradients(strip_.end - 1, grad_bias_, grad_rpb_);
+    write_sums(item % p_.partials * p_.batch * p_.groups + image_and_group_);
+  }
+
+ private:
+  using StripWorker<T>::p_;
+  using StripWorker<T>::layout_;
+  using StripWorker<T>::workspace_;
+  using StripWorker<T>::image_and_group_;
+  using StripWorker<T>::image_;
+  using StripWorker<T>::strip_;
+  using StripWorker<T>::keys_;
+  static constexpr int lanes = Simd<T>::lanes;
+
+  bool wants_biases() const { return p_.grad_bias || p_.grad_rpb[0] || p_.grad_rpb[1]; }
+  bool wants_logits() const { return p_.grad_keys || p_.grad_query.data || wants_biases(); }
+
+  int64_t tables_size() const { return round_up<T>(BiasTables<T>::size(p_, layout_)); }
+  /// Of the logits' gradients at a position: whole vectors are stored from any slot on.
+  int64_t row_size() const { return layout_.all_slots + 3 * lanes; }
+  int64_t keys_size() const { return layout_.all_slots * layout_.query_channels; }
+  int64_t rpb_size(int branch) const {
+    const int64_t side = 2 * p_.kernel_size[branch] - 1;
+    return side * side;
+  }
+  int64_t biases_size() const { return round_up<T>(p_.slots() + rpb_size(0) + rpb_size(1)); }
+  int64_t value_size(int branch) const {
+    return round_up<T>(p_.channels * Strip::most_held(p_, p_.partials, branch) * p_.width) + 2 * lanes;
+  }
+
+  void clear_sums(int64_t item) {
+    const int64_t size = strip_size<T>(p_, layout_);
+    grad_values_ = workspace_.grad_value + item * size;
+    if (p_.grad_value.data) {
+      for (int64_t i = 0; i < size; ++i) grad_values_[i] = T(0);
+    }
+    for (int64_t i = 0, n = keys_size(); i < n; ++i) grad_keys_[i] = T(0);
+    for (int64_t i = 0, n = biases_size(); i < n; ++i) grad_bias_[i] = T(0);
+    table_gradients_.clear();
+  }
+
+  void differentiate(const Chunk& chunk) {
+    const int64_t d = p_.query_channels, dp = layout_.query_channels;
+    read_positions(p_.query, this->query_at(p_.query, chunk), chunk.n, d, dp, query_);
+    for (int64_t i = 0; i < chunk.n * dp; ++i) grad_query_[i] = T(0);
+    for (int branch = 0; branch < 2; ++branch) {
+      T products[kChunk];
+      read_gradients(branch, chunk, products);
+      recompute_weights(branch, chunk);
+      if (p_.grad_value.data) spread_gradients(branch, chunk);
+      if (!wants_logits()) continue;
+      differentiate_weights(branch, chunk);
+      differentiate_logits(branch, chunk, products);
+      if (p_.grad_query.data) add_to_grad_query(branch, chunk.n);
+      if (p_.grad_keys) add_to_grad_keys(branch, chunk.n);
+    }
+    if (p_.grad_query.data)
+      write_positions(p_.grad_query, this->query_at(p_.grad_query, chunk), chunk.n, d, dp, grad_query_);
+  }
+
+  /// d(O), and D in `products`.
+  void read_gradients(int branch, const Chunk& chunk, T* products) {
+    const int64_t channel = this->channel_of(branch);
+    const T* const grad = this->at(p_.grad_output, channel, chunk);
+    const T* const output = this->at(p_.output, channel, chunk);
+    read_positions(p_.grad_output, grad, chunk.n, p_.channels, layout_.channels, grad_output_);
+    channel_products(p_.grad_output, grad, p_.output, output, chunk.n, p_.channels, products);
+  }
+
+  /// P, from the logits once more.
+  void recompute_weights(int branch, const Chunk& chunk) {
+    T* const z = weights_ + layout_.offset[branch];
+    const int64_t slots = layout_.padded_slots[branch], stride = layout_.all_slots;
+    logits(p_, layout_, tables_, branch, chunk.x, chunk.n, keys_, query_, layout_.query_channels, z, stride);
+    const T* const logsumexp = this->logsumexp_at(branch, chunk);
+    for (int64_t t = 0; t < chunk.n; ++t) {
+      T* const row = z + t * stride;
+      for (int64_t slot = 0; slot < slots; slot += lanes) store(row + slot, exp2<T>(load(row + slot) - logsumexp[t]));
+    }
+  }
+
+  /// d(O), weighted by P, to the windows of d(V).
+  void spread_gradients(int branch, const Chunk& chunk) {
+    const int64_t k = p_.kernel_size[branch], cp = layout_.channels, row_stride = p_.width * cp,
+                  weights_stride = layout_.all_slots;
+    const T* const weights = weights_ + layout_.offset[branch];
+    T* const held = grad_values_ + (branch ? Strip::most_held(p_, p_.partials, 0) * row_stride : 0);
+    T* const window_line = held + this->window_line(branch, chunk.y) * row_stride;
+    for_channel_vectors<T>(cp, [&](int64_t c, auto n_vectors) {
+      this->for_runs(branch, chunk, 8 / n_vectors.value, [&](int64_t t, Run run) OVERLOCK_MM_INLINE_LAMBDA {
+        T* const window = window_line + window_start(chunk.x + t, p_.width, k) * cp + c;
+        with_constants(run, [&](auto length, auto sliding) {
+          spread_to_windows<T, length.value, n_vectors.value, sliding.value>(
+              k, weights + t * weights_stride, weights_stride, grad_output_ + t * cp + c, cp, window, row_stride, cp);
+        });
+      });
+    });
+  }
+
+  /// d(P), in the place of d(Z).
+  void differentiate_weights(int branch, const Chunk& chunk) {
+    const int64_t k = p_.kernel_size[branch], row_stride = p_.width;
+    T* const grad_weights = logit_gradients_ + layout_.offset[branch];
+    const int64_t plane = (strip_.end_held(p_, branch) - strip_.first_held(p_, branch)) * row_stride;
+    const T* const value = values_[branch] + this->window_line(branch, chunk.y) * row_stride;
+    this->for_runs(branch, chunk, kTile, [&](int64_t t, Run run) OVERLOCK_MM_INLINE_LAMBDA {
+      differentiate_weights_of_run(run, k, chunk.x + t, grad_output_ + t * layout_.channels, value, plane,
+                                   grad_weights + t * row_size());
+    });
+  }
+
+  /// d(P) of the positions of a run from column x on.
+  OVERLOCK_MM_INLINE void differentiate_weights_of_run(Run run, int64_t k, int64_t x, const T* grad, const T* value,
+                                                       int64_t plane, T* out) const {
+    const int64_t columns = run.sliding ? k + run.length - 1 : k, start = window_start(x, p_.width, k),
+                  cp = layout_.channels;
+    const auto in_registers = [&](auto n_vectors, auto n_rows) OVERLOCK_MM_INLINE_LAMBDA {
+      with_constants(run, [&](auto length, auto sliding) {
+        weight_gradients<T, length.value, n_rows.value, n_vectors.value, sliding.value>(
+            k, start, grad, cp, p_.channels, value, plane, p_.width, out, row_size());
+      });
+    };
+    switch ((columns + lanes - 1) / lanes) {
+      case 1:
+        return in_registers(Constant<1>{}, Constant<(kVectorBytes == 64 ? 4 : 2)>{});
+      case 2:
+        return in_registers(Constant<2>{}, Constant<1>{});
+      case 3:
+        return in_registers(Constant<3>{}, Constant<1>{});
+      case 4:
+        return in_registers(Constant<4>{}, Constant<1>{});
+    }
+    // A kernel too wide for the registers: position by position, vector by vector.
+    for (int64_t i = 0; i < run.length; ++i) {
+      const int64_t first = window_start(x + i, p_.width, k);
+      for (int64_t row = 0; row < k; ++row) {
+        for (int64_t j = 0; j < k; j += lanes) {
+          weight_gradients_of_rows<T, 1, 1, 1, false>(lanes, first + j, grad + i * cp, cp, p_.channels,
+                                                      value + row * p_.width, plane, p_.width,
+                                                      out + i * row_size() + row * k + j, row_size());
+        }
+      }
+    }
+  }
+
+  /// d(Z), from d(P) in its place, and its sums for the biases.
+  void differentiate_logits(int branch, const Chunk& chunk, const T* products) {
+    const int64_t slots = layout_.padded_slots[branch], first_slot = layout_.offset[branch];
+    for (int64_t t = 0; t < chunk.n; ++t) {
+      T* const row = logit_gradients_ + first_slot + t * row_size();
+      const T* const weight = weights_ + first_slot + t * layout_.all_slots;
+      for (int64_t slot = layout_.slots[branch]; slot < slots; ++slot) row[slot] = T(0);
+      for (int64_t slot = 0; slot < slots; slot += lanes)
+        store(row + slot, load(weight + slot) * (load(row + slot) - products[t]));
+      if (wants_biases()) {
+        T* const table = table_gradients_.table(branch, chunk.x + t);
+        for (int64_t slot = 0; slot < slots; slot += lanes) store(table + slot, load(table + slot) + load(row + slot));
+      }
+    }
+  }
+
+  /// The product of d(Z) and the keys.
+  void add_to_grad_query(int branch, int64_t n) {
+    const int64_t slots = layout_.padded_slots[branch], dp = layout_.query_channels, stride = row_size();
+    const T* const dz = logit_gradients_ + layout_.offset[branch];
+    const T* const rows = keys_ + layout_.rows + layout_.offset[branch] * dp;
+    for (int64_t c = 0; c < dp; c += lanes) {
+      int64_t t = 0;
+      for (; t + 8 <= n; t += 8)
+        add_product<T, 8>(slots, dz + t * stride, stride, 1, rows + c, dp, grad_query_ + t * dp + c, dp);
+      for (; t < n; ++t)
+        add_product<T, 1>(slots, dz + t * stride, stride, 1, rows + c, dp, grad_query_ + t * dp + c, dp);
+    }
+  }
+
+  /// The product of d(Z) and the queries.
+  void add_to_grad_keys(int branch, int64_t n) {
+    const int64_t slots = layout_.padded_slots[branch], dp = layout_.query_channels, stride = row_size();
+    const T* const dz = logit_gradients_ + layout_.offset[branch];
+    T* const rows = grad_keys_ + layout_.offset[branch] * dp;
+    for (int64_t c = 0; c < dp; c += lanes) {
+      int64_t slot = 0;
+      for (; slot + 8 <= slots; slot += 8)
+        add_product<T, 8>(n, dz + slot, 1, stride, query_ + c, dp, rows + slot * dp + c, dp);
+      for (; slot < slots; ++slot) add_product<T, 1>(n, dz + slot, 1, stride, query_ + c, dp, rows + slot * dp + c, dp);
+    }
+  }
+
+  /// Sums over the strip to their place among the partial ones.
+  void write_sums(int64_t partial) const {
+    if (p_.grad_keys) {
+      const int64_t d = p_.query_channels;
+      T* to = static_cast<T*>(p_.grad_keys) + partial * p_.slots() * d;
       for (int branch = 0; branch < 2; ++branch) {
-        for (int64_t slot = 0; slot < layout.slots[branch]; ++slot) {
-          const T* row = grad_keys + (layout.offset[branch] + slot) * dp;
+        for (int64_t slot = 0; slot < layout_.slots[branch]; ++slot) {
+          const T* const row = grad_keys_ + (layout_.offset[branch] + slot) * layout_.query_channels;
           for (int64_t i = 0; i < d; ++i) *to++ = row[i];
         }
       }
     }
-    if (p.grad_bias) {
-      T* to = static_cast<T*>(p.grad_bias) + partial * p.slots();
-      for (int64_t i = 0; i < p.slots(); ++i) to[i] = grad_bias[i];
+    if (p_.grad_bias) {
+      T* const to = static_cast<T*>(p_.grad_bias) + partial * p_.slots();
+      for (int64_t i = 0; i < p_.slots(); ++i) to[i] = grad_bias_[i];
     }
     for (int branch = 0; branch < 2; ++branch) {
-      if (!p.grad_rpb[branch]) continue;
-      const int64_t size = sides[branch] * sides[branch];
-      T* to = static_cast<T*>(p.grad_rpb[branch]) + partial * size;
-      for (int64_t i = 0; i < size; ++i) to[i] = grad_rpb[branch][i];
+      if (!p_.grad_rpb[branch]) continue;
+      const int64_t size = rpb_size(branch);
+      T* const to = static_cast<T*>(p_.grad_rpb[branch]) + partial * size;
+      for (int64_t i = 0; i < size; ++i) to[i] = grad_rpb_[branch][i];
     }
   }
+
+  Scratch<T> scratch_;
+  const BiasTables<T> tables_;
+  const BiasTables<T> table_gradients_;
+  T* const weights_;          ///< (kChunk, all slots): P
+  T* const logit_gradients_;  ///< (kChunk, row_size): d(Z)
+  T* const grad_output_;      ///< (kChunk, channels): d(O)
+  T* const query_;            ///< (kChunk, query channels)
+  T* const grad_query_;       ///< likewise
+  T* const grad_keys_;        ///< (all slots, query channels)
+  T* const grad_bias_;
+  T* const grad_rpb_[2];
+  T* const values_[2];
+  T* grad_values_ = nullptr;  ///< of the strip, in the workspace
+};
+
+template <typename T>
+void backward(const ContMixParams& p, const ContMixWorkspace<T>& workspace, int64_t begin, int64_t end) {
+  BackwardWorker<T> worker(p, workspace);
+  for (int64_t item = begin; item < end; ++item) worker.run(item);
 }
 
 template <typename T>

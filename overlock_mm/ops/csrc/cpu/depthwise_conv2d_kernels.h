@@ -4,9 +4,9 @@
 // The lanes of a vector are channels. Two forms of a convolution:
 // - streamed (3 x 3, bound by memory): line by line with all channels, read where they lie, three lines of which stay
 // in
-//   the L2 cache. What goes through GELU first, or is overwritten, passes through a ring of three lines.
+//   the L2 cache. Lines that go through GELU first, or that are overwritten, pass through a ring of three lines.
 // - by blocks (large kernels, bound by multiply-adds): one vector of channels of a strip is packed with a border of
-//   zeros, so that no tap asks where it is, and a tile of positions is accumulated in registers over all taps.
+//   zeros, so that no tap needs a check for borders, and a tile of positions is accumulated in registers over all taps.
 
 #include "channel_blocks.h"
 #include "packed.h"
@@ -77,7 +77,7 @@ struct Around {
 #pragma GCC unroll 8
     for (int i = 0; i < n; ++i) in[i + 1] = load(at + i * stride);
     in[n + 1] = x + n < width ? load(at + n * stride) : Vector<Computed<E>>{};
-    // The lines above are in the cache. The processor does not foresee the way of a tile over this one.
+    // The lines above are in the cache. The processor does not predict the path of a tile over this one.
     if (line == kStreamed - 1) {
 #pragma GCC unroll 8
       for (int i = 0; i < n; ++i) __builtin_prefetch(at + (n + i + 1) * stride);
@@ -91,7 +91,7 @@ const E* line_of(const DepthwiseConv2dParams& p, const void* map, int64_t image,
   return y < 0 || y >= p.height ? nullptr : const_data<E>(map) + (image * p.height + y) * p.width * p.channels;
 }
 
-/// Line y where it lies. Only for as many channels as a vector has lanes, or more: Ring is for the others.
+/// Line y in the map itself. Only for as many channels as a vector has lanes, or more: Ring is for fewer.
 template <typename E>
 Around<E> around_line(const DepthwiseConv2dParams& p, const void* map, int64_t image, int64_t y) {
   return {{line_of<E>(p, map, image, y - 1), line_of<E>(p, map, image, y), line_of<E>(p, map, image, y + 1)},
@@ -103,7 +103,7 @@ Around<E> around_line(const DepthwiseConv2dParams& p, const void* map, int64_t i
 template <typename T>
 class Ring {
  public:
-  /// A vector more than the channels, lest the positions of a tile share a few sets of the cache.
+  /// A vector more than the channels, so that the positions of a tile do not share a few sets of the cache.
   static int64_t stride(int64_t channels) { return round_up<T>(channels) + Simd<T>::lanes; }
   static int64_t size(int64_t channels, int64_t width) { return kStreamed * width * stride(channels); }
 
@@ -166,15 +166,15 @@ OVERLOCK_MM_INLINE void in_tiles(int64_t x, int64_t width, Tile tile) {
   if constexpr (most > 1) in_tiles<most / 2>(x, width, tile);
 }
 
-/// A line, convolved. Tiles go through all channels before the next tile: what lies side by side is read
-/// and written together.
+/// A line, convolved. A tile goes through all channels before the next tile: numbers that lie side by side are read and
+/// written together.
 template <typename T, typename E, typename Start, typename Finish>
 struct StreamedLine {
   Around<E> around;
   int64_t channels;
   const T* weights;  ///< (blocks, 9, lanes)
-  Start start;       ///< of a block: what its sums begin with
-  Finish finish;     ///< takes a position, a block and its sum
+  Start start;       ///< The initial sums of a block.
+  Finish finish;     ///< Takes a position, a block and its sum.
   T* squares;        ///< (blocks, lanes), of the sums, or null
 
   template <int n>
@@ -217,12 +217,12 @@ void pack_streamed_weights(const DepthwiseConv2dParams& p, bool flipped, T* to) 
   }
 }
 
-/// Maps of E, computed with in T.
+/// Maps of E, in memory. The computation is in T.
 template <typename T, typename E>
 void stream_maps(const DepthwiseConv2dParams& p, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<T>::lanes, taps = kStreamed * kStreamed;
   const int64_t blocks = number_of_blocks<T>(p.channels);
-  // In place, and with channels that fill no vector, lines cannot be read where they lie.
+  // In place, and with too few channels for a vector, lines cannot be read from the map itself.
   const bool pushes = p.gelu || p.input == p.output || p.channels < lanes;
   const int64_t ring_size = pushes ? Ring<T>::size(p.channels, p.width) : 0;
   Scratch<T> scratch(ring_size + blocks * (taps + 1) * lanes);
@@ -334,7 +334,7 @@ void stream_maps_backward(const DepthwiseConv2dParams& p, int64_t begin, int64_t
   constexpr int64_t lanes = Simd<T>::lanes, taps = kStreamed * kStreamed;
   const int64_t blocks = number_of_blocks<T>(p.channels);
   const int64_t ring_size = Ring<T>::size(p.channels, p.width), sums_size = blocks * (taps + 1) * lanes;
-  // Channels that fill no vector cannot be read where they lie.
+  // Too few channels for a vector cannot be read from the map itself.
   const bool pushes_grads = p.channels < lanes, pushes_inputs = p.gelu || pushes_grads;
   Scratch<T> scratch((pushes_grads + pushes_inputs + p.gelu) * ring_size + blocks * taps * lanes + sums_size);
   Ring<T> grads(p, pushes_grads ? scratch.take(ring_size) : nullptr);

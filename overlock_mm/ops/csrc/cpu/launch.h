@@ -1,4 +1,4 @@
-// What the launchers of the CPU kernels share: threads, parts of a map, and the layout that the kernels take.
+// Shared by the launchers of the CPU kernels: threads, parts of a map, and the layout that the kernels take.
 //
 // A launcher checks its arguments, brings maps into that layout, allocates, and runs the phases of an operator.
 #pragma once

@@ -64,18 +64,18 @@ std::pair<Tensor, Tensor> response_and_scale(const Tensor& squares, const Tensor
   const Tensor response = at::zeros({batch, channels}, squares.options()), scale = at::empty_like(response);
   AT_DISPATCH_FLOATING_TYPES(squares.scalar_type(), "response_and_scale", [&] {
     const scalar_t *from = squares.const_data_ptr<scalar_t>(), *weight = gamma.const_data_ptr<scalar_t>();
-    scalar_t *of_image = response.mutable_data_ptr<scalar_t>(), *to = scale.mutable_data_ptr<scalar_t>();
-    for (int64_t image = 0; image < batch; ++image, of_image += channels, to += channels) {
+    scalar_t *norm = response.mutable_data_ptr<scalar_t>(), *to = scale.mutable_data_ptr<scalar_t>();
+    for (int64_t image = 0; image < batch; ++image, norm += channels, to += channels) {
       for (int64_t strip = 0; strip < strips; ++strip, from += channels) {
-        for (int64_t c = 0; c < channels; ++c) of_image[c] += from[c];
+        for (int64_t c = 0; c < channels; ++c) norm[c] += from[c];
       }
       double sum = 0;
       for (int64_t c = 0; c < channels; ++c) {
-        of_image[c] = std::sqrt(of_image[c]);
-        sum += of_image[c];
+        norm[c] = std::sqrt(norm[c]);
+        sum += norm[c];
       }
       const scalar_t inverse_mean = scalar_t(1 / (sum / double(channels) + eps));
-      for (int64_t c = 0; c < channels; ++c) to[c] = weight[c] * (of_image[c] * inverse_mean) + 1;
+      for (int64_t c = 0; c < channels; ++c) to[c] = weight[c] * (norm[c] * inverse_mean) + 1;
     }
   });
   return {response, scale};
@@ -102,27 +102,28 @@ ResponseGradients response_gradients(const Tensor& products, const Tensor& sums,
     const scalar_t *product = products.const_data_ptr<scalar_t>(), *sum = sums.const_data_ptr<scalar_t>(),
                    *weight = gamma.const_data_ptr<scalar_t>(), *norm = response.const_data_ptr<scalar_t>();
     scalar_t *scale = out.scale.mutable_data_ptr<scalar_t>(), *slope = out.slope.mutable_data_ptr<scalar_t>();
-    std::vector<double> of_image(channels), grad_gamma(channels), grad_beta(channels);
+    std::vector<double> products_of_image(channels), grad_gamma(channels), grad_beta(channels);
     for (int64_t image = 0; image < batch; ++image, norm += channels, scale += channels, slope += channels) {
-      std::fill(of_image.begin(), of_image.end(), 0.0);
+      std::fill(products_of_image.begin(), products_of_image.end(), 0.0);
       for (int64_t strip = 0; strip < strips; ++strip, product += channels, sum += channels) {
         for (int64_t c = 0; c < channels; ++c) {
-          of_image[c] += product[c];
+          products_of_image[c] += product[c];
           grad_beta[c] += sum[c];
         }
       }
-      double mean = 0, of_mean = 0;
+      double mean = 0, grad_mean = 0;
       for (int64_t c = 0; c < channels; ++c) mean += norm[c];
       mean = mean / double(channels) + eps;
-      for (int64_t c = 0; c < channels; ++c) of_mean += of_image[c] * weight[c] * norm[c];
-      of_mean /= mean * mean * double(channels);
+      for (int64_t c = 0; c < channels; ++c) grad_mean += products_of_image[c] * weight[c] * norm[c];
+      grad_mean /= mean * mean * double(channels);
       for (int64_t c = 0; c < channels; ++c) {
         const double normed = norm[c] / mean;
-        grad_gamma[c] += of_image[c] * normed;
+        grad_gamma[c] += products_of_image[c] * normed;
         scale[c] = scalar_t(weight[c] * normed + 1);
-        // By the response itself, and by the mean over channels that it is divided by. The norm of a map of zeros has
-        // no slope.
-        slope[c] = norm[c] > 0 ? scalar_t((of_image[c] * weight[c] / mean - of_mean) / norm[c]) : scalar_t(0);
+        // Through the response itself, and through the mean over channels that divides it. The norm of a map of zeros
+        // has no slope.
+        slope[c] =
+            norm[c] > 0 ? scalar_t((products_of_image[c] * weight[c] / mean - grad_mean) / norm[c]) : scalar_t(0);
       }
     }
     std::copy(grad_gamma.begin(), grad_gamma.end(), out.gamma.mutable_data_ptr<scalar_t>());

@@ -1,5 +1,11 @@
-// Vectors of one instruction set, and what all kernels of the CPU do with them. Included by the kernels' headers, under
-// the same rules (contmix_kernels.h).
+// Vectors of one instruction set, and operations on them. Included by the kernels' headers, once for each instruction
+// set, by a file (kernels_*.cpp) that has defined
+//   OVERLOCK_MM_NAMESPACE     the namespace of the instruction set,
+//   OVERLOCK_MM_VECTOR_BYTES  the width of its vectors,
+// has included the standard headers that are used here, and has switched the compiler to the instruction set.
+//
+// Rule for all headers that are included like this: they include one another and nothing else. A function of another
+// header would be compiled for AVX-512 too, and the linker could keep that copy for all processors.
 #pragma once
 
 #define OVERLOCK_MM_INLINE inline __attribute__((always_inline))
@@ -72,7 +78,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-/// In which numbers of a type in memory are computed with.
+/// The type that computations with numbers of a type in memory use.
 template <typename E>
 struct ComputedIn {
   using type = E;
@@ -101,7 +107,7 @@ inline void store(BFloat16* to, Vector<float> x) {
   *reinterpret_cast<Simd<float>::Halves*>(to) = __builtin_convertvector(upper_halves(x), Simd<float>::Halves);
 }
 
-/// A number from memory, and the first lanes of a vector to it.
+/// One number from memory.
 template <typename T>
 inline T load_one(const T* from) {
   return *from;
@@ -112,6 +118,7 @@ inline float load_one(const BFloat16* from) {
   __builtin_memcpy(&out, &bits, sizeof(out));
   return out;
 }
+/// The first `count` lanes.
 template <typename T>
 inline void store_lanes(T* to, Vector<T> x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = x[i];
@@ -121,7 +128,7 @@ inline void store_lanes(BFloat16* to, Vector<float> x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i].bits = uint16_t(halves[i]);
 }
 
-/// 2^x for x <= 0 (and a little above). NaN stays NaN, what would be denormal is 0.
+/// 2^x for x up to 1. NaN stays NaN; a result that would be denormal is 0.
 template <typename T>
 inline Vector<T> exp2(Vector<T> x) {
   using S = Simd<T>;

@@ -10,8 +10,10 @@ void transpose(const TransposeParams& p, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<T>::lanes, square = TransposeParams::kSquare;
   const int64_t squares_down = (p.rows + square - 1) / square, squares_across = (p.columns + square - 1) / square;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t image = item / (squares_down * squares_across), of_image = item % (squares_down * squares_across);
-    const int64_t first_row = of_image / squares_across * square, first_column = of_image % squares_across * square;
+    const int64_t image = item / (squares_down * squares_across),
+                  square_of_image = item % (squares_down * squares_across);
+    const int64_t first_row = square_of_image / squares_across * square,
+                  first_column = square_of_image % squares_across * square;
     const int64_t last_row = min(first_row + square, p.rows), last_column = min(first_column + square, p.columns);
     const T* const from = const_data<T>(p.from) + image * p.rows * p.columns;
     T* const to = static_cast<T*>(p.to) + image * p.rows * p.columns;

@@ -6,7 +6,7 @@
 
 #include "../checks.h"
 #include "../contmix_tensors.h"
-#include "contmix_cuda.h"
+#include "contmix_launch.h"
 
 namespace overlock_mm {
 namespace {
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> contmix_cuda(const Tensor& value, const Tensor& query
   ContMixParams params = inputs.params();
   outputs.add_to(params);
   if (params.batch > 0) {
-    C10_CUDA_CHECK(contmix_forward_cuda(params, dtype_of(value), c10::cuda::getCurrentCUDAStream()));
+    C10_CUDA_CHECK(launch_contmix_forward(params, dtype_of(value), c10::cuda::getCurrentCUDAStream()));
   }
   return {outputs.output, outputs.logsumexp};
 }
@@ -50,14 +50,14 @@ ContMixGradients contmix_gradients_cuda(const Tensor& grad_output, const Tensor&
   const c10::cuda::CUDAGuard guard(value.device());
   const ContMixInputs inputs(value, query, keys, bias, rpb_small, rpb_large, small_kernel_size, large_kernel_size);
   ContMixParams params = inputs.params();
-  const ContMixGradientBuffers gradients(inputs, contmix_backward_partials_cuda(params), output_mask);
+  const ContMixGradientBuffers gradients(inputs, contmix_backward_partials(params), output_mask);
   const Tensor contiguous_sums = logsumexp.contiguous();
   params.grad_output = map_to_read(grad_output);
   params.output = map_to_read(output);
   params.logsumexp = const_cast<void*>(contiguous_sums.const_data_ptr());
   gradients.add_to(params);
   if (params.batch > 0) {
-    C10_CUDA_CHECK(contmix_backward_cuda(params, dtype_of(value), c10::cuda::getCurrentCUDAStream()));
+    C10_CUDA_CHECK(launch_contmix_backward(params, dtype_of(value), c10::cuda::getCurrentCUDAStream()));
   }
   return gradients.sums();
 }

@@ -8,9 +8,9 @@
 //   backward_query  a thread per position     dZ = P ∘ (dP - D), dq = Mᵀ dZ, and over positions dM, d(bias), d(rpb)
 //   backward_value  a thread per map element  dV_m = Σ_{p: m in window(p)} P_{p,l(p,m)} dO_p
 //
-// What bounds them is shared memory, which serves 128 bytes a cycle where the cores want 3 operands for each of 128
-// multiply-adds. So whatever a thread can hold in registers it holds; keys are read as broadcasts; and the two kernels
-// that can, give a thread two positions, one above the other, for every vector they read.
+// Shared memory bounds them: it serves 128 bytes a cycle, and the cores need 3 operands for each of 128 multiply-adds.
+// So a thread holds in registers what fits there, keys are read as broadcasts, and in forward and backward_value a
+// thread has two positions, one above the other, for every vector that it reads.
 //
 // "Staged" variants bring a tile and its halo to shared memory and hold a whole group in registers: up to kChannels
 // channels and kQuery query channels, padded by zeros. The general variant (kQuery = 0) reads global memory through the
@@ -107,7 +107,7 @@ __device__ __forceinline__ A minus_infinity() {
   return -static_cast<A>(INFINITY);
 }
 
-/// What shared memory is read in.
+/// Shared memory is read in units of it.
 template <typename A>
 struct alignas(16) Vector {
   A at[4];
@@ -165,7 +165,7 @@ __device__ __forceinline__ void for_channels(T* at, int64_t stride, const Body& 
 }
 
 /// Brings a rectangle of a group to shared memory: (rows, columns, pitch(kChannels)), times `scale`.
-/// Neighbouring threads take what are neighbours in global memory: columns, or channels of a channels_last map.
+/// Neighbouring threads read neighbouring numbers of global memory: columns, or channels of a channels_last map.
 template <int kChannels, typename A, typename T>
 __device__ void stage_map(A* shared, const Group<T>& map, int channels, int first_row, int rows, int first_column,
                           int columns, A scale) {
@@ -244,13 +244,13 @@ struct Branch {
   }
 };
 
-/// What a block of forward and backward_value is: a tile of a branch, and the channels from `channel`.
-struct Block {
+/// The work of a thread block of forward and backward_value: a tile of a branch, and channels from `channel` on.
+struct Tile {
   int branch, channel, row, column;
   int64_t image, group;
 
-  /// The large kernel's blocks, which take longest, have the lowest numbers and so start first.
-  __device__ Block(const ContMixParams& params, int tile_height, int chunk) {
+  /// The large kernel's tiles, which take longest, have the lowest numbers and so start first.
+  __device__ Tile(const ContMixParams& params, int tile_height, int chunk) {
     unsigned index = blockIdx.x;
     const auto next = [&index](int64_t size) {
       const unsigned part = index % static_cast<unsigned>(size);
@@ -316,170 +316,247 @@ __device__ __forceinline__ void for_rows(const Holds& holds, const Body& body) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward
 
-/// O = Σ_l softmax(z)_l V_l for a tile of (blockDim / 16 * kRows) x 16 positions and kChannels channels.
-///
-/// Grid: tiles x chunks of channels x G x B x 2 branches. A thread has kRows positions, in one column. It walks down
-/// the rows of the map that their windows cover: a row's slots give each position up to kSlotChunk logits, with which
-/// it updates the running maximum and sum, and every value it reads then serves all positions whose window holds it.
-template <typename T, int kChannels, int kQuery, int kRows>
-__global__ void __launch_bounds__(kMaxThreads, 3) contmix_forward_kernel(const ContMixParams params) {
-  using A = typename Accumulator<T>::type;
-  constexpr bool kStaged = kQuery > 0;
-  const int tile_height = static_cast<int>(blockDim.x) / kTileWidth * kRows;
-  const Block block(params, tile_height, kChannels);
-  const Branch<T> branch(params, block.branch, block.image, block.group);
-  const int k = branch.kernel_size, height = branch.height, width = branch.width;
-  const int channels = min(branch.channels - block.channel, kChannels);
-  const Group<const T> value(params.value, block.image, branch.first_channel + block.channel);
-  const Group<const T> query(params.query, block.image, block.group * params.query_channels);
+/// Rows and columns of the map, from `top` and `left` on.
+struct Rectangle {
+  int top, left, rows, columns;
+};
 
-  // Threads beyond the map work on its last row or column, and write nothing.
-  const int column = block.column + static_cast<int>(threadIdx.x) % kTileWidth;
-  const int x = min(column, width - 1);
-  const int left = window_start(x, width, k);
-  int row[kRows], y[kRows], top[kRows];
-#pragma unroll
-  for (int t = 0; t < kRows; ++t) {
-    row[t] = block.row + static_cast<int>(threadIdx.x) / kTileWidth * kRows + t;
-    y[t] = min(row[t], height - 1);
-    top[t] = window_start(y[t], height, k);
-  }
+/// kRows positions of a thread, one above the other. Those beyond the map stand for positions of its last row or
+/// column, and nothing is written for them.
+template <int kRows>
+struct Positions {
+  int column, x;
+  int row[kRows], y[kRows];
 
-  // The tile's windows: rows from tile_top, tile_columns columns from tile_left.
-  const int tile_top = window_start(block.row, height, k), tile_left = window_start(block.column, width, k);
-  const int last_row = min(block.row + tile_height, height) - 1;
-  const int last_column = min(block.column + kTileWidth, width) - 1;
-  const int tile_rows = window_start(last_row, height, k) + k - tile_top;
-  const int tile_columns = window_start(last_column, width, k) + k - tile_left;
-
-  OVERLOCK_MM_SHARED(A, shared);
-  const StagedLayout layout(k, kQuery);
-  A q[kRows][kStaged ? kQuery : 1];
-  if constexpr (kStaged) {
-    stage_keys<kQuery>(shared, branch.keys, branch.slots(), branch.query_channels);
-    stage_biases(shared + layout.bias, branch.bias, branch.slots());
-    stage_biases(shared + layout.rpb, branch.rpb, branch.entries() * branch.entries());
-    stage_map<kChannels>(shared + layout.maps, value, channels, tile_top, tile_rows, tile_left, tile_columns, A(1));
+  __device__ __forceinline__ Positions(const Tile& tile, int height, int width)
+      : column(tile.column + static_cast<int>(threadIdx.x) % kTileWidth), x(min(column, width - 1)) {
 #pragma unroll
     for (int t = 0; t < kRows; ++t) {
-      for_channels<kQuery>(query.at(0, y[t], x), query.channel_stride, [&](int d, const T* at) {
-        q[t][d] = d < branch.query_channels ? load(at) * A(kLog2E) : A(0);
+      row[t] = tile.row + static_cast<int>(threadIdx.x) / kTileWidth * kRows + t;
+      y[t] = min(row[t], height - 1);
+    }
+  }
+};
+
+__device__ __forceinline__ int tile_height(int rows_of_thread) {
+  return static_cast<int>(blockDim.x) / kTileWidth * rows_of_thread;
+}
+
+/// A thread of the forward. It walks down the lines of the map that its positions' windows cover: a line's slots give
+/// each position up to kSlotChunk logits, with which it updates the running maximum and sum, and every value that it
+/// reads serves all positions whose window holds it.
+template <typename T, int kChannels, int kQuery, int kRows>
+class ForwardThread {
+ public:
+  using A = typename Accumulator<T>::type;
+
+  __device__ __forceinline__ ForwardThread(const ContMixParams& params, A* shared)
+      : params_(params),
+        shared_(shared),
+        tile_(params, tile_height(kRows), kChannels),
+        branch_(params, tile_.branch, tile_.image, tile_.group),
+        k_(branch_.kernel_size),
+        channels_(min(branch_.channels - tile_.channel, kChannels)),
+        layout_(k_, kQuery),
+        value_(params.value, tile_.image, branch_.first_channel + tile_.channel),
+        query_(params.query, tile_.image, tile_.group * params.query_channels),
+        at_(tile_, branch_.height, branch_.width),
+        left_(window_start(at_.x, branch_.width, k_)),
+        windows_(windows_of_tile()) {
+#pragma unroll
+    for (int t = 0; t < kRows; ++t) {
+      top_[t] = window_start(at_.y[t], branch_.height, k_);
+      maximum_[t] = minus_infinity<A>();
+      sum_[t] = 0;
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) out_[t][c] = 0;
+    }
+  }
+
+  /// Bring the data of the tile to shared memory, and the queries to registers. All threads must call.
+  __device__ __forceinline__ void stage() {
+    if constexpr (kStaged) {
+      stage_keys<kQuery>(shared_, branch_.keys, branch_.slots(), branch_.query_channels);
+      stage_biases(shared_ + layout_.bias, branch_.bias, branch_.slots());
+      stage_biases(shared_ + layout_.rpb, branch_.rpb, branch_.entries() * branch_.entries());
+      stage_map<kChannels>(shared_ + layout_.maps, value_, channels_, windows_.top, windows_.rows, windows_.left,
+                           windows_.columns, A(1));
+#pragma unroll
+      for (int t = 0; t < kRows; ++t) {
+        for_channels<kQuery>(query_.at(0, at_.y[t], at_.x), query_.channel_stride, [&](int d, const T* at) {
+          q_[t][d] = d < branch_.query_channels ? load(at) * A(kLog2E) : A(0);
+        });
+      }
+      __syncthreads();
+    }
+  }
+
+  __device__ __forceinline__ bool is_beyond_map() const { return at_.row[0] >= branch_.height; }
+
+  __device__ __forceinline__ void run() {
+    for (int line = top_[0]; line < top_[kRows - 1] + k_; ++line) {
+      const auto holds = [&](int t) { return line >= top_[t] && line < top_[t] + k_; };
+      for_rows<kRows>(holds, [&](auto first, auto last) {
+        this->template take_line<decltype(first)::value, decltype(last)::value>(line);
       });
     }
-    __syncthreads();
-  }
-  if (row[0] >= height) return;  // No barrier follows.
-
-  A maximum[kRows], sum[kRows], out[kRows][kChannels];
-#pragma unroll
-  for (int t = 0; t < kRows; ++t) {
-    maximum[t] = minus_infinity<A>();
-    sum[t] = 0;
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) out[t][c] = 0;
   }
 
-  // As few chunks to a row of slots as hold it, and these even: 13 = 7 + 6.
-  const int chunk = static_cast<int>(ceil_div(k, ceil_div(k, kSlotChunk)));
-  for (int line = top[0]; line < top[kRows - 1] + k; ++line) {
-    const auto holds = [&](int t) { return line >= top[t] && line < top[t] + k; };
-    for_rows<kRows>(holds, [&](auto first, auto last) {
-      constexpr int kFirst = decltype(first)::value, kLast = decltype(last)::value;
-      for (int start = 0; start < k; start += chunk) {
-        const int size = min(chunk, k - start);
-        A p[kRows][kSlotChunk];
+  __device__ __forceinline__ void write() const {
+    const Group<T> output(params_.output, tile_.image, branch_.first_channel + tile_.channel);
 #pragma unroll
-        for (int t = kFirst; t < kLast; ++t) {
-          const int slot = (line - top[t]) * k + start;
-          const int entry = (line - y[t] + k - 1) * branch.entries() + (left + start - x + k - 1);
-          if constexpr (!kStaged) {
+    for (int t = 0; t < kRows; ++t) {
+      if (at_.row[t] >= branch_.height || at_.column >= branch_.width) continue;
+      // A position whose slots are all masked has sum 0 and, as in eager PyTorch, gives NaN.
+      const A scale = A(1) / sum_[t];
+      for_channels<kChannels>(output.at(0, at_.row[t], at_.column), output.channel_stride, [&](int c, T* at) {
+        if (c < channels_) store(at, out_[t][c] * scale);
+      });
+      if (tile_.channel == 0) branch_.logsumexp_at(at_.row[t], at_.column) = maximum_[t] + logarithm_2(sum_[t]);
+    }
+  }
+
+ private:
+  static constexpr bool kStaged = kQuery > 0;
+
+  __device__ __forceinline__ Rectangle windows_of_tile() const {
+    const int height = branch_.height, width = branch_.width;
+    const int last_row = min(tile_.row + tile_height(kRows), height) - 1;
+    const int last_column = min(tile_.column + kTileWidth, width) - 1;
+    const int top = window_start(tile_.row, height, k_), left = window_start(tile_.column, width, k_);
+    return {top, left, window_start(last_row, height, k_) + k_ - top, window_start(last_column, width, k_) + k_ - left};
+  }
+
+  /// The slots of a line of the map, for positions kFirst to kLast.
+  template <int kFirst, int kLast>
+  __device__ __forceinline__ void take_line(int line) {
+    // As few chunks to a line as hold its slots, and these even: 13 = 7 + 6.
+    const int chunk = static_cast<int>(ceil_div(k_, ceil_div(k_, kSlotChunk)));
+    for (int start = 0; start < k_; start += chunk) {
+      const int size = min(chunk, k_ - start);
+      A p[kRows][kSlotChunk];
 #pragma unroll
-            for (int u = 0; u < kSlotChunk; ++u) p[t][u] = 0;
-            const A* keys = branch.keys + static_cast<int64_t>(slot) * branch.query_channels;
-            for (int d = 0; d < branch.query_channels; ++d) {
-              const A q_d = load(query.at(d, y[t], x));
+      for (int t = kFirst; t < kLast; ++t) {
+        const A largest = logits(t, line, start, size, p[t]);
+        update_softmax(t, size, largest, p[t]);
+      }
+      add_values<kFirst, kLast>(line, start, size, p);
+    }
+  }
+
+  /// Logits of position t, in base 2; the largest.
+  __device__ __forceinline__ A logits(int t, int line, int start, int size, A (&z)[kSlotChunk]) const {
+    const int slot = (line - top_[t]) * k_ + start;
+    const int entry = (line - at_.y[t] + k_ - 1) * branch_.entries() + (left_ + start - at_.x + k_ - 1);
+    if constexpr (!kStaged) {
 #pragma unroll
-              for (int u = 0; u < kSlotChunk; ++u) {
-                if (u < size) p[t][u] += q_d * keys[static_cast<int64_t>(u) * branch.query_channels + d];
-              }
-            }
-          }
-          A largest = minus_infinity<A>();
-#pragma unroll
-          for (int u = 0; u < kSlotChunk; ++u) {
-            if (u < size) {
-              if constexpr (kStaged) {
-                const A* biases = shared + layout.bias + slot + u;
-                const A* offsets = shared + layout.rpb + entry + u;
-                p[t][u] = dot(q[t], shared + (slot + u) * kQuery) + *biases + *offsets;
-              } else {
-                p[t][u] *= A(kLog2E);
-                if (branch.bias) p[t][u] += in_base_2(branch.bias[slot + u]);
-                if (branch.rpb) p[t][u] += in_base_2(branch.rpb[entry + u]);
-              }
-              largest = larger(largest, p[t][u]);
-            }
-          }
-          if (largest > maximum[t]) {
-            // The first time the maximum is -inf, the factor 0, and everything it multiplies 0.
-            const A factor = power_of_2(maximum[t] - largest);
-            maximum[t] = largest;
-            sum[t] *= factor;
-#pragma unroll
-            for (int c = 0; c < kChannels; ++c) out[t][c] *= factor;
-          }
-          // As long as all slots are masked, any finite number in place of the maximum makes their weight 0.
-          const A reference = maximum[t] == minus_infinity<A>() ? A(0) : maximum[t];
-#pragma unroll
-          for (int u = 0; u < kSlotChunk; ++u) {
-            if (u < size) {
-              p[t][u] = power_of_2(p[t][u] - reference);
-              sum[t] += p[t][u];
-            }
-          }
-        }
+      for (int u = 0; u < kSlotChunk; ++u) z[u] = 0;
+      const A* keys = branch_.keys + static_cast<int64_t>(slot) * branch_.query_channels;
+      for (int d = 0; d < branch_.query_channels; ++d) {
+        const A q_d = load(query_.at(d, at_.y[t], at_.x));
 #pragma unroll
         for (int u = 0; u < kSlotChunk; ++u) {
-          if (u < size) {
-            if constexpr (kStaged) {
-              const int position = (line - tile_top) * tile_columns + (left - tile_left) + start + u;
-              const A* values = shared + layout.maps + position * pitch(kChannels);
-#pragma unroll
-              for (int c = 0; c < kChannels; c += 4) {
-                const Vector<A> vector = vector_at(values + c);
-#pragma unroll
-                for (int t = kFirst; t < kLast; ++t) {
-#pragma unroll
-                  for (int i = 0; i < 4; ++i) out[t][c + i] += p[t][u] * vector.at[i];
-                }
-              }
-            } else {
-              for_channels<kChannels>(value.at(0, line, left + start + u), value.channel_stride,
-                                      [&](int c, const T* at) {
-                                        if (c < channels) {
-                                          const A number = load(at);
-#pragma unroll
-                                          for (int t = kFirst; t < kLast; ++t) out[t][c] += p[t][u] * number;
-                                        }
-                                      });
-            }
-          }
+          if (u < size) z[u] += q_d * keys[static_cast<int64_t>(u) * branch_.query_channels + d];
         }
       }
-    });
+    }
+    A largest = minus_infinity<A>();
+#pragma unroll
+    for (int u = 0; u < kSlotChunk; ++u) {
+      if (u < size) {
+        if constexpr (kStaged) {
+          const A* biases = shared_ + layout_.bias + slot + u;
+          const A* offsets = shared_ + layout_.rpb + entry + u;
+          z[u] = dot(q_[t], shared_ + (slot + u) * kQuery) + *biases + *offsets;
+        } else {
+          z[u] *= A(kLog2E);
+          if (branch_.bias) z[u] += in_base_2(branch_.bias[slot + u]);
+          if (branch_.rpb) z[u] += in_base_2(branch_.rpb[entry + u]);
+        }
+        largest = larger(largest, z[u]);
+      }
+    }
+    return largest;
   }
 
-  const Group<T> output(params.output, block.image, branch.first_channel + block.channel);
+  /// Logits of position t to exponentials, relative to the running maximum, in the running sum.
+  __device__ __forceinline__ void update_softmax(int t, int size, A largest, A (&p)[kSlotChunk]) {
+    if (largest > maximum_[t]) {
+      // The first time the maximum is -inf, the factor 0, and everything it multiplies 0.
+      const A factor = power_of_2(maximum_[t] - largest);
+      maximum_[t] = largest;
+      sum_[t] *= factor;
 #pragma unroll
-  for (int t = 0; t < kRows; ++t) {
-    if (row[t] >= height || column >= width) continue;
-    // A row without any slot left has sum 0 and, as in eager PyTorch, gives NaN.
-    const A scale = A(1) / sum[t];
-    for_channels<kChannels>(output.at(0, row[t], column), output.channel_stride, [&](int c, T* at) {
-      if (c < channels) store(at, out[t][c] * scale);
-    });
-    if (block.channel == 0) branch.logsumexp_at(row[t], column) = maximum[t] + logarithm_2(sum[t]);
+      for (int c = 0; c < kChannels; ++c) out_[t][c] *= factor;
+    }
+    // As long as all slots are masked, any finite number in place of the maximum makes their weight 0.
+    const A reference = maximum_[t] == minus_infinity<A>() ? A(0) : maximum_[t];
+#pragma unroll
+    for (int u = 0; u < kSlotChunk; ++u) {
+      if (u < size) {
+        p[u] = power_of_2(p[u] - reference);
+        sum_[t] += p[u];
+      }
+    }
   }
+
+  template <int kFirst, int kLast>
+  __device__ __forceinline__ void add_values(int line, int start, int size, const A (&p)[kRows][kSlotChunk]) {
+#pragma unroll
+    for (int u = 0; u < kSlotChunk; ++u) {
+      if (u < size) {
+        if constexpr (kStaged) {
+          const int position = (line - windows_.top) * windows_.columns + (left_ - windows_.left) + start + u;
+          const A* values = shared_ + layout_.maps + position * pitch(kChannels);
+#pragma unroll
+          for (int c = 0; c < kChannels; c += 4) {
+            const Vector<A> vector = vector_at(values + c);
+#pragma unroll
+            for (int t = kFirst; t < kLast; ++t) {
+#pragma unroll
+              for (int i = 0; i < 4; ++i) out_[t][c + i] += p[t][u] * vector.at[i];
+            }
+          }
+        } else {
+          for_channels<kChannels>(value_.at(0, line, left_ + start + u), value_.channel_stride,
+                                  [&](int c, const T* at) {
+                                    if (c < channels_) {
+                                      const A number = load(at);
+#pragma unroll
+                                      for (int t = kFirst; t < kLast; ++t) out_[t][c] += p[t][u] * number;
+                                    }
+                                  });
+        }
+      }
+    }
+  }
+
+  const ContMixParams& params_;
+  A* const shared_;
+  const Tile tile_;
+  const Branch<T> branch_;
+  const int k_, channels_;
+  const StagedLayout layout_;
+  const Group<const T> value_, query_;
+  const Positions<kRows> at_;
+  const int left_;           ///< of the windows
+  const Rectangle windows_;  ///< of the tile
+  int top_[kRows];           ///< of the windows
+  A q_[kRows][kStaged ? kQuery : 1];
+  A maximum_[kRows], sum_[kRows], out_[kRows][kChannels];
+};
+
+/// O = Σ_l softmax(z)_l V_l for a tile of (blockDim / 16 * kRows) x 16 positions and kChannels channels.
+///
+/// Grid: tiles x chunks of channels x G x B x 2 branches.
+template <typename T, int kChannels, int kQuery, int kRows>
+__global__ void __launch_bounds__(kMaxThreads, 3) contmix_forward_kernel(const ContMixParams params) {
+  OVERLOCK_MM_SHARED(typename Accumulator<T>::type, shared);
+  ForwardThread<T, kChannels, kQuery, kRows> thread(params, shared);
+  thread.stage();
+  if (thread.is_beyond_map()) return;  // No barrier follows.
+  thread.run();
+  thread.write();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -539,6 +616,335 @@ __device__ __forceinline__ void add(A* to, A number, bool first) {
   *to = first ? number : *to + number;
 }
 
+/// A tile of one branch, as a thread of backward_query sees it.
+template <typename T, int kChannels, bool kStaged>
+struct QueryTile {
+  using A = typename Accumulator<T>::type;
+
+  int index;
+  Branch<T> branch;
+  int k, entries;
+  Group<const T> value, grad_output;
+  int top, left;      ///< of the thread's window
+  Rectangle windows;  ///< of the tile
+  bool interior;      ///< No window is clamped: a slot has one entry of rpb for the whole tile.
+  A grad_out[kStaged ? kChannels : 1], grad_dot_out = 0, logsumexp;
+
+  __device__ __forceinline__ QueryTile(const ContMixParams& params, int index, int64_t image, int64_t group, int row,
+                                       int column, int y, int x)
+      : index(index),
+        branch(params, index, image, group),
+        k(branch.kernel_size),
+        entries(branch.entries()),
+        value(params.value, image, branch.first_channel),
+        grad_output(params.grad_output, image, branch.first_channel),
+        top(window_start(y, branch.height, k)),
+        left(window_start(x, branch.width, k)) {
+    const int last_row = min(row + kQueryTile, branch.height) - 1;
+    const int last_column = min(column + kTileWidth, branch.width) - 1;
+    const int bottom = window_start(last_row, branch.height, k), right = window_start(last_column, branch.width, k);
+    windows.top = window_start(row, branch.height, k);
+    windows.left = window_start(column, branch.width, k);
+    windows.rows = bottom + k - windows.top;
+    windows.columns = right + k - windows.left;
+    interior = windows.top == row - k / 2 && windows.left == column - k / 2 && bottom == last_row - k / 2 &&
+               right == last_column - k / 2;
+    logsumexp = branch.logsumexp_at(y, x);
+  }
+
+  /// dO, if it is held in registers, and dO · O.
+  __device__ __forceinline__ void load_gradients(const ContMixParams& params, int64_t image, int y, int x) {
+    const Group<const T> output(params.output, image, branch.first_channel);
+    if constexpr (kStaged) {
+      for_channels<kChannels>(grad_output.at(0, y, x), grad_output.channel_stride,
+                              [&](int c, const T* at) { grad_out[c] = c < branch.channels ? load(at) : A(0); });
+      for_channels<kChannels>(output.at(0, y, x), output.channel_stride, [&](int c, const T* at) {
+        if (c < branch.channels) grad_dot_out += grad_out[c] * load(at);
+      });
+    } else {
+      for (int c = 0; c < branch.channels; ++c) {
+        grad_dot_out += load(grad_output.at(c, y, x)) * load(output.at(c, y, x));
+      }
+    }
+  }
+};
+
+/// Up to kProductSlots slots of a row of slots, which all threads work on at the same time.
+struct Piece {
+  int line, start, size;
+  int first_slot;  ///< of the branch
+};
+
+/// A thread of backward_query, which has a position of each tile. All threads must call `run`.
+template <typename T, int kChannels, int kQuery, bool kStaged>
+class QueryThread {
+ public:
+  using A = typename Accumulator<T>::type;
+  using Branched = QueryTile<T, kChannels, kStaged>;
+
+  __device__ __forceinline__ QueryThread(const ContMixParams& params, A* shared)
+      : params_(params),
+        shared_(shared),
+        layout_(static_cast<int>(max(params.kernel_size[0], params.kernel_size[1])), kQuery, kStaged),
+        thread_(static_cast<int>(threadIdx.x)),
+        partial_(blockIdx.x % params.partials),
+        group_(blockIdx.x / params.partials % params.groups),
+        image_(blockIdx.x / params.partials / params.groups),
+        slice_((partial_ * params.batch + image_) * params.groups + group_),
+        height_(static_cast<int>(params.height)),
+        width_(static_cast<int>(params.width)),
+        query_channels_(static_cast<int>(params.query_channels)),
+        query_(params.query, image_, group_ * query_channels_) {}
+
+  __device__ __forceinline__ void run() {
+    clear_grad_rpb();
+    const int horizontal_tiles = static_cast<int>(ceil_div(width_, kTileWidth));
+    const int tiles = static_cast<int>(ceil_div(height_, kQueryTile)) * horizontal_tiles;
+    for (int tile = static_cast<int>(partial_); tile < tiles; tile += static_cast<int>(params_.partials)) {
+      go_to(tile == partial_, tile / horizontal_tiles * kQueryTile, tile % horizontal_tiles * kTileWidth);
+      for (first_query_ = 0; first_query_ < query_channels_; first_query_ += kQuery) {
+        load_queries();
+        for (int index = 0; index < 2; ++index) differentiate(index);
+        write_grad_query();
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void clear_grad_rpb() const {
+    for (int index = 0; index < 2; ++index) {
+      if (!params_.grad_rpb[index]) continue;
+      const int64_t size = (2 * params_.kernel_size[index] - 1) * (2 * params_.kernel_size[index] - 1);
+      A* const to = static_cast<A*>(params_.grad_rpb[index]) + slice_ * size;
+      for (int64_t i = thread_; i < size; i += kMaxThreads) to[i] = 0;
+    }
+  }
+
+  __device__ __forceinline__ void go_to(bool first_tile, int tile_row, int tile_column) {
+    first_tile_ = first_tile;
+    tile_row_ = tile_row;
+    tile_column_ = tile_column;
+    // Threads beyond the map work on its last row or column, and their dZ is 0.
+    row_ = tile_row + thread_ / kTileWidth;
+    column_ = tile_column + thread_ % kTileWidth;
+    y_ = min(row_, height_ - 1);
+    x_ = min(column_, width_ - 1);
+  }
+
+  __device__ __forceinline__ bool in_map() const { return row_ < height_ && column_ < width_; }
+
+  /// Query channels that count, of kQuery from first_query_ on.
+  __device__ __forceinline__ int queries() const { return min(query_channels_ - first_query_, kQuery); }
+
+  __device__ __forceinline__ void load_queries() {
+    A* const to = shared_ + layout_.query + thread_ * pitch(kQuery);
+    const int queries = this->queries();
+    for_channels<kQuery>(query_.at(first_query_, y_, x_), query_.channel_stride, [&](int d, const T* at) {
+      const A number = d < queries ? load(at) : A(0);
+      to[d] = number;
+      q_[d] = number * A(kLog2E);
+      grad_q_[d] = 0;
+    });
+  }
+
+  /// One branch of the tile.
+  __device__ __forceinline__ void differentiate(int index) {
+    Branched tile(params_, index, image_, group_, tile_row_, tile_column_, y_, x_);
+    // Values, queries and keys may be overwritten: the threads that read the last ones have since met in a barrier.
+    if constexpr (kStaged) {
+      stage_map<kChannels>(shared_ + layout_.value, tile.value, tile.branch.channels, tile.windows.top,
+                           tile.windows.rows, tile.windows.left, tile.windows.columns, A(1));
+      stage_biases(shared_ + layout_.rpb, tile.branch.rpb, tile.entries * tile.entries);
+    }
+    tile.load_gradients(params_, image_, y_, x_);
+
+    // As few pieces to a row of slots as hold it, and these even.
+    const int k = tile.k, chunk = static_cast<int>(ceil_div(k, ceil_div(k, kProductSlots)));
+    for (int line = 0; line < k; ++line) {
+      for (int start = 0; start < k; start += chunk) {
+        differentiate_piece(tile, Piece{line, start, min(chunk, k - start), line * k + start});
+      }
+    }
+  }
+
+  __device__ __forceinline__ void differentiate_piece(const Branched& tile, const Piece& piece) {
+    const A* keys = tile.branch.keys + static_cast<int64_t>(piece.first_slot) * query_channels_;
+    if constexpr (kStaged) {
+      stage_keys<kQuery>(shared_ + layout_.keys, keys, piece.size, query_channels_);
+      stage_biases(shared_ + layout_.bias, tile.branch.bias ? tile.branch.bias + piece.first_slot : nullptr,
+                   piece.size);
+      __syncthreads();
+    }
+    differentiate_slots(tile, piece, keys);
+    __syncthreads();
+
+    A* grad_rpb = static_cast<A*>(params_.grad_rpb[tile.index]);
+    if (grad_rpb) grad_rpb += slice_ * tile.entries * tile.entries;
+    const bool sums_rpb = grad_rpb && first_query_ == 0;
+    if (params_.grad_keys) sum_products<kQuery>(dz(), shared_ + layout_.query, shared_ + layout_.products, piece.size);
+    if (first_query_ == 0 && (params_.grad_bias || (grad_rpb && tile.interior)))
+      add_slot_sums(tile, piece, tile.interior ? grad_rpb : nullptr);
+    if (sums_rpb && !tile.interior) sum_rows(tile, piece);
+    __syncthreads();
+
+    if (params_.grad_keys) add_to_grad_keys(tile, piece);
+    if (sums_rpb && !tile.interior) add_row_sums(tile, piece, grad_rpb);
+  }
+
+  __device__ __forceinline__ A* dz() const { return shared_; }
+
+  /// dZ of the piece to shared memory, and dq.
+  __device__ __forceinline__ void differentiate_slots(const Branched& tile, const Piece& piece, const A* keys) {
+    const int k = tile.k, queries = this->queries();
+    const int first_entry =
+        (tile.top + piece.line - y_ + k - 1) * tile.entries + (tile.left + piece.start - x_ + k - 1);
+    const bool in_map = this->in_map();
+#pragma unroll(kStaged ? 2 : 1)
+    for (int u = 0; u < piece.size; ++u) {
+      A z = 0, grad_p = 0;
+      if constexpr (kStaged) {
+        const int position = (tile.top + piece.line - tile.windows.top) * tile.windows.columns +
+                             (tile.left - tile.windows.left) + piece.start + u;
+        z = dot(q_, shared_ + layout_.keys + u * kQuery) + shared_[layout_.bias + u] +
+            shared_[layout_.rpb + first_entry + u];
+        grad_p = dot(tile.grad_out, shared_ + layout_.value + position * pitch(kChannels));
+      } else {
+        const A* key = keys + static_cast<int64_t>(u) * query_channels_;
+        for (int d = 0; d < query_channels_; ++d) z += load(query_.at(d, y_, x_)) * key[d];
+        z *= A(kLog2E);
+        if (tile.branch.bias) z += in_base_2(tile.branch.bias[piece.first_slot + u]);
+        if (tile.branch.rpb) z += in_base_2(tile.branch.rpb[first_entry + u]);
+        const T* values = tile.value.at(0, tile.top + piece.line, tile.left + piece.start + u);
+        const T* grads = tile.grad_output.at(0, y_, x_);
+        for (int c = 0; c < tile.branch.channels; ++c) {
+          grad_p += load(grads + c * tile.grad_output.channel_stride) * load(values + c * tile.value.channel_stride);
+        }
+      }
+      const A grad_z = power_of_2(z - tile.logsumexp) * (grad_p - tile.grad_dot_out);
+      if constexpr (kStaged) {
+#pragma unroll
+        for (int d = 0; d < kQuery; d += 4) {
+          const Vector<A> vector = vector_at(shared_ + layout_.keys + u * kQuery + d);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) grad_q_[d + i] += grad_z * vector.at[i];
+        }
+      } else {
+        const A* key = keys + static_cast<int64_t>(u) * query_channels_ + first_query_;
+#pragma unroll
+        for (int d = 0; d < kQuery; ++d) {
+          if (d < queries) grad_q_[d] += grad_z * key[d];
+        }
+      }
+      // Last, as after a write to shared memory the compiler would read the key again.
+      dz()[u * kProductPitch + thread_] = in_map ? grad_z : A(0);
+    }
+  }
+
+  /// d(bias) is the sum over the tile, and so, where no window is clamped, is d(rpb): null where one is. 8 threads to a
+  /// slot.
+  __device__ __forceinline__ void add_slot_sums(const Branched& tile, const Piece& piece, A* grad_rpb) const {
+    constexpr int kThreads = kMaxThreads / kProductSlots;
+    const int slot = thread_ / kThreads;
+    A sum = 0;
+    if (slot < piece.size) {
+#pragma unroll 1
+      for (int position = thread_ % kThreads * 4; position < kMaxThreads; position += kThreads * 4) {
+        const Vector<A> vector = vector_at(dz() + slot * kProductPitch + position);
+        sum += (vector.at[0] + vector.at[1]) + (vector.at[2] + vector.at[3]);
+      }
+    }
+#pragma unroll
+    for (int lanes = 1; lanes < kThreads; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+    if (slot < piece.size && thread_ % kThreads == 0) {
+      if (params_.grad_bias) {
+        A* grad_bias = static_cast<A*>(params_.grad_bias) + slice_ * params_.slots() + tile.branch.first_slot;
+        add(grad_bias + piece.first_slot + slot, sum, first_tile_);
+      }
+      if (grad_rpb) {
+        const int k = tile.k;
+        const int entry = (piece.line - k / 2 + k - 1) * tile.entries + piece.start - k / 2 + k - 1 + slot;
+        add(grad_rpb + entry, sum, false);
+      }
+    }
+  }
+
+  /// Where windows are clamped: sums over a row of positions of the tile, by column of rpb. Each position has one slot
+  /// there, or none.
+  __device__ __forceinline__ void sum_rows(const Branched& tile, const Piece& piece) const {
+    const int k = tile.k;
+    for (int i = thread_; i < kQueryTile * tile.entries; i += kMaxThreads) {
+      const int tile_line = i / tile.entries, entry = i % tile.entries;
+      A sum = 0;
+#pragma unroll 1
+      for (int n = 0; n < kTileWidth; ++n) {
+        const int position = min(tile_column_ + n, width_ - 1);
+        const int slot = entry - (k - 1) + position - window_start(position, width_, k) - piece.start;
+        if (slot >= 0 && slot < piece.size) sum += dz()[slot * kProductPitch + tile_line * kTileWidth + n];
+      }
+      shared_[layout_.row_sums + i] = sum;
+    }
+  }
+
+  /// A thread has a column of rpb, always the same. Rows of positions that share an entry are summed before they are
+  /// added to it.
+  __device__ __forceinline__ void add_row_sums(const Branched& tile, const Piece& piece, A* grad_rpb) const {
+    const int k = tile.k;
+    for (int entry = thread_; entry < tile.entries; entry += kMaxThreads) {
+      A sum = 0;
+#pragma unroll 1
+      for (int n = 0; n < kQueryTile; ++n) {
+        const int position = min(tile_row_ + n, height_ - 1), next = min(position + 1, height_ - 1);
+        const int offset = window_start(position, height_, k) - position;
+        sum += shared_[layout_.row_sums + n * tile.entries + entry];
+        if (n == kQueryTile - 1 || window_start(next, height_, k) - next != offset) {
+          add(grad_rpb + static_cast<int64_t>(offset + piece.line + k - 1) * tile.entries + entry, sum, false);
+          sum = 0;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_to_grad_keys(const Branched& tile, const Piece& piece) const {
+    const int queries = this->queries();
+    const A* const products = shared_ + layout_.products;
+    A* grad_keys = static_cast<A*>(params_.grad_keys) +
+                   (slice_ * params_.slots() + tile.branch.first_slot + piece.first_slot) * query_channels_ +
+                   first_query_;
+    for (int i = thread_; i < piece.size * kQuery; i += kMaxThreads) {
+      const int slot = i / kQuery, channel = i % kQuery;
+      if (channel < queries) {
+        A sum = products[i];
+#pragma unroll
+        for (int w = 1; w < kMaxThreads / kWarp; ++w) sum += products[w * kProductSlots * kQuery + i];
+        add(grad_keys + static_cast<int64_t>(slot) * query_channels_ + channel, sum, first_tile_);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void write_grad_query() const {
+    if (!params_.grad_query.data || !in_map()) return;
+    const int queries = this->queries();
+    const Group<T> grad_query(params_.grad_query, image_, group_ * query_channels_ + first_query_);
+    for_channels<kQuery>(grad_query.at(0, row_, column_), grad_query.channel_stride, [&](int d, T* at) {
+      if (d < queries) store(at, grad_q_[d]);
+    });
+  }
+
+  const ContMixParams& params_;
+  A* const shared_;
+  const QueryLayout layout_;
+  const int thread_;
+  const int64_t partial_, group_, image_;
+  const int64_t slice_;  ///< of the partial sums
+  const int height_, width_, query_channels_;
+  const Group<const T> query_;
+  // Of the tile.
+  bool first_tile_ = false;
+  int tile_row_ = 0, tile_column_ = 0, row_ = 0, column_ = 0, y_ = 0, x_ = 0;
+  int first_query_ = 0;
+  A q_[kQuery], grad_q_[kQuery];
+};
+
 /// dq of tiles of 8 x 16 positions, and this block's share of the sums over the map: dM, d(bias) and d(rpb).
 ///
 /// Grid: partials x G x B. A block has every params.partials-th tile of its group, both branches of a tile one after
@@ -548,368 +954,200 @@ __device__ __forceinline__ void add(A* to, A number, bool first) {
 ///
 /// A general variant has query channels kQuery at a time, and computes dZ again for the next.
 ///
-/// Three blocks, which is what shared memory has room for, leave 168 registers to a thread: enough, as long as the
-/// short loops beside the main one are not unrolled.
+/// Shared memory has room for three blocks, which leave 168 registers to a thread: enough, as long as the short loops
+/// beside the main one are not unrolled.
 template <typename T, int kChannels, int kQuery, bool kStaged>
 __global__ void __launch_bounds__(kMaxThreads, kStaged ? 3 : 1)
     contmix_backward_query_kernel(const ContMixParams params) {
-  using A = typename Accumulator<T>::type;
-  const int thread = static_cast<int>(threadIdx.x);
-  const int64_t partials = params.partials;
-  const int64_t partial = blockIdx.x % partials;
-  const int64_t group = blockIdx.x / partials % params.groups, image = blockIdx.x / partials / params.groups;
-  const int64_t slice = (partial * params.batch + image) * params.groups + group;
-  const int height = static_cast<int>(params.height), width = static_cast<int>(params.width);
-  const int query_channels = static_cast<int>(params.query_channels);
-  const int horizontal_tiles = static_cast<int>(ceil_div(width, kTileWidth));
-  const int tiles = static_cast<int>(ceil_div(height, kQueryTile)) * horizontal_tiles;
-  const Group<const T> query(params.query, image, group * query_channels);
-
-  OVERLOCK_MM_SHARED(A, shared);
-  const QueryLayout layout(static_cast<int>(max(params.kernel_size[0], params.kernel_size[1])), kQuery, kStaged);
-  A* const dz = shared;
-  A* const shared_query = shared + layout.query;
-  A* const products = shared + layout.products;
-  A* const row_sums = shared + layout.row_sums;
-
-  for (int index = 0; index < 2; ++index) {
-    if (!params.grad_rpb[index]) continue;
-    const int64_t size = (2 * params.kernel_size[index] - 1) * (2 * params.kernel_size[index] - 1);
-    for (int64_t i = thread; i < size; i += kMaxThreads) static_cast<A*>(params.grad_rpb[index])[slice * size + i] = 0;
-  }
-
-  for (int tile = static_cast<int>(partial); tile < tiles; tile += static_cast<int>(partials)) {
-    const bool first_tile = tile == partial;
-    const int tile_row = tile / horizontal_tiles * kQueryTile, tile_column = tile % horizontal_tiles * kTileWidth;
-    const int last_row = min(tile_row + kQueryTile, height) - 1;
-    const int last_column = min(tile_column + kTileWidth, width) - 1;
-    // Threads beyond the map work on its last row or column, and their dZ is 0.
-    const int row = tile_row + thread / kTileWidth, column = tile_column + thread % kTileWidth;
-    const bool in_map = row < height && column < width;
-    const int y = min(row, height - 1), x = min(column, width - 1);
-
-    for (int first_query = 0; first_query < query_channels; first_query += kQuery) {
-      const int queries = min(query_channels - first_query, kQuery);
-      A q[kQuery], grad_q[kQuery];
-      for_channels<kQuery>(query.at(first_query, y, x), query.channel_stride, [&](int d, const T* at) {
-        const A number = d < queries ? load(at) : A(0);
-        shared_query[thread * pitch(kQuery) + d] = number;
-        q[d] = number * A(kLog2E);
-        grad_q[d] = 0;
-      });
-
-      for (int index = 0; index < 2; ++index) {
-        const Branch<T> branch(params, index, image, group);
-        const int k = branch.kernel_size, entries = branch.entries();
-        const Group<const T> value(params.value, image, branch.first_channel);
-        const Group<const T> output(params.output, image, branch.first_channel);
-        const Group<const T> grad_output(params.grad_output, image, branch.first_channel);
-        const int top = window_start(y, height, k), left = window_start(x, width, k);
-        const int tile_top = window_start(tile_row, height, k), tile_left = window_start(tile_column, width, k);
-        const int tile_bottom = window_start(last_row, height, k), tile_right = window_start(last_column, width, k);
-        const int tile_columns = tile_right + k - tile_left;
-        // Where no window is clamped, a slot has one entry of rpb for the whole tile.
-        const bool interior = tile_top == tile_row - k / 2 && tile_left == tile_column - k / 2 &&
-                              tile_bottom == last_row - k / 2 && tile_right == last_column - k / 2;
-
-        // Values, queries and keys may be overwritten: the threads that read the last ones have since met in a barrier.
-        A grad_out[kStaged ? kChannels : 1], grad_dot_out = 0;
-        if constexpr (kStaged) {
-          stage_map<kChannels>(shared + layout.value, value, branch.channels, tile_top, tile_bottom + k - tile_top,
-                               tile_left, tile_columns, A(1));
-          stage_biases(shared + layout.rpb, branch.rpb, entries * entries);
-          for_channels<kChannels>(grad_output.at(0, y, x), grad_output.channel_stride,
-                                  [&](int c, const T* at) { grad_out[c] = c < branch.channels ? load(at) : A(0); });
-          for_channels<kChannels>(output.at(0, y, x), output.channel_stride, [&](int c, const T* at) {
-            if (c < branch.channels) grad_dot_out += grad_out[c] * load(at);
-          });
-        } else {
-          for (int c = 0; c < branch.channels; ++c) {
-            grad_dot_out += load(grad_output.at(c, y, x)) * load(output.at(c, y, x));
-          }
-        }
-        const A logsumexp = branch.logsumexp_at(y, x);
-
-        // As few pieces to a row of slots as hold it, and these even.
-        const int chunk = static_cast<int>(ceil_div(k, ceil_div(k, kProductSlots)));
-        for (int line = 0; line < k; ++line) {
-          for (int start = 0; start < k; start += chunk) {
-            const int size = min(chunk, k - start);
-            const int first_slot = line * k + start;
-            const int first_entry = (top + line - y + k - 1) * entries + (left + start - x + k - 1);
-            const A* keys = branch.keys + static_cast<int64_t>(first_slot) * query_channels;
-            if constexpr (kStaged) {
-              stage_keys<kQuery>(shared + layout.keys, keys, size, query_channels);
-              stage_biases(shared + layout.bias, branch.bias ? branch.bias + first_slot : nullptr, size);
-              __syncthreads();
-            }
-
-#pragma unroll(kStaged ? 2 : 1)
-            for (int u = 0; u < size; ++u) {
-              A z = 0, grad_p = 0;
-              if constexpr (kStaged) {
-                const int position = (top + line - tile_top) * tile_columns + (left - tile_left) + start + u;
-                z = dot(q, shared + layout.keys + u * kQuery) + shared[layout.bias + u] +
-                    shared[layout.rpb + first_entry + u];
-                grad_p = dot(grad_out, shared + layout.value + position * pitch(kChannels));
-              } else {
-                const A* key = keys + static_cast<int64_t>(u) * query_channels;
-                for (int d = 0; d < query_channels; ++d) z += load(query.at(d, y, x)) * key[d];
-                z *= A(kLog2E);
-                if (branch.bias) z += in_base_2(branch.bias[first_slot + u]);
-                if (branch.rpb) z += in_base_2(branch.rpb[first_entry + u]);
-                const T* values = value.at(0, top + line, left + start + u);
-                const T* grads = grad_output.at(0, y, x);
-                for (int c = 0; c < branch.channels; ++c) {
-                  grad_p += load(grads + c * grad_output.channel_stride) * load(values + c * value.channel_stride);
-                }
-              }
-              const A grad_z = power_of_2(z - logsumexp) * (grad_p - grad_dot_out);
-              if constexpr (kStaged) {
-#pragma unroll
-                for (int d = 0; d < kQuery; d += 4) {
-                  const Vector<A> vector = vector_at(shared + layout.keys + u * kQuery + d);
-#pragma unroll
-                  for (int i = 0; i < 4; ++i) grad_q[d + i] += grad_z * vector.at[i];
-                }
-              } else {
-                const A* key = keys + static_cast<int64_t>(u) * query_channels + first_query;
-#pragma unroll
-                for (int d = 0; d < kQuery; ++d) {
-                  if (d < queries) grad_q[d] += grad_z * key[d];
-                }
-              }
-              // Last, as after a write to shared memory the compiler would read the key again.
-              dz[u * kProductPitch + thread] = in_map ? grad_z : A(0);
-            }
-            __syncthreads();
-
-            if (params.grad_keys) sum_products<kQuery>(dz, shared_query, products, size);
-            A* grad_rpb = static_cast<A*>(params.grad_rpb[index]);
-            if (grad_rpb) grad_rpb += slice * entries * entries;
-            const bool sums_rpb = grad_rpb && first_query == 0;
-            if (first_query == 0 && (params.grad_bias || (grad_rpb && interior))) {
-              // 8 threads to a slot. d(bias) is the sum over the tile, and so, inside the map, is d(rpb).
-              constexpr int kThreads = kMaxThreads / kProductSlots;
-              const int slot = thread / kThreads;
-              A sum = 0;
-              if (slot < size) {
-#pragma unroll 1
-                for (int position = thread % kThreads * 4; position < kMaxThreads; position += kThreads * 4) {
-                  const Vector<A> vector = vector_at(dz + slot * kProductPitch + position);
-                  sum += (vector.at[0] + vector.at[1]) + (vector.at[2] + vector.at[3]);
-                }
-              }
-#pragma unroll
-              for (int lanes = 1; lanes < kThreads; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-              if (slot < size && thread % kThreads == 0) {
-                if (params.grad_bias) {
-                  A* grad_bias = static_cast<A*>(params.grad_bias) + slice * params.slots() + branch.first_slot;
-                  add(grad_bias + first_slot + slot, sum, first_tile);
-                }
-                if (sums_rpb && interior) {
-                  const int entry = (line - k / 2 + k - 1) * entries + start - k / 2 + k - 1 + slot;
-                  add(grad_rpb + entry, sum, false);
-                }
-              }
-            }
-            if (sums_rpb && !interior) {
-              // A row of positions of the tile, by column of rpb: each position has one slot there, or none.
-              for (int i = thread; i < kQueryTile * entries; i += kMaxThreads) {
-                const int tile_line = i / entries, entry = i % entries;
-                A sum = 0;
-#pragma unroll 1
-                for (int n = 0; n < kTileWidth; ++n) {
-                  const int position = min(tile_column + n, width - 1);
-                  const int slot = entry - (k - 1) + position - window_start(position, width, k) - start;
-                  if (slot >= 0 && slot < size) sum += dz[slot * kProductPitch + tile_line * kTileWidth + n];
-                }
-                row_sums[i] = sum;
-              }
-            }
-            __syncthreads();
-
-            if (params.grad_keys) {
-              A* grad_keys = static_cast<A*>(params.grad_keys) +
-                             (slice * params.slots() + branch.first_slot + first_slot) * query_channels + first_query;
-              for (int i = thread; i < size * kQuery; i += kMaxThreads) {
-                const int slot = i / kQuery, channel = i % kQuery;
-                if (channel < queries) {
-                  A sum = products[i];
-#pragma unroll
-                  for (int w = 1; w < kMaxThreads / kWarp; ++w) sum += products[w * kProductSlots * kQuery + i];
-                  add(grad_keys + static_cast<int64_t>(slot) * query_channels + channel, sum, first_tile);
-                }
-              }
-            }
-            if (sums_rpb && !interior) {
-              // A thread has a column of rpb, always the same. Rows of positions that share an entry are summed before
-              // they are added to it.
-              for (int entry = thread; entry < entries; entry += kMaxThreads) {
-                A sum = 0;
-#pragma unroll 1
-                for (int n = 0; n < kQueryTile; ++n) {
-                  const int position = min(tile_row + n, height - 1), next = min(position + 1, height - 1);
-                  const int offset = window_start(position, height, k) - position;
-                  sum += row_sums[n * entries + entry];
-                  if (n == kQueryTile - 1 || window_start(next, height, k) - next != offset) {
-                    add(grad_rpb + static_cast<int64_t>(offset + line + k - 1) * entries + entry, sum, false);
-                    sum = 0;
-                  }
-                }
-              }
-            }
-          }
-        }
-      }
-
-      if (params.grad_query.data && in_map) {
-        const Group<T> grad_query(params.grad_query, image, group * query_channels + first_query);
-        for_channels<kQuery>(grad_query.at(0, row, column), grad_query.channel_stride, [&](int d, T* at) {
-          if (d < queries) store(at, grad_q[d]);
-        });
-      }
-    }
-  }
+  OVERLOCK_MM_SHARED(typename Accumulator<T>::type, shared);
+  QueryThread<T, kChannels, kQuery, kStaged> thread(params, shared);
+  thread.run();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward: values
 
-/// dV_m = Σ_{p: m in window(p)} P_{p,l(p,m)} dO_p for a tile of (blockDim / 16 * kRows) x 16 elements m of the map.
-///
-/// Grid as forward's. A thread has kRows elements, in one column. The tile's readers pass through shared memory, their
-/// queries, gradients and log-sum-exps, kBandRows rows of the map at a time: at a border an element has up to
-/// k + k // 2 readers along an axis, and all of them at once would leave room for one block on a processor.
+/// A thread of backward_value: kRows elements of the map, one above the other, and those that read them. In a general
+/// variant kQuery is 0.
 template <typename T, int kChannels, int kQuery, int kRows>
-__global__ void __launch_bounds__(kMaxThreads, 4) contmix_backward_value_kernel(const ContMixParams params) {
+class ValueThread {
+ public:
   using A = typename Accumulator<T>::type;
-  constexpr bool kStaged = kQuery > 0;
-  const int tile_height = static_cast<int>(blockDim.x) / kTileWidth * kRows;
-  const Block block(params, tile_height, kChannels);
-  const Branch<T> branch(params, block.branch, block.image, block.group);
-  const int k = branch.kernel_size, height = branch.height, width = branch.width, entries = branch.entries();
-  const int channels = min(branch.channels - block.channel, kChannels);
-  const Group<const T> grad_output(params.grad_output, block.image, branch.first_channel + block.channel);
-  const Group<const T> query(params.query, block.image, block.group * params.query_channels);
 
-  // Threads beyond the map work on its last row or column, and write nothing.
-  const int column = block.column + static_cast<int>(threadIdx.x) % kTileWidth;
-  const int x = min(column, width - 1);
-  const int left = first_reader(x, k), right = last_reader(x, width, k);
-  int row[kRows], y[kRows];
+  __device__ __forceinline__ ValueThread(const ContMixParams& params, A* shared)
+      : params_(params),
+        shared_(shared),
+        tile_(params, tile_height(kRows), kChannels),
+        branch_(params, tile_.branch, tile_.image, tile_.group),
+        k_(branch_.kernel_size),
+        channels_(min(branch_.channels - tile_.channel, kChannels)),
+        layout_(k_, kQuery),
+        grad_output_(params.grad_output, tile_.image, branch_.first_channel + tile_.channel),
+        query_(params.query, tile_.image, tile_.group * params.query_channels),
+        at_(tile_, branch_.height, branch_.width),
+        left_(first_reader(at_.x, k_)),
+        right_(last_reader(at_.x, branch_.width, k_)),
+        readers_(readers_of_tile()),
+        band_query_(shared + layout_.maps),
+        band_grad_(band_query_ + kBandRows * readers_.columns * pitch(kQuery)),
+        band_logsumexp_(band_grad_ + kBandRows * readers_.columns * pitch(kChannels)) {
 #pragma unroll
-  for (int t = 0; t < kRows; ++t) {
-    row[t] = block.row + static_cast<int>(threadIdx.x) / kTileWidth * kRows + t;
-    y[t] = min(row[t], height - 1);
-  }
-
-  // The readers of the tile.
-  const int tile_top = first_reader(block.row, k), tile_left = first_reader(block.column, k);
-  const int tile_bottom = last_reader(min(block.row + tile_height, height) - 1, height, k);
-  const int tile_columns = last_reader(min(block.column + kTileWidth, width) - 1, width, k) + 1 - tile_left;
-
-  OVERLOCK_MM_SHARED(A, shared);
-  const StagedLayout layout(k, kQuery);
-  const int band_positions = kBandRows * tile_columns;
-  A* const band_query = shared + layout.maps;
-  A* const band_grad = band_query + band_positions * pitch(kQuery);
-  A* const band_logsumexp = band_grad + band_positions * pitch(kChannels);
-  if constexpr (kStaged) {
-    stage_keys<kQuery>(shared, branch.keys, branch.slots(), branch.query_channels);
-    stage_biases(shared + layout.bias, branch.bias, branch.slots());
-    stage_biases(shared + layout.rpb, branch.rpb, entries * entries);
-  }
-
-  A grad_value[kRows][kChannels];
+    for (int t = 0; t < kRows; ++t) {
 #pragma unroll
-  for (int t = 0; t < kRows; ++t) {
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) grad_value[t][c] = 0;
-  }
-
-  for (int band = tile_top; band <= tile_bottom; band += kBandRows) {
-    const int band_rows = min(kBandRows, tile_bottom + 1 - band);
-    if constexpr (kStaged) {
-      if (band > tile_top) __syncthreads();  // Until here, other threads may read the last band.
-      stage_map<kQuery>(band_query, query, branch.query_channels, band, band_rows, tile_left, tile_columns, A(kLog2E));
-      stage_map<kChannels>(band_grad, grad_output, channels, band, band_rows, tile_left, tile_columns, A(1));
-      for (int i = threadIdx.x; i < band_rows * tile_columns; i += blockDim.x) {
-        band_logsumexp[i] = branch.logsumexp_at(band + i / tile_columns, tile_left + i % tile_columns);
-      }
-      __syncthreads();
+      for (int c = 0; c < kChannels; ++c) grad_value_[t][c] = 0;
     }
+  }
 
-    for (int line = band; line < band + band_rows; ++line) {
-      const int top = window_start(line, height, k);
-      const auto holds = [&](int t) { return row[t] < height && y[t] >= top && y[t] < top + k; };
-      for_rows<kRows>(holds, [&](auto first, auto last) {
-        constexpr int kFirst = decltype(first)::value, kLast = decltype(last)::value;
-#pragma unroll 1
-        for (int reader = left; reader <= right; ++reader) {
-          const int slot_column = x - window_start(reader, width, k);
-          const int entry_column = x - reader + k - 1;
-          A p[kRows];
-          if constexpr (kStaged) {
-            const int position = (line - band) * tile_columns + reader - tile_left;
-            A q[kQuery];
+  /// All threads must call.
+  __device__ __forceinline__ void run() {
+    if constexpr (kStaged) {
+      stage_keys<kQuery>(shared_, branch_.keys, branch_.slots(), branch_.query_channels);
+      stage_biases(shared_ + layout_.bias, branch_.bias, branch_.slots());
+      stage_biases(shared_ + layout_.rpb, branch_.rpb, branch_.entries() * branch_.entries());
+    }
+    const int end = readers_.top + readers_.rows;
+    for (int band = readers_.top; band < end; band += kBandRows) {
+      const int rows = min(kBandRows, end - band);
+      if constexpr (kStaged) {
+        if (band > readers_.top) __syncthreads();  // Until here, other threads may read the last band.
+        stage_band(band, rows);
+        __syncthreads();
+      }
+      for (int line = band; line < band + rows; ++line) {
+        const int top = window_start(line, branch_.height, k_);
+        const auto holds = [&](int t) { return at_.row[t] < branch_.height && at_.y[t] >= top && at_.y[t] < top + k_; };
+        for_rows<kRows>(holds, [&](auto first, auto last) {
+          this->template take_readers<decltype(first)::value, decltype(last)::value>(band, line, top);
+        });
+      }
+    }
+  }
+
+  __device__ __forceinline__ void write() const {
+    const Group<T> to(params_.grad_value, tile_.image, branch_.first_channel + tile_.channel);
 #pragma unroll
-            for (int d = 0; d < kQuery; d += 4) {
-              const Vector<A> vector = vector_at(band_query + position * pitch(kQuery) + d);
-#pragma unroll
-              for (int i = 0; i < 4; ++i) q[d + i] = vector.at[i];
-            }
-#pragma unroll
-            for (int t = kFirst; t < kLast; ++t) {
-              const int slot = (y[t] - top) * k + slot_column;
-              const int entry = (y[t] - line + k - 1) * entries + entry_column;
-              const A z = dot(q, shared + slot * kQuery) + shared[layout.bias + slot] + shared[layout.rpb + entry];
-              p[t] = power_of_2(z - band_logsumexp[position]);
-            }
-#pragma unroll
-            for (int c = 0; c < kChannels; c += 4) {
-              const Vector<A> vector = vector_at(band_grad + position * pitch(kChannels) + c);
-#pragma unroll
-              for (int t = kFirst; t < kLast; ++t) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) grad_value[t][c + i] += p[t] * vector.at[i];
-              }
-            }
-          } else {
-#pragma unroll
-            for (int t = kFirst; t < kLast; ++t) {
-              const int slot = (y[t] - top) * k + slot_column;
-              const A* key = branch.keys + static_cast<int64_t>(slot) * branch.query_channels;
-              const T* queries = query.at(0, line, reader);
-              A z = 0;
-              for (int d = 0; d < branch.query_channels; ++d) z += load(queries + d * query.channel_stride) * key[d];
-              z *= A(kLog2E);
-              if (branch.bias) z += in_base_2(branch.bias[slot]);
-              if (branch.rpb) z += in_base_2(branch.rpb[(y[t] - line + k - 1) * entries + entry_column]);
-              p[t] = power_of_2(z - branch.logsumexp_at(line, reader));
-            }
-            for_channels<kChannels>(grad_output.at(0, line, reader), grad_output.channel_stride,
-                                    [&](int c, const T* at) {
-                                      if (c < channels) {
-                                        const A number = load(at);
-#pragma unroll
-                                        for (int t = kFirst; t < kLast; ++t) grad_value[t][c] += p[t] * number;
-                                      }
-                                    });
-          }
-        }
+    for (int t = 0; t < kRows; ++t) {
+      if (at_.row[t] >= branch_.height || at_.column >= branch_.width) continue;
+      for_channels<kChannels>(to.at(0, at_.row[t], at_.column), to.channel_stride, [&](int c, T* at) {
+        if (c < channels_) store(at, grad_value_[t][c]);
       });
     }
   }
 
-  const Group<T> to(params.grad_value, block.image, branch.first_channel + block.channel);
+ private:
+  static constexpr bool kStaged = kQuery > 0;
+
+  __device__ __forceinline__ Rectangle readers_of_tile() const {
+    const int height = branch_.height, width = branch_.width;
+    const int top = first_reader(tile_.row, k_), left = first_reader(tile_.column, k_);
+    const int bottom = last_reader(min(tile_.row + tile_height(kRows), height) - 1, height, k_);
+    const int right = last_reader(min(tile_.column + kTileWidth, width) - 1, width, k_);
+    return {top, left, bottom + 1 - top, right + 1 - left};
+  }
+
+  /// Queries, gradients and log-sum-exps of the tile's readers in `rows` rows from `band` on.
+  __device__ __forceinline__ void stage_band(int band, int rows) const {
+    const int columns = readers_.columns;
+    stage_map<kQuery>(band_query_, query_, branch_.query_channels, band, rows, readers_.left, columns, A(kLog2E));
+    stage_map<kChannels>(band_grad_, grad_output_, channels_, band, rows, readers_.left, columns, A(1));
+    for (int i = threadIdx.x; i < rows * columns; i += blockDim.x) {
+      band_logsumexp_[i] = branch_.logsumexp_at(band + i / columns, readers_.left + i % columns);
+    }
+  }
+
+  /// The readers in a line, whose windows begin at row `top`, of elements kFirst to kLast.
+  template <int kFirst, int kLast>
+  __device__ __forceinline__ void take_readers(int band, int line, int top) {
+#pragma unroll 1
+    for (int reader = left_; reader <= right_; ++reader) {
+      const int slot_column = at_.x - window_start(reader, branch_.width, k_);
+      const int entry_column = at_.x - reader + k_ - 1;
+      if constexpr (kStaged) {
+        const int position = (line - band) * readers_.columns + reader - readers_.left;
+        take_staged_reader<kFirst, kLast>(position, line, top, slot_column, entry_column);
+      } else {
+        take_reader<kFirst, kLast>(reader, line, top, slot_column, entry_column);
+      }
+    }
+  }
+
+  template <int kFirst, int kLast>
+  __device__ __forceinline__ void take_staged_reader(int position, int line, int top, int slot_column,
+                                                     int entry_column) {
+    A p[kRows], q[kQuery];
 #pragma unroll
-  for (int t = 0; t < kRows; ++t) {
-    if (row[t] >= height || column >= width) continue;
-    for_channels<kChannels>(to.at(0, row[t], column), to.channel_stride, [&](int c, T* at) {
-      if (c < channels) store(at, grad_value[t][c]);
+    for (int d = 0; d < kQuery; d += 4) {
+      const Vector<A> vector = vector_at(band_query_ + position * pitch(kQuery) + d);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) q[d + i] = vector.at[i];
+    }
+#pragma unroll
+    for (int t = kFirst; t < kLast; ++t) {
+      const int slot = (at_.y[t] - top) * k_ + slot_column;
+      const int entry = (at_.y[t] - line + k_ - 1) * branch_.entries() + entry_column;
+      const A z = dot(q, shared_ + slot * kQuery) + shared_[layout_.bias + slot] + shared_[layout_.rpb + entry];
+      p[t] = power_of_2(z - band_logsumexp_[position]);
+    }
+#pragma unroll
+    for (int c = 0; c < kChannels; c += 4) {
+      const Vector<A> vector = vector_at(band_grad_ + position * pitch(kChannels) + c);
+#pragma unroll
+      for (int t = kFirst; t < kLast; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) grad_value_[t][c + i] += p[t] * vector.at[i];
+      }
+    }
+  }
+
+  template <int kFirst, int kLast>
+  __device__ __forceinline__ void take_reader(int reader, int line, int top, int slot_column, int entry_column) {
+    A p[kRows];
+#pragma unroll
+    for (int t = kFirst; t < kLast; ++t) {
+      const int slot = (at_.y[t] - top) * k_ + slot_column;
+      const A* key = branch_.keys + static_cast<int64_t>(slot) * branch_.query_channels;
+      const T* queries = query_.at(0, line, reader);
+      A z = 0;
+      for (int d = 0; d < branch_.query_channels; ++d) z += load(queries + d * query_.channel_stride) * key[d];
+      z *= A(kLog2E);
+      if (branch_.bias) z += in_base_2(branch_.bias[slot]);
+      if (branch_.rpb) z += in_base_2(branch_.rpb[(at_.y[t] - line + k_ - 1) * branch_.entries() + entry_column]);
+      p[t] = power_of_2(z - branch_.logsumexp_at(line, reader));
+    }
+    for_channels<kChannels>(grad_output_.at(0, line, reader), grad_output_.channel_stride, [&](int c, const T* at) {
+      if (c < channels_) {
+        const A number = load(at);
+#pragma unroll
+        for (int t = kFirst; t < kLast; ++t) grad_value_[t][c] += p[t] * number;
+      }
     });
   }
+
+  const ContMixParams& params_;
+  A* const shared_;
+  const Tile tile_;
+  const Branch<T> branch_;
+  const int k_, channels_;
+  const StagedLayout layout_;
+  const Group<const T> grad_output_, query_;
+  const Positions<kRows> at_;
+  const int left_, right_;   ///< first and last column of the readers
+  const Rectangle readers_;  ///< of the tile
+  A *const band_query_, *const band_grad_, *const band_logsumexp_;
+  A grad_value_[kRows][kChannels];
+};
+
+/// dV_m = Σ_{p: m in window(p)} P_{p,l(p,m)} dO_p for a tile of (blockDim / 16 * kRows) x 16 elements m of the map.
+///
+/// Grid as forward's. The tile's readers pass through shared memory, their queries, gradients and log-sum-exps,
+/// kBandRows rows of the map at a time: at a border an element has up to k + k // 2 readers along an axis, and all of
+/// them at once would leave room for one block on a processor.
+template <typename T, int kChannels, int kQuery, int kRows>
+__global__ void __launch_bounds__(kMaxThreads, 4) contmix_backward_value_kernel(const ContMixParams params) {
+  OVERLOCK_MM_SHARED(typename Accumulator<T>::type, shared);
+  ValueThread<T, kChannels, kQuery, kRows> thread(params, shared);
+  thread.run();
+  thread.write();
 }
 
 }  // namespace contmix_kernels

@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "contmix_cuda.h"
 #include "contmix_kernels.cuh"
+#include "contmix_launch.h"
 
 namespace overlock_mm {
 namespace {
@@ -209,7 +209,7 @@ bool is_empty(const ContMixParams& params) { return params.batch == 0; }
 
 }  // namespace
 
-int64_t contmix_backward_partials_cuda(const ContMixParams& params) {
+int64_t contmix_backward_partials(const ContMixParams& params) {
   if (is_empty(params)) return 1;
   const int64_t tiles = horizontal_tiles(params) * ceil_div(params.height, kQueryTile);
   const int64_t wanted = std::max<int64_t>(kQueryBlocks / (params.batch * params.groups), 1);
@@ -217,12 +217,12 @@ int64_t contmix_backward_partials_cuda(const ContMixParams& params) {
   return ceil_div(tiles, ceil_div(tiles, wanted));
 }
 
-cudaError_t contmix_forward_cuda(const ContMixParams& params, Dtype dtype, cudaStream_t stream) {
+cudaError_t launch_contmix_forward(const ContMixParams& params, Dtype dtype, cudaStream_t stream) {
   if (is_empty(params)) return cudaSuccess;
   return for_dtype(dtype, [&](auto* type) { return forward<std::remove_pointer_t<decltype(type)>>(params, stream); });
 }
 
-cudaError_t contmix_backward_cuda(const ContMixParams& params, Dtype dtype, cudaStream_t stream) {
+cudaError_t launch_contmix_backward(const ContMixParams& params, Dtype dtype, cudaStream_t stream) {
   if (is_empty(params)) return cudaSuccess;
   return for_dtype(dtype, [&](auto* type) { return backward<std::remove_pointer_t<decltype(type)>>(params, stream); });
 }

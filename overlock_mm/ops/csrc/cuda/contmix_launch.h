@@ -1,5 +1,5 @@
-// ContMix on a CUDA device: what contmix_launch.cu gives to the torch glue. Nothing here allocates or synchronises, so
-// that all of it may be captured in a CUDA graph, and no sum depends on the order in which threads happen to run.
+// Launchers of the CUDA kernels of ContMix. They do not allocate or synchronise, so that a CUDA graph may capture them,
+// and no sum depends on the order in which threads run.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,12 +9,12 @@
 namespace overlock_mm {
 
 /// ContMixParams::partials of a backward on a CUDA device: depends on the shapes only.
-int64_t contmix_backward_partials_cuda(const ContMixParams& params);
+int64_t contmix_backward_partials(const ContMixParams& params);
 
 /// Launch on the current device; an empty batch launches nothing. Kernel sizes are bounded by shared memory alone: in
 /// float64, the backward of one beyond about 150 does not fit on every GPU, and the launch fails with
 /// cudaErrorInvalidValue.
-cudaError_t contmix_forward_cuda(const ContMixParams& params, Dtype dtype, cudaStream_t stream);
-cudaError_t contmix_backward_cuda(const ContMixParams& params, Dtype dtype, cudaStream_t stream);
+cudaError_t launch_contmix_forward(const ContMixParams& params, Dtype dtype, cudaStream_t stream);
+cudaError_t launch_contmix_backward(const ContMixParams& params, Dtype dtype, cudaStream_t stream);
 
 }  // namespace overlock_mm

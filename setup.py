@@ -1,15 +1,15 @@
-"""Build steps that pyproject.toml cannot say: the compiled operator, and configs and tools inside the package.
+"""Build steps beyond pyproject.toml: the compiled operators, and configs and tools inside the package.
 
-The operator is compiled against the torch that is installed, always for the CPU, and for CUDA when a CUDA toolkit is found
-that fits this torch. One binary serves every Python version.
+The operators are compiled against the installed torch, always for the CPU, and for CUDA if there is a CUDA toolkit that
+fits this torch. One binary serves every Python version.
 
 Environment variables:
-    OVERLOCK_MM_WITH_OPS=0  leave the operator out: ContMix then runs through its reference in plain PyTorch
+    OVERLOCK_MM_WITH_OPS=0  leave the compiled operators out: their references in plain PyTorch run instead
     FORCE_CUDA=1            compile for CUDA or fail (no GPU is needed); FORCE_CUDA=0: do not
     CUDA_HOME               the CUDA toolkit; without it, the one of the nvcc on PATH
-    TORCH_CUDA_ARCH_LIST    GPU architectures, e.g. "8.0;9.0+PTX"; without it those of the GPUs that are there, or else
-                            all that the toolkit knows of 7.0, 7.5, 8.0, 8.6, 8.9, 9.0, 10.0 and 12.0
-    MAX_JOBS                compilers that run at once
+    TORCH_CUDA_ARCH_LIST    GPU architectures, e.g. "8.0;9.0+PTX"; without it those of the GPUs in this machine, or, if it
+                            has none, those of 7.0, 7.5, 8.0, 8.6, 8.9, 9.0, 10.0 and 12.0 that the toolkit knows
+    MAX_JOBS                number of compilers that run at the same time
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = Path('overlock_mm/ops/csrc')
-#: Tools that work on a checkout, and would write into it.
+#: Tools that need a checkout, and write into it.
 CHECKOUT_ONLY = ('demo', 'install_mmcv.py')
 ARCHITECTURES = ('7.0', '7.5', '8.0', '8.6', '8.9', '9.0', '10.0', '12.0')
 
 
 class BuildWithConfigs(build_py):
-    """Puts configs, tools and the model index into the package as .mim, where OpenMMLab's packages keep them.
+    """Puts configs, tools and the model index into the package as .mim, as OpenMMLab's packages do.
 
-    An editable install needs no copy: there they are beside the package.
+    An editable install needs no copy: they are beside the package.
     """
 
     def run(self):
@@ -61,10 +61,10 @@ def say(message: str) -> None:
 
 
 def import_torch():
-    """The torch that the operator will run with.
+    """The torch that the operators will run with.
 
-    pip builds in an environment of its own, where a torch would be another one. The interpreter is the same: without the
-    paths that pip sets, it finds the torch of the environment that is installed into.
+    pip builds in an isolated environment, whose torch would be a different one. The interpreter is the same: without the
+    paths that pip sets, it finds the torch of the environment that the package is installed into.
     """
     try:
         import torch
@@ -86,7 +86,7 @@ def cuda_toolkit() -> Optional[Path]:
     """The folder of the CUDA toolkit, if there is one.
 
     Raises:
-        LookupError: an environment variable names a folder that is none.
+        LookupError: an environment variable names a folder that is not a CUDA toolkit.
     """
     for variable in ('CUDA_HOME', 'CUDA_PATH'):
         if os.environ.get(variable):
@@ -97,7 +97,7 @@ def cuda_toolkit() -> Optional[Path]:
     nvcc = shutil.which('nvcc')
     if nvcc is None:
         return Path('/usr/local/cuda') if Path('/usr/local/cuda/bin/nvcc').is_file() else None
-    # It may be a link, or a script that calls the real one.
+    # It may be a link, or a script that calls the real nvcc.
     trial = subprocess.run([nvcc, '--dryrun', '-x', 'cu', os.devnull], capture_output=True, text=True)
     top = re.search(r'^#\$ TOP=(.+)$', trial.stderr, re.MULTILINE)
     return Path(top.group(1).strip()).resolve() if top else Path(nvcc).resolve().parents[1]
@@ -109,11 +109,11 @@ def toolkit_version(toolkit: Path) -> str:
 
 
 def choose_cuda(torch, force: Optional[str]) -> Optional[Path]:
-    """The toolkit to compile for CUDA with, or None for the CPU alone; says why.
+    """The toolkit to compile for CUDA with, or None for the CPU alone. Prints the reason.
 
     Args:
         torch: the module.
-        force: FORCE_CUDA: '1' for CUDA or an error, '0' for the CPU alone, None or '' to find out.
+        force: FORCE_CUDA: '1' for CUDA or an error, '0' for the CPU alone, None or '' for CUDA if there is a toolkit.
     """
     if force == '0':
         say('FORCE_CUDA=0: building for the CPU alone')
@@ -147,9 +147,9 @@ def choose_cuda(torch, force: Optional[str]) -> Optional[Path]:
 
 
 def default_architectures(torch, toolkit: Path) -> str:
-    """Those of the GPUs that are there; without one, all that count. The last as PTX too, for GPUs to come.
+    """Architectures of the GPUs in this machine, or, if it has none, ARCHITECTURES. The last as PTX too, for later GPUs.
 
-    Only such as the toolkit compiles for, and torch knows.
+    Only architectures that the toolkit compiles for and that torch knows.
     """
     from torch.utils import cpp_extension
 
@@ -185,7 +185,7 @@ def operator_extension() -> dict:
     torch = import_torch()
     toolkit = choose_cuda(torch, os.environ.get('FORCE_CUDA'))
     if toolkit:
-        os.environ['CUDA_HOME'] = str(toolkit)  # read when cpp_extension is imported
+        os.environ['CUDA_HOME'] = str(toolkit)  # cpp_extension reads it when it is imported
         if not os.environ.get('TORCH_CUDA_ARCH_LIST'):
             os.environ['TORCH_CUDA_ARCH_LIST'] = default_architectures(torch, toolkit)
     from torch.utils import cpp_extension
@@ -195,8 +195,8 @@ def operator_extension() -> dict:
     if sys.platform == 'linux' and compiler_is_clang():
         say("Clang's OpenMP is not torch's: the CPU kernels will run on ONE thread; with CXX=g++ CC=gcc, on all")
     elif sys.platform == 'linux':
-        # For at::parallel_for. Only to compile: to link it would bring the system's OpenMP, and a second pool of threads,
-        # beside the one that torch loads.
+        # For at::parallel_for. Only for compilation: linking it would load the system's OpenMP, with a second pool of
+        # threads beside that of torch.
         flags['cxx'].append('-fopenmp')
     macros = []
     if toolkit:
@@ -214,7 +214,7 @@ def operator_extension() -> dict:
     return dict(
         ext_modules=[extension],
         cmdclass=dict(build_ext=cpp_extension.BuildExtension),
-        # Without ninja a binary newer than its .cpp files would be kept, whatever torch, CUDA or header has changed.
+        # Without ninja a binary newer than its .cpp files would be kept, although torch, CUDA or a header has changed.
         options=dict(bdist_wheel=dict(py_limited_api='cp39'), build_ext=dict(force=True)),
     )
 
@@ -228,7 +228,7 @@ def compiler_is_clang() -> bool:
 
 
 def wants_extension(commands: list[str]) -> bool:
-    """Whether one of setup.py's arguments builds. An sdist and the package's metadata need no torch."""
+    """Whether a command of setup.py builds the package. An sdist and the metadata need no torch."""
     builds = ('build', 'build_ext', 'bdist', 'bdist_wheel', 'editable_wheel', 'install', 'develop')
     return any(command in builds for command in commands)
 

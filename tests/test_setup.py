@@ -1,4 +1,4 @@
-"""What setup.py builds, for whom, and what it says where it cannot."""
+"""setup.py: what it builds for which machine, and its messages."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_every_mismatch_is_named(setup, toolkit, monkeypatch, capsys, cuda, ther
 
 
 def test_the_toolkit_is_found(setup, toolkit, tmp_path, monkeypatch):
-    """By CUDA_HOME, or by an nvcc on PATH, also where that is only a script that calls the real one."""
+    """By CUDA_HOME, or by an nvcc on PATH, which may be a script that calls the real one."""
     monkeypatch.setenv('PATH', str(toolkit / 'bin'))
     assert setup.cuda_toolkit() == toolkit
     script = tmp_path / 'bin' / 'nvcc'

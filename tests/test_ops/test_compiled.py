@@ -1,4 +1,4 @@
-"""The compiled ContMix operator, in the ways in which torch uses operators."""
+"""The compiled ContMix operator under all the mechanisms of torch, and the loading of the binary."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def keys_of(arguments: dict) -> Tensor:
 
 
 def internal_arguments(arguments: dict) -> list:
-    """Those of ``_contmix``."""
+    """Arguments of ``_contmix``."""
     names = ('proj_bias', 'rpb_small', 'rpb_large', 'small_kernel_size', 'large_kernel_size')
     return [arguments['value'], arguments['query'], keys_of(arguments), *(arguments[name] for name in names)]
 
@@ -85,13 +85,13 @@ def test_gradcheck(height, width, small, large, device):
     def run(*inputs):
         return contmix(**{**arguments, **dict(zip(tensors, inputs))})
 
-    # fast mode: a random projection of the Jacobian; test_gradients has the whole of one.
+    # fast mode: a random projection of the Jacobian; test_gradients checks a whole one.
     assert torch.autograd.gradcheck(run, [value.requires_grad_() for value in tensors.values()], fast_mode=True)
 
 
 @devices
 def test_kernels_of_one_slot_copy(device):
-    """On the smallest map. The softmax of one logit is 1, and nothing that made the logit has a gradient."""
+    """On the smallest map. The softmax of one logit is 1, and its inputs have no gradient."""
     arguments = make_arguments(height=1, width=1, small_kernel_size=1, large_kernel_size=1, device=device)
     grad_output = torch.randn_like(arguments['value'])
     out, grad_value, *others = with_gradients(contmix, arguments, grad_output)
@@ -103,7 +103,7 @@ def test_kernels_of_one_slot_copy(device):
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)], ids=str)
 @devices
 def test_half_gradients(device, dtype, tolerance):
-    """Parameters in float32 beside half maps, as autocast leaves them: their gradients are not rounded to half."""
+    """Parameters in float32 beside half maps, as under autocast: their gradients are not rounded to half."""
     arguments = make_arguments(height=20, width=33, per_group=10, query_per_group=16, dtype=dtype, device=device)
     arguments['query'] = arguments['query'] / 4
     for name in ('proj_weight', 'proj_bias', 'rpb_small', 'rpb_large'):
@@ -130,7 +130,7 @@ def test_nan_stays_in_its_window(device):
 
 @devices
 def test_biases_mask_as_in_eager_mode(device):
-    """-inf masks, and a kernel that is masked whole is NaN; the lowest float, also used as a mask, is finite."""
+    """-inf masks a slot, and a kernel with all slots masked is NaN. The lowest float, also used as a mask, is finite."""
     arguments = make_arguments(dtype=torch.float32, device=device)
     lowest = torch.finfo(torch.float32).min
     for mask in (lowest, -lowest):
@@ -156,7 +156,7 @@ def naive_half(value, query, key, proj_weight, proj_bias, rpb_small, rpb_large, 
 
 @pytest.mark.skipif(TORCH < (2, 3), reason='torch < 2.3 has no float16 products on the CPU to compare with')
 def test_logits_that_overflow_in_half_precision():
-    """Logits up to 1e4 from affinities beyond float16: the naive half path has NaN, the operator has not."""
+    """Logits up to 1e4 from affinities beyond float16: the naive half path gives NaN, the operator does not."""
     arguments = make_arguments(dtype=torch.float16)
     arguments['query'] = (arguments['query'] * 64).clamp(-200, 200)
     arguments['key'] = (arguments['key'] * 2000).clamp(-6e3, 6e3)
@@ -232,7 +232,7 @@ def test_meta_has_the_layout_of_the_real_one(device, layout, dtype):
 
 
 def test_torch_compile_traces_the_compiled_operator():
-    """And not its reference, which would give the same numbers."""
+    """The graph contains the operator and not its reference, which would give the same numbers."""
     graphs = []
 
     def backend(module, inputs):
@@ -288,7 +288,7 @@ def test_a_graph_for_elsewhere_has_no_compiled_operator():
 
 @devices
 def test_autocast_of_the_binary(device):
-    """torch.ops.overlock_mm.contmix casts by itself, and only the maps; inside, nothing is cast again."""
+    """torch.ops.overlock_mm.contmix casts the maps by itself, and nothing else."""
     arguments = make_arguments(dtype=torch.float32, device=device)
     rounded = {name: arguments[name].bfloat16() for name in ('value', 'query', 'key')}
     expected = contmix(**{**arguments, **rounded})
@@ -312,7 +312,7 @@ def test_activation_checkpointing(device):
 
 @devices
 def test_saves_little_more_than_inputs_and_output(device):
-    """The kernels are not kept: a logarithm of a sum for each, and the folded keys, are all there is besides."""
+    """The kernels are not kept. There are a log-sum-exp for each and the folded keys besides."""
     arguments = make_arguments(
         batch=1, height=50, width=84, per_group=16, query_per_group=16, tokens=7, num_groups=8, dtype=torch.float32,
         small_kernel_size=5, large_kernel_size=13, device=device,
@@ -356,6 +356,16 @@ def test_second_derivative_is_refused_and_named(device):
     (grad,) = torch.autograd.grad(contmix(**arguments).pow(2).sum(), arguments['query'], create_graph=True)
     with pytest.raises(RuntimeError, match='no second derivative; overlock_mm.ops.contmix_reference'):
         grad.sum().backward()
+
+
+@pytest.mark.skipif(not hasattr(torch._C, '_is_cow_tensor'), reason='this torch has no copy-on-write tensors')
+def test_inputs_are_not_copied_on_reading():
+    """A tensor that is copied on writing still shares its memory after a forward and a backward have read it."""
+    arguments = make_arguments()
+    lazy = {name: torch._lazy_clone(x) for name, x in tensors_of(arguments).items()}
+    leaves = {name: x.detach().requires_grad_() for name, x in lazy.items()}
+    torch.autograd.grad(contmix(**{**arguments, **leaves}), list(leaves.values()), arguments['value'])
+    assert all(torch._C._is_cow_tensor(lazy[name]) for name in ('value', 'query', 'rpb_small', 'rpb_large'))
 
 
 def test_numbers_of_threads_give_the_same_bits():
@@ -474,14 +484,14 @@ def test_distributed_data_parallel(tmp_path):
     try:
         outputs = [process.communicate(timeout=120)[0] for process in processes]
     finally:
-        for process in processes:  # one that waits for another that has failed
+        for process in processes:  # one may still wait for another that has failed
             process.kill()
     assert all('same gradients' in output for output in outputs), outputs
 
 
 @instruction_sets
 def test_every_instruction_set(capability, instruction_set):
-    """The one binary, on processors that know less: torch's own switch plays them."""
+    """The same binary with the kernels of older processors, which torch's environment variable selects."""
     code = """
 import torch
 from test_compiled import with_gradients, contmix, contmix_reference, make_arguments, relative_error, to
@@ -572,7 +582,7 @@ def run_without_binary(code: str, folder: Path) -> str:
 
 
 def test_the_fallback_is_announced_once(tmp_path):
-    """On import; and where a tensor comes from a device that no compiled operator knows, in the line of the call."""
+    """On import, or at the first call with a device that has no compiled operator, with the line of the call."""
     output = run_without_binary(
         """
 import warnings
@@ -635,7 +645,7 @@ def test_a_binary_that_does_not_load_says_why(monkeypatch):
 
 
 def test_a_binary_for_another_torch_is_refused(monkeypatch):
-    """It might load. It is not tried."""
+    """It might load, and is not loaded."""
 
     def fail(path):
         raise AssertionError('it was loaded')

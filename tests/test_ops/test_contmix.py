@@ -111,7 +111,7 @@ def test_devices(function, device):
     'dtype, tolerance', [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 5e-3)], ids=str
 )
 def test_precision(function, dtype, tolerance):
-    """Half types accumulate in float32: their error is that of rounding the result once."""
+    """Half types accumulate in float32: the only error is the rounding of the result."""
     arguments = make_arguments(dtype=dtype)
     out = function(**arguments)
     assert out.dtype == dtype
@@ -164,7 +164,7 @@ def test_empty_batch():
 
 @autocast_dtypes
 def test_autocast(dtype):
-    """The caller casts nothing; parameters are not rounded, gradients have the dtype of what they belong to."""
+    """The caller casts nothing. Parameters are not rounded, and a gradient has the dtype of its tensor."""
     arguments = make_arguments(dtype=torch.float32)
     tensors = {name: value.requires_grad_() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     with torch.autocast('cpu', dtype=dtype):
@@ -263,7 +263,7 @@ def replaced(name, change):
 )  # fmt: skip
 @pytest.mark.parametrize('compiled', [True, False], ids=['compiled', 'reference'])
 def test_bad_arguments(change, error, message, compiled):
-    """Whichever checks them: the compiled operator, or the Python around the reference."""
+    """The compiled operator and the reference have the same checks."""
     with contextlib.nullcontext() if compiled else use_references(), pytest.raises(error) as raised:
         contmix(**change(make_arguments()))
     assert re.search(message, str(raised.value))

@@ -23,7 +23,7 @@ EMULATION = Path(__file__).parent / 'emulation'
 SOURCES = Path(__file__).parents[2] / 'overlock_mm' / 'ops' / 'csrc' / 'cuda'
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # in the order of contmix.h
 
-# Relative (Frobenius) errors: of the output and of the gradients. A half type rounds the output, which the backward reads.
+# Relative (Frobenius) errors of the output and of the gradients. A half type rounds the output, which the backward reads.
 TOLERANCES = {
     torch.float32: (2e-6, 1e-5),
     torch.float64: (1e-13, 1e-13),
@@ -35,7 +35,7 @@ SUMS = ('grad_keys', 'grad_bias', 'grad_rpb_small', 'grad_rpb_large')
 GRADIENTS = ('grad_value', 'grad_query', *SUMS)
 H200, T4 = 232448, 65536  # bytes of shared memory that a block may have
 
-# The program, as it would be shipped, and as one that stops at the first read or write beyond an array.
+# The program as it is shipped, and one that stops at the first read or write beyond an array.
 BUILDS = {
     'plain': ['-O2'],
     'sanitized': ['-g1', '-O1', '-fsanitize=address,undefined', '-fno-sanitize-recover=all'],
@@ -65,7 +65,7 @@ def programs(tmp_path_factory):
 
 @dataclass
 class Case:
-    """One call of the operator: sizes, layouts and what is asked for. Inputs are drawn from `seed`."""
+    """One call of the operator: sizes, layouts and wanted gradients. Inputs are drawn from `seed`."""
 
     kernel_sizes: tuple[int, int] = (3, 5)
     size: tuple[int, int] = (7, 9)
@@ -101,7 +101,7 @@ class Launch(NamedTuple):
 
     @property
     def variant(self) -> str:
-        """Channels that it has room for, or general: in mangled names, template arguments are like Li16E."""
+        """The channels that it has room for, or general. In mangled names, template arguments look like Li16E."""
         rooms = re.findall(r'Li(\d+)E', self.kernel)[:2]
         return 'general' if '0' in rooms else rooms[0]
 
@@ -113,7 +113,7 @@ class Result:
 
 
 def lay_out(tensor: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """A copy of a map in a layout, and the storage, flat, that it is a view of: NaN where it is not."""
+    """A copy of a map in a layout, and the flat storage that it is a view of: NaN elsewhere."""
     batch, channels, height, width = tensor.shape
     if layout == 'channels_last':
         storage = tensor.new_empty(batch, height, width, channels)
@@ -128,7 +128,7 @@ def lay_out(tensor: Tensor, layout: str) -> tuple[Tensor, Tensor]:
 
 
 def draw(case: Case) -> dict[str, Optional[Tensor]]:
-    """Inputs. Weights that make some slots matter more than others, but none all that matters."""
+    """Inputs. Some slots have more weight than others, but none has all of it."""
     generator = torch.Generator().manual_seed(case.seed)
     height, width = case.size
 
@@ -160,7 +160,7 @@ def to_bytes(tensor: Optional[Tensor]) -> bytes:
 
 
 def run(program: Path, case: Case, inputs: dict[str, Optional[Tensor]], folder: Path, reversed_threads=False) -> Result:
-    """Forward and backward by the kernels. Outputs are NaN before, and partial sums are summed."""
+    """Forward and backward by the kernels, into outputs that were filled with NaN. Partial sums are summed."""
     maps, storages = {}, {}
     for name in MAPS:
         if name in inputs:
@@ -248,7 +248,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def check(program: Path, case: Case, folder: Path, inputs: Optional[dict[str, Optional[Tensor]]] = None) -> Result:
-    """Everything asked for is what the reference has, everything else is not written."""
+    """Wanted results equal the reference, and nothing else is written."""
     inputs = inputs or draw(case)
     result, expected = run(program, case, inputs, folder), reference(case, inputs)
     for_output, for_gradients = TOLERANCES[case.dtype]
@@ -269,7 +269,7 @@ def check(program: Path, case: Case, folder: Path, inputs: Optional[dict[str, Op
 
 
 CASES = {
-    # The sizes of the models, in maps of which both sides need several tiles and some tiles have no border.
+    # The sizes of the models. Both sides of the maps need several tiles, and some tiles have no border.
     '5-13': Case((5, 13), (33, 47), 16, 16, groups=1, variants=('16',) * 3),
     '5-13-map-13': Case((5, 13), (13, 13), 16, 16, batch=2, groups=1),
     '5-7': Case((5, 7), (18, 39), 14, 14, variants=('16',) * 3),
@@ -305,7 +305,7 @@ CASES = {
     'mixed-layouts': Case((3, 5), (9, 21), layouts=dict(zip(MAPS, ('channels_last', 'sliced', 'sliced') * 2)), batch=2),
     'general-channels-last': Case((3, 5), (9, 17), 20, 20, layouts=dict.fromkeys(MAPS, 'channels_last')),
     'general-sliced': Case((3, 5), (9, 17), 20, 20, batch=2, layouts=dict.fromkeys(MAPS, 'sliced')),
-    # Arguments that are missing, gradients that are not asked for.
+    # Missing arguments, gradients that are not wanted.
     'without-bias': Case((3, 5), (9, 20), without=('bias',)),
     'without-rpb': Case((3, 5), (9, 20), without=('rpb_small', 'rpb_large')),
     'without-small-rpb': Case((3, 5), (9, 20), without=('bias', 'rpb_small')),
@@ -334,7 +334,7 @@ def test_equals_the_reference_as_shipped(programs, tmp_path):
 
 @pytest.mark.parametrize('channels', [16, 20], ids=['staged', 'general'])
 def test_the_order_of_threads_does_not_matter(programs, tmp_path, channels):
-    """Bit by bit: no barrier is missing, and no sum is in the order in which threads arrive."""
+    """To the bit: no barrier is missing, and no sum depends on the order in which threads arrive."""
     case = Case((3, 7), (18, 35), channels, channels, seed=secrets.randbits(31))
     inputs = draw(case)
     first = run(programs['plain'], case, inputs, tmp_path).tensors
@@ -394,8 +394,8 @@ def test_all_slots_masked_gives_nan(programs, tmp_path, channels):
 
 @pytest.mark.parametrize('channels', [8, 20], ids=['staged', 'general'])
 @pytest.mark.parametrize('name', ['value', 'query', 'grad_output'])
-def test_nan_reaches_what_depends_on_it(programs, tmp_path, channels, name):
-    """And nothing else: the reference has NaN in the same places."""
+def test_nan_spreads_as_in_the_reference(programs, tmp_path, channels, name):
+    """The reference has NaN in the same places."""
     wanted = ('grad_value', 'grad_query') if name == 'grad_output' else ()
     case = Case((3, 5), (18, 19), channels, channels, groups=1, wanted=wanted, seed=secrets.randbits(31))
     for row, column in ((0, 0), (8, 17), (17, 5)):
@@ -454,7 +454,7 @@ def find_nvcc() -> Optional[str]:
 
 @pytest.mark.skipif(find_nvcc() is None, reason='there is no nvcc')
 def test_compiles_for_devices(tmp_path):
-    """For the oldest and the newest that this nvcc knows of those supported. What a thread keeps fits in its registers."""
+    """For the oldest and the newest supported device that this nvcc knows. Threads do not spill their registers."""
     supported = ('70', '75', '80', '86', '89', '90', '100', '120')
     listed = subprocess.run([find_nvcc(), '--list-gpu-arch'], capture_output=True, text=True, check=True).stdout
     known = [version for version in supported if f'compute_{version}' in listed.split()]

@@ -1,4 +1,4 @@
-"""The static depth-wise operators against plain PyTorch in float64, and their contract."""
+"""Depth-wise convolutions and the norms around them against plain PyTorch in float64, and their contract."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
 HAS_FAST_BFLOAT16 = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
 
 
-# The operators with all their tensors as keywords, what they are in plain PyTorch, and arguments for them.
+# The operators with all their tensors as keywords, the same in plain PyTorch, and arguments for them.
 
 
 def random(*shape: int) -> Tensor:
@@ -169,7 +169,7 @@ LAYOUTS = {
 
 
 def to(arguments: dict, dtype: torch.dtype, *names: str) -> dict:
-    """Tensors, all or those of the names, in the dtype."""
+    """The arguments, with their tensors (all, or those with the names) in the dtype."""
     return {
         name: value.to(dtype) if isinstance(value, Tensor) and (not names or name in names) else value
         for name, value in arguments.items()
@@ -179,7 +179,7 @@ def to(arguments: dict, dtype: torch.dtype, *names: str) -> dict:
 def with_gradients(
     function: Callable, arguments: dict, grad_output: Tensor, wanted: Optional[tuple] = None
 ) -> dict[str, Tensor]:
-    """The output, and the gradients of all tensors among the arguments, or of those that are wanted."""
+    """The output, and the gradients of all tensors among the arguments, or of the wanted ones."""
     leaves = {
         name: value.detach().requires_grad_(wanted is None or name in wanted)
         for name, value in arguments.items()
@@ -192,7 +192,7 @@ def with_gradients(
 
 
 def errors(got: dict, expected: dict, least: float) -> dict[str, float]:
-    """Of each, the norm of the difference over that of the expected; where it cancels to little, over ``least``."""
+    """The norm of each difference, divided by the norm of the expected tensor, or by ``least`` if that is larger."""
     return {
         name: ((got[name].double() - y.double()).norm() / max(y.double().norm().item(), least)).item()
         for name, y in expected.items()
@@ -200,7 +200,7 @@ def errors(got: dict, expected: dict, least: float) -> dict[str, float]:
 
 
 def check(name: str, arguments: dict, dtype: torch.dtype, tolerance: float, layout: str = 'contiguous') -> None:
-    """Output, with and without gradients, and all gradients, in the layout."""
+    """Check the output, with and without gradients, and all gradients, in the layout."""
     operator = OPERATORS[name]
     arguments = to(arguments, dtype)
     arguments['x'] = LAYOUTS[layout](arguments['x'])
@@ -213,7 +213,7 @@ def check(name: str, arguments: dict, dtype: torch.dtype, tolerance: float, layo
     least = 0.5 * grad_output.double().norm().item()
     limits = dict.fromkeys(expected, tolerance)
     if name == 'branches' and dtype == torch.float32:
-        # A small variance amplifies every rounding: also that of PyTorch in this dtype.
+        # A small variance amplifies every rounding error, also that of PyTorch in this dtype.
         plain = errors(with_gradients(operator.plain, arguments, grad_output), expected, least)
         limits = {each: max(tolerance, 4 * error) for each, error in plain.items()}
     for each, error in errors(got, expected, least).items():
@@ -230,7 +230,7 @@ def check(name: str, arguments: dict, dtype: torch.dtype, tolerance: float, layo
 @operators
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=str)
 def test_random_shapes(name, dtype, tolerance):
-    """Fewer channels than a vector, other than whole vectors, maps smaller than the kernel and of one position."""
+    """Among them: fewer channels than a vector has lanes, maps smaller than the kernel, maps of one position."""
     hypothesis = pytest.importorskip('hypothesis', reason='hypothesis is not installed (requirements/dev.txt)')
     st = hypothesis.strategies
     integers = st.integers
@@ -248,7 +248,7 @@ def test_random_shapes(name, dtype, tolerance):
         shapes.update(bias=st.booleans())
     elif name == 'branches':
         choices = [((3, 1),), ((3, 1), (3, 1)), ((7, 1), (5, 1), (3, 2), (3, 3)), ((13, 1), (7, 2), (3, 5), (5, 3))]
-        # Over a handful of values a norm's gradient is the small difference of large numbers: float64 has the digits.
+        # Over a few values a norm's gradient is a small difference of large numbers, which needs the digits of float64.
         least = 2 if dtype == torch.float64 else 8
         shapes.update(branches=st.sampled_from(choices), height=integers(least, 24), width=integers(least + 1, 30))
 
@@ -278,7 +278,7 @@ def test_layouts(name, settings, layout):
 
 
 def test_strided_parameters():
-    """And a grad_output that is one number, expanded, which is what sum() sends back."""
+    """And an expanded grad_output, as the backward of sum() makes it."""
     for name, settings in CASES:
         operator = OPERATORS[name]
         arguments = operator.make(**settings, channels=9)
@@ -302,7 +302,7 @@ def test_half_types(name, settings, dtype, tolerance, layout):
 @pytest.mark.parametrize('parameters', ['bfloat16', 'bfloat16 without bias', 'float32 bias', 'float32'])
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
 def test_large_maps_of_bfloat16(kernel_size, dilation, parameters, layout):
-    """Where oneDNN may be the faster one; what it does not take is not left to it."""
+    """Where oneDNN may be the faster one: it does not get arguments that it does not support."""
     settings = dict(kernel_size=kernel_size, dilation=dilation)
     arguments = to(OPERATORS['convolution'].make(channels=18, height=24, width=26, **settings), torch.bfloat16)
     for name in ('weight', 'bias'):
@@ -329,7 +329,7 @@ def test_large_maps_of_bfloat16(kernel_size, dilation, parameters, layout):
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)], ids=str)
 def test_float32_parameters_beside_half_maps(name, settings, layout, dtype, tolerance):
-    """As autocast leaves them: their gradients are not rounded to half. With gradients and without."""
+    """As under autocast: their gradients are not rounded to half. With gradients and without."""
     operator = OPERATORS[name]
     arguments = to(operator.make(channels=18, height=12, width=13, **settings), torch.float32)
     arguments['x'] = LAYOUTS[layout](arguments['x'].to(dtype))
@@ -385,7 +385,7 @@ def test_the_backward_computes_what_is_asked(kernel_size, mask):
     'name, kept', [('convolution', 0), ('residual', 0), ('gelu', 0), ('response_norm', 0), ('branches', 0)]
 )
 def test_keeps_its_input_only(name, kept):
-    """Beside its output, which is not kept but held by who asked for it."""
+    """The output lives too, because the caller holds it."""
     operator = OPERATORS[name]
     arguments = to(operator.make(batch=1, channels=16, height=60, width=60), torch.float32)
     arguments = {
@@ -397,9 +397,23 @@ def test_keeps_its_input_only(name, kept):
         assert storages.count() <= out.nbytes * 1.1
 
 
+@pytest.mark.skipif(not hasattr(torch._C, '_is_cow_tensor'), reason='this torch has no copy-on-write tensors')
+@cases
+def test_inputs_are_not_copied_on_reading(name, settings):
+    """A tensor that is copied on writing still shares its memory after a forward and a backward have read it."""
+    operator = OPERATORS[name]
+    arguments = operator.make(**settings)
+    arguments['x'] = LAYOUTS['channels_last'](arguments['x'])
+    lazy = {each: torch._lazy_clone(x) if isinstance(x, Tensor) else x for each, x in arguments.items()}
+    with_gradients(operator.run, lazy, arguments['x'])
+    with torch.no_grad():
+        operator.run(**lazy)
+    assert [each for each, x in lazy.items() if isinstance(x, Tensor) and not torch._C._is_cow_tensor(x)] == []
+
+
 @instruction_sets
 def test_every_instruction_set(capability, instruction_set):
-    """The one binary, on processors that know less: torch's own switch plays them."""
+    """The same binary with the kernels of older processors, which torch's environment variable selects."""
     code = """
 import sys
 import torch
@@ -411,7 +425,7 @@ for name, settings in (*CASES, ('convolution', dict(kernel_size=31)), ('convolut
         arguments = OPERATORS[name].make(channels=channels, height=17, width=23, **settings)
         for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 8e-3)):
             if dtype == torch.bfloat16 and name not in ('convolution', 'residual', 'gelu'):
-                continue  # nothing reads or writes it but kernels of convolutions
+                continue  # only kernels of convolutions read and write it
             try:
                 check(name, arguments, dtype, tolerance, 'channels_last')
             except AssertionError as error:
@@ -428,7 +442,7 @@ assert not failed, len(failed)
 
 
 def check_layouts() -> None:
-    """What goes from one layout into the other and back arrives where it was: through a kernel that copies."""
+    """Maps go from one layout into the other and back without a change: through a kernel that copies."""
     copy = torch.zeros(3, 3, dtype=torch.float64)
     copy[1, 1] = 1
     for batch, channels, height, width in itertools.product((1, 3), (1, 5, 16, 63, 64, 80, 131), (1, 8, 13), (1, 16, 25)):
@@ -441,7 +455,7 @@ def check_layouts() -> None:
 
 
 class Namespaces(TorchDispatchMode):
-    """Whose operators run."""
+    """Records the namespaces of the operators that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -471,7 +485,7 @@ class Namespaces(TorchDispatchMode):
 )
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='this torch has no oneDNN, and all is ours')
 def test_who_runs_contiguous_maps(channels, size, kernel_size, gradients, dtype, ours):
-    """PyTorch those of 512 positions and more, where it is fast."""
+    """PyTorch runs those of 512 positions and more, if its convolution is the faster one."""
     x = torch.randn(1, channels, size, size, dtype=dtype)
     weight = torch.randn(channels, 1, kernel_size, kernel_size, dtype=dtype)
     with Namespaces() as namespaces, torch.set_grad_enabled(gradients):
@@ -480,7 +494,7 @@ def test_who_runs_contiguous_maps(channels, size, kernel_size, gradients, dtype,
 
 
 def check_bfloat16() -> None:
-    """Products with one number, read from bfloat16 and rounded to it: the numbers that torch's conversion gives."""
+    """A product with one number is read from bfloat16 and rounded to it exactly as by torch's conversion."""
     for channels in (3, 16, 37, 64):
         x = torch.randn(2, channels, 33, 19).mul(10.0 ** torch.randint(-38, 38, (2, channels, 33, 19)))
         x[:, 1] = torch.nan
@@ -496,7 +510,7 @@ def check_bfloat16() -> None:
         assert torch.equal(grad.nan_to_num(nan=7), expected.nan_to_num(nan=7)), channels
 
 
-def test_bfloat16_is_read_and_written_as_torch_does():
+def test_bfloat16_is_read_and_written_as_by_torch():
     check_bfloat16()
 
 
@@ -518,18 +532,18 @@ def test_transpose(shape, dtype):
         (torch.zeros(3, 4, dtype=torch.int64), TypeError, 'matrices must be float32 or float64, got'),
     ],
 )
-def test_what_is_not_transposed(x, error, message):
+def test_transpose_refuses(x, error, message):
     for each in (x, x.to('meta')):
         with pytest.raises(error, match=message):
             torch.ops.overlock_mm.transpose(each)
 
 
-def test_contiguous_maps_come_back_as_they_were():
+def test_contiguous_maps_come_back_unchanged():
     check_layouts()
 
 
 def check_gelu(dtype: torch.dtype, tolerance: float) -> None:
-    """GELU alone, which is the residual convolution with a kernel of zeros, and its derivative."""
+    """GELU and its derivative: the residual convolution with a kernel of zeros."""
     x = torch.linspace(-12, 12, 1000 * 101, dtype=torch.float64).view(1, 1, 1000, 101).to(dtype).requires_grad_()
     out = residual_depthwise_conv2d(x, torch.zeros(1, 1, 3, 3, dtype=dtype), None, gelu=True)
     (slope,) = torch.autograd.grad(out, x, torch.ones_like(out))
@@ -547,7 +561,7 @@ def test_gelu_is_accurate(dtype, tolerance):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
 def test_gelu_of_huge_numbers(dtype):
-    """What is large is copied, what is far below 0 ends, without an overflow on the way; NaN stays."""
+    """Large numbers are copied, numbers far below 0 become 0, without an overflow. NaN stays NaN."""
     most = torch.finfo(dtype).max
     large = torch.tensor([20.0, 40.0, 1e3, 1e10, 1e19, 1e30, most / 2, most], dtype=dtype)
     x = torch.cat([large, -large, torch.full((1,), torch.nan, dtype=dtype)]).view(-1, 1, 1, 1).requires_grad_()
@@ -620,7 +634,7 @@ def test_repeats_itself_to_the_bit(name):
 
 
 def operator_arguments(name: str, dtype=torch.float32, layout='contiguous') -> list:
-    """Those of an operator in ``torch.ops.overlock_mm``."""
+    """Arguments of an operator in ``torch.ops.overlock_mm``."""
     arguments = to(make_branches() if 'branch' in name else make_norm(), dtype)
     x = LAYOUTS[layout](arguments['x'])
     grad_output = LAYOUTS[layout](torch.randn_like(x))
@@ -685,7 +699,7 @@ def test_meta_has_the_layout_of_the_real_one(name, layout, dtype):
 
 @cases
 def test_torch_compile(name, settings):
-    """Into one graph, also of other sizes, with the compiled operator in it."""
+    """The graph is one, contains the compiled operator, and is right for other sizes too."""
     operator = OPERATORS[name]
     calls = []
 
@@ -788,7 +802,7 @@ def test_other_devices_run_the_references(name, layout):
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)], ids=str)
 def test_branch_norms_of_other_devices(dtype, tolerance):
-    """They compute outputs of branches again in the backward: right, and keeping the first one's only."""
+    """The backward computes outputs of branches again, except the first, which is kept. The gradients are right."""
     arguments = make_branches(batch=2, channels=16, height=20, width=20)
     dilations = arguments['dilations']
     tensors = {
@@ -817,7 +831,7 @@ def test_branch_norms_of_other_devices(dtype, tolerance):
 
 
 class Functions(TorchFunctionMode):
-    """Which functions of torch are called, and with which tensors."""
+    """Records the calls of functions of torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -894,7 +908,7 @@ def test_plain_branch_norms_keep_every_output():
 @cases
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
 def test_autocast(dtype, name, settings, layout):
-    """Maps are cast, parameters are not rounded, gradients have the dtype of what they belong to."""
+    """Maps are cast, parameters are not rounded, and a gradient has the dtype of its tensor."""
     operator = OPERATORS[name]
     arguments = to(operator.make(channels=18, height=12, width=13, **settings), torch.float32)
     arguments['x'] = LAYOUTS[layout](arguments['x'])
@@ -950,8 +964,8 @@ def test_empty_batch(name, settings):
 @cases
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize('channels', [3, 20])
-def test_nan_stays_where_it_goes_in_plain_operators(name, settings, dtype, channels):
-    """In the map: its window and its channel. In what comes back: the same, and its channel's parameters."""
+def test_nan_spreads_as_in_plain_operators(name, settings, dtype, channels):
+    """From a map: to its window and its channel. From grad_output: the same, and to its channel's parameters."""
     operator = OPERATORS[name]
     arguments = to(operator.make(channels=channels, height=12, width=30, **settings), dtype)
     grad_output = torch.randn_like(arguments['x'])
@@ -1013,7 +1027,7 @@ def test_statistics_of_branches(shape, dtype, tolerance):
     'shape', [dict(batch=4, channels=20, height=14, width=14), dict(channels=37, height=100, width=90)]
 )
 def test_large_means_and_small_variances(kernels, shape):
-    """A map of mean 1e3 and deviation 1 in float32: sums of squares in one pass would have no digit left."""
+    """A map of mean 1e3 and deviation 1 in float32: plain sums of squares would have no digit left."""
     arguments = make_branches(**shape, branches=((5, 1), (1, 1), (3, 2)))
     arguments['x'] = (1e3 + arguments['x']).float()
     for i in range(3):
@@ -1035,7 +1049,7 @@ def test_large_means_and_small_variances(kernels, shape):
         of_torch = ((plain.var(dim=(0, 2, 3), unbiased=False).double() - expected) / expected).abs().max().item()
         assert ((variance[i].double() - expected) / expected).abs().max() < max(1e-3, 2 * of_torch), i
         assert relative_error(mean[i], y.mean(dim=(0, 2, 3))) < 1e-6
-    # Digits of the map that are lost before the norm are lost to PyTorch too.
+    # PyTorch also loses the digits that are lost before the norm.
     expected = plain_branches(**to(arguments, torch.float64))
     error = relative_error(compiled_branches(**arguments), expected)
     assert error < max(2e-6, 4 * relative_error(plain_branches(**arguments), expected))
@@ -1044,7 +1058,7 @@ def test_large_means_and_small_variances(kernels, shape):
 @cases
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
 def test_second_derivatives_are_refused(name, settings, layout):
-    """Rather than wrong: where PyTorch runs, there are right ones."""
+    """An error, not a wrong result. Where PyTorch's convolution runs, they are right."""
     operator = OPERATORS[name]
     arguments = operator.make(**settings)
     arguments['x'] = LAYOUTS[layout](arguments['x'])
@@ -1149,7 +1163,7 @@ BRANCHES = (call_branches, make_lists)
     ],
 )  # fmt: skip
 def test_bad_arguments(operator, change, error, message, path):
-    """Whichever checks them: the compiled operator, or the Python before it, whichever way the arguments would go."""
+    """On every path that the arguments may take."""
     function, make = operator
     arguments = make()
     if path == 'compiled':
@@ -1164,7 +1178,7 @@ def test_bad_arguments(operator, change, error, message, path):
 
 @pytest.mark.parametrize('name', [*FORWARDS, *BACKWARDS, *FOR_INFERENCE])
 def test_bad_operator_arguments(name):
-    """Maps and what comes back, in every operator of the binary that has them."""
+    """Maps and grad_output, in every operator of the binary that has them."""
     inputs = operator_arguments(name)
     operator = getattr(torch.ops.overlock_mm, name)
     position = 1 if name in BACKWARDS else 0
@@ -1185,7 +1199,7 @@ def test_bad_operator_arguments(name):
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('gelu', [True, False])
 def test_inplace(gelu, layout, dtype):
-    """The same to the last digit, in the place of x: also where parts of a map, worked on apart, meet."""
+    """The result overwrites x, and is the same to the last digit, also at the borders between strips of a map."""
     for batch, channels, height, width in ((1, 64, 70, 5), (2, 20, 37, 11), (3, 5, 3, 4), (1, 8, 1, 1), (2, 33, 200, 3)):
         arguments = to(make_norm(batch=batch, channels=channels, height=height, width=width), dtype)
         x = arguments['x'] = LAYOUTS[layout](arguments['x'])
@@ -1198,7 +1212,7 @@ def test_inplace(gelu, layout, dtype):
         assert torch.equal(out, expected)
 
 
-def test_inplace_is_refused_where_it_cannot_be():
+def test_inplace_is_refused_with_gradients_and_casts():
     arguments = make_norm()
     with pytest.raises(ValueError, match='inplace must be False where gradients are enabled, got True'):
         residual_depthwise_norm(**arguments, inplace=True)
@@ -1220,7 +1234,7 @@ def test_inplace_has_no_derivative():
 
 
 def test_inplace_under_inference_mode():
-    """Of a tensor that is not one of that mode: others must learn that it has changed."""
+    """The version of a tensor that was made outside of the mode must change."""
     arguments = to(make_norm(), torch.float32)
     version = arguments['x']._version
     with torch.inference_mode():

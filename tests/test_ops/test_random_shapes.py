@@ -55,7 +55,7 @@ LAYOUTS = {
 def test_equals_the_reference(device, shape, missing, layouts, dtype, seed):
     torch.manual_seed(seed)
     arguments = make_arguments(**shape, device=device)
-    # Logits that leave a softmax with more than one slot, on a kernel of any size.
+    # Logits for which a softmax has more than one slot of weight, for a kernel of any size.
     arguments['query'] = arguments['query'] / (shape['query_per_group'] * shape['tokens'])
     arguments.update(dict.fromkeys(missing))
     grad_output = torch.randn_like(arguments['value'])

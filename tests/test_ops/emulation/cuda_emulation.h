@@ -3,10 +3,10 @@
 // Every thread of a block is a fiber with a stack of its own; a barrier or a shuffle switches to the next. The headers
 // named like CUDA's in this folder include this one, and so the sources are compiled as they are.
 //
-// Stricter than a device: shared memory is an allocation of just the size launched (AddressSanitizer sees what overruns
-// it) and full of NaN before each block; it is an error if threads of a block wait in different barriers, or one
-// returns while others wait; and the order in which threads run between barriers can be turned round, which a missing
-// barrier does not survive.
+// It is stricter than a device. Shared memory is an allocation of exactly the size of the launch (AddressSanitizer sees
+// overruns), and full of NaN before each block. It is an error if threads of a block wait in different barriers, or if
+// one returns while others wait. The order in which threads run between barriers can be reversed, which shows missing
+// barriers.
 #pragma once
 
 #include <cmath>
@@ -41,7 +41,7 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_emulation {
 
-/// What a case may set, and what it may ask afterwards.
+/// Settings of a case, and its results.
 struct Device {
   int shared_memory_limit = 232448;
   bool reversed = false;  ///< Threads run from the last to the first.
@@ -82,7 +82,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Parameter), dim3 grid, dim3 block, v
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What kernels call.
+// Functions that kernels call.
 
 #define __syncthreads() cuda_emulation::synchronize_block(__LINE__)
 #define __shfl_xor_sync(lanes, number, mask) cuda_emulation::shuffle(lanes, number, mask, __LINE__)

@@ -1,4 +1,4 @@
-// Found in place of CUDA's header of this name.
+// Takes the place of CUDA's header of this name.
 #pragma once
 
 #include "cuda_emulation.h"

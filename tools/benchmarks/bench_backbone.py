@@ -248,7 +248,6 @@ def recorded(step: Step) -> Callable:
 
 def case_of(settings: Settings, names: list[str]) -> Case:
     mode = 'train' if settings.training else 'eval'
-    torch.manual_seed(0)
     own = [name for name in names if name in IMPLEMENTATIONS]
     preferred = ('ours', *own) if settings.training else ('optimized', 'ours', *own)
 

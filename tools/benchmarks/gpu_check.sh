@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Build the ContMix operator for the GPU of this machine, test it there and measure it, in less than 8 minutes.
+# Build the operators for the GPU of this machine, test ContMix there and measure it, in less than 8 minutes.
 #
 #   bash tools/benchmarks/gpu_check.sh [--out DIR] [--device cuda|cpu] [--prebuilt] [--tiny]
 #
-#   --out DIR       where results and logs go; default $OUT, or ./gpu_check_out
-#   --device cpu    the same on the CPU: a trial of this script
-#   --prebuilt      use the binary that is in the checkout
-#   --tiny          the smallest measurements: a trial of this script
+#   --out DIR       folder for results and logs; default: $OUT or ./gpu_check_out
+#   --device cpu    the same on the CPU, to try this script
+#   --prebuilt      use the binary in the checkout
+#   --tiny          the smallest measurements, to try this script
 #
-# Needs torch, setuptools, pytest and, for a GPU, a CUDA toolkit (nvcc) that fits torch; nothing of OpenMMLab and no
-# network. PYTHON names the interpreter (python3). Builds in a copy of the sources, in a temporary folder.
-# TOTAL_SECONDS (470) bounds it all; a part that is too slow is ended and reported, and the next one runs.
-# Ends with 0 if all parts went well, 1 if one did not, 2 if it could not start.
+# It needs torch, setuptools, pytest and, for a GPU, a CUDA toolkit (nvcc) that fits torch. It needs neither OpenMMLab nor a
+# network. PYTHON names the interpreter (python3). The build runs on a copy of the sources, in a temporary folder.
+# TOTAL_SECONDS (470) limits the whole run. A part that is too slow is stopped and reported, and the next part runs.
+# The exit status is 0 if all parts passed, 1 if one failed, 2 if the script could not start.
 set -uo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -45,7 +45,7 @@ done
 [[ $device == cuda || $device == cpu ]] || stop "--device must be cuda or cpu, got $device"
 
 python=$(command -v "$python") || stop "there is no ${PYTHON:-python3}; PYTHON names the interpreter"
-# Not resolved: a virtual environment's interpreter is a link.
+# The link is not resolved: the interpreter of a virtual environment is a link.
 python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
 "$python" -c 'import torch' 2>/dev/null || stop "$python has no torch; PYTHON names another interpreter"
 if [[ $device == cuda ]]; then
@@ -67,7 +67,7 @@ failed=0
 
 note() { echo "$*" | tee -a "$summary"; }
 
-# part NAME SECONDS LOG COMMAND...: run it with its output in LOG, and note how it went.
+# part NAME SECONDS LOG COMMAND...: run a command with its output in LOG, and note the result.
 part() {
     local name=$1 limit=$2 log=$out/$3 left=$((deadline - SECONDS)) begin=$SECONDS code=0 end
     shift 3
@@ -82,7 +82,7 @@ part() {
     end="$((SECONDS - begin)) s"
     case $code in
         0) note "$(printf '%-10s ok, %s' "$name" "$end")" ;;
-        124 | 137) note "$(printf '%-10s FAILED: ended after %s' "$name" "$end")" ;;
+        124 | 137) note "$(printf '%-10s FAILED: stopped after %s' "$name" "$end")" ;;
         *) note "$(printf '%-10s FAILED with %d, %s: see %s' "$name" "$code" "$end" "$log")" ;;
     esac
     if ((code)); then
@@ -92,7 +92,7 @@ part() {
     return "$code"
 }
 
-rm -f "$out"/{build,bench,tests,sanitizer}.log "$out"/bench.{json,md,png}
+rm -f "$out"/{build,bench,tests,sanitizer}.log "$out"/{bench,compiled}.json
 
 # ---- build, in a copy
 source=$work/source
@@ -109,26 +109,26 @@ if ((!prebuilt)); then
     else
         export FORCE_CUDA=0
     fi
-    # In place: it takes setuptools alone, whatever pip and wheel the machine has.
+    # A build in place needs setuptools alone, and no certain pip or wheel.
     part build 220 build.log bash -c 'cd "$1" && "$2" setup.py build_ext --inplace' - "$source" "$python"
 fi
 
-# From here on nothing runs in the checkout, so that the copy is what is imported.
+# From here on nothing runs in the checkout, so that Python imports the copy.
 cd "$work" || exit 2
 "$python" -W ignore -m overlock_mm.ops 2>&1 | tee -a "$summary"
 
-part small_case 40 tests.log "$python" -W ignore "$here/contmix_small_case.py" --device "$device"
+part small_case 40 tests.log "$python" -W ignore "$here/bench_contmix.py" --check --device "$device"
 
-# ---- the numbers: first what detection trains with, then the rest as time allows
-settings=(--arch t b s xt --input 800x1344 512x512 224x224 --batch 2 1 16 --dtype float32 bfloat16)
-settings+=(--baselines reference published --compile-reference 2 --seconds 0.3 --max-rounds 15 --time-limit 105)
-if ((tiny)); then
-    settings=(--arch t --input 224x224 --stage 4 --baselines reference --seconds 0.2 --min-rounds 3 --max-rounds 3)
-fi
-part bench 150 bench.log "$python" -W ignore "$here/bench_contmix.py" --device "$device" "${settings[@]}" \
-    --json "$out/bench.json" --markdown "$out/bench.md" --plot "$out/bench.png"
+# ---- the numbers: first the shapes that detectors train with, then the others as time allows
+settings=(--arch t b s xt --size 800x1344 512x512 224x224 --batch 2 1 16 --dtype float32 bfloat16 --seconds 0.5)
+compiled=(--arch t --size 800x1344 --batch 2 --dtype float32 bfloat16 --seconds 0.5 --implementations ours compiled)
+((tiny)) && settings=(--arch t --size 224x224 --stage 4 --implementations ours reference --rounds 3)
+part bench 125 bench.log "$python" -W ignore "$here/bench_contmix.py" --device "$device" "${settings[@]}" \
+    --json "$out/bench.json" --time-limit 85
+((tiny)) || part compiled 80 bench.log "$python" -W ignore "$here/bench_contmix.py" --device "$device" "${compiled[@]}" \
+    --json "$out/compiled.json" --time-limit 30
 
-# ---- the operator's tests, those of a GPU; the emulation of CUDA on the CPU is for machines without one
+# ---- the tests that need a GPU, without the emulation of CUDA on the CPU
 select='not emulat'
 [[ $device == cuda ]] && select='(cuda or gpu) and not emulat'
 tests=("$root/tests/test_ops" -q --maxfail=20 -p no:cacheprovider -k "$select")
@@ -143,19 +143,19 @@ if [[ $device == cuda ]]; then
         if [[ -z $sanitizer ]]; then
             note "$(printf '%-10s not run: there is no compute-sanitizer' "$tool")"
         else
-            # torch's allocator would hand out parts of one large block, and hide an access beyond a tensor.
+            # Without caching every tensor is an allocation of its own: accesses beyond it are seen.
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" 60 sanitizer.log "$sanitizer" --tool "$tool" --error-exitcode 9 \
-                "$python" -W ignore "$here/contmix_small_case.py" --device cuda
+                "$python" -W ignore "$here/bench_contmix.py" --check --device cuda
         fi
     done
 fi
 
 echo
-if [[ -s $out/bench.json ]]; then
-    "$python" -W ignore "$here/bench_contmix.py" --report "$out/bench.json" --short | cut -c1-220 | tee -a "$summary"
-fi
+for record in "$out"/{bench,compiled}.json; do
+    [[ -s $record ]] && "$python" -W ignore "$here/harness.py" "$record" | tee -a "$summary"
+done
 echo
-note "$( ((failed)) && echo 'FAILED: see above' || echo 'all parts went well'); results in $out"
-# How each part went, once more: what is printed last is what is read.
-grep -E '^(build|small_case|bench|tests|memcheck|racecheck) ' "$summary"
+note "$( ((failed)) && echo 'FAILED: see above' || echo 'all parts passed'); results in $out"
+# The results of the parts once more: the last lines are the ones that are read.
+grep -E '^(build|small_case|bench|compiled|tests|memcheck|racecheck) ' "$summary"
 exit "$failed"

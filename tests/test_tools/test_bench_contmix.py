@@ -1,4 +1,4 @@
-"""The benchmark of ContMix: a baseline that computes the same, shapes that are the network's, work that is counted right."""
+"""The benchmark of ContMix: a baseline that computes the same, the network's shapes, work that is counted right."""
 
 from __future__ import annotations
 
@@ -189,7 +189,9 @@ def test_a_run_records_what_it_measured(tmp_path):
     record = json.loads((tmp_path / 'out.json').read_text())
     assert record['ceilings'].keys() == {'bytes', 'exponentials', 'multiply-adds bfloat16', 'multiply-adds float32'}
     sections = [case['section'] for case in record['cases']]
-    assert sections == [f'{mode}, {dtype}' for dtype in ('float32', 'bfloat16') for mode in ('forward', 'forward + backward')]
+    assert sections == [
+        f'{mode}, {dtype}' for dtype in ('float32', 'bfloat16') for mode in ('forward', 'forward + backward')
+    ]
     inputs_and_output = (2 * 512 + 256) * 49 * 4  # value, output and query
     for case in record['cases']:
         assert case['name'] == 't stage 4, 224x224, batch 1'

@@ -57,7 +57,7 @@ def test_it_reports_its_parts(tmp_path):
     assert [line.split(',')[0].split() for line in last] == [['small_case', 'ok'], ['bench', 'ok'], ['tests', 'ok']]
     record = json.loads((tmp_path / 'out' / 'bench.json').read_text())
     assert record['cases'][0]['implementations']['ours']['errors']['output'] < 1e-5
-    assert '| stage 4, 224x224, batch 1 |' in done.stdout
+    assert '| stage 4, 224x224, batch 1 ' in done.stdout
 
 
 @compiled

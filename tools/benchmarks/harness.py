@@ -666,27 +666,30 @@ def full_rows(cases: list[dict[str, Any]], record: dict[str, Any]) -> list[list[
     return rows
 
 
-def summary(record: dict[str, Any]) -> str:
-    """A row for every group of cases, for docs/benchmarks.
+#: How to read a summary.
+LEGEND = (
+    '"A / it" is a ratio of times: median [quartiles] over the rounds of one case, or over several cases with the lowest of '
+    'them. "kept" is the ratio of the bytes that a forward keeps for its backward.'
+)
 
-    A cell is a ratio of times to the yardstick's: the quartiles over the rounds of a single case, or over the medians of
-    several cases, with the lowest of them. In training the ratio of the bytes kept for the backward follows.
-    """
-    return report(record, summary_rows)
+
+def summary(record: dict[str, Any]) -> str:
+    """A row for every group of cases, for docs/benchmarks."""
+    return f'{report(record, summary_rows)}\n\n{LEGEND}'
 
 
 def summary_rows(cases: list[dict[str, Any]], record: dict[str, Any]) -> list[list[str]]:
     yardstick = cases[0]['yardstick']
     names = list(dict.fromkeys(name for case in cases for name in case['implementations'] if name != yardstick))
     training = any('kept_bytes' in case['implementations'].get(yardstick, {}) for case in cases)
-    rows = [['case', 'cases', f'{yardstick}: ms', *(['kept MiB'] if training else []), *(f'{name} / it' for name in names)]]
     groups: dict[str, list[dict[str, Any]]] = {}
     for case in cases:
         groups.setdefault(case['group'], []).append(case['implementations'])
+    rows = [['case', f'{yardstick}: ms', *(['kept MiB'] if training else []), *(f'{name} / it' for name in names)]]
     for group, members in groups.items():
         ours = [each[yardstick] for each in members if 'seconds' in each.get(yardstick, {})]
         times = [each['seconds'] for each in ours]
-        row = [group, str(len(members))]
+        row = [group if len(members) == 1 else f'{group} ({len(members)} cases)']
         row.append(with_spread(times[0], 1e3) if len(times) == 1 else range_of([each['median'] * 1e3 for each in times]))
         if training:
             row.append(range_of([each['kept_bytes'] / 2**20 for each in ours if 'kept_bytes' in each]))

@@ -23,7 +23,7 @@ from mmengine.registry.utils import init_default_scope
 from torch.utils.flop_counter import FlopCounterMode
 
 import overlock_mm
-from overlock_mm.ops import _extension
+from overlock_mm.ops import _library
 
 SHAPES = {'mmdet': (800, 1280), 'mmseg': (512, 2048), 'mmpretrain': (224, 224)}
 
@@ -56,8 +56,8 @@ def complexity(config: str, shape: Optional[tuple[int, int]] = None) -> Complexi
     Raises:
         RuntimeError: the operator is not compiled: its reference does more than it counts.
     """
-    if _extension.missing:
-        raise RuntimeError(f'the operator must be compiled: {_extension.missing}')
+    if _library.missing:
+        raise RuntimeError(f'the operator must be compiled: {_library.missing}')
     cfg = Config.fromfile(overlock_mm.get_config_path(config))
     init_default_scope(cfg.default_scope)
     shape = shape or SHAPES[cfg.default_scope]

@@ -15,7 +15,7 @@ from overlock_mm.models.overlock import ARCHITECTURES
 SMALLEST = dict(
     channels=(8, 12, 24, 40), depths=(1, 1, 1, 1), sub_depths=(1, 1), num_groups=(2, 4), kernel_sizes=(9, 7, 5, 5)
 )
-FAST = ('--device', 'cpu', '--arch', 'small', '--size', '128x128', '--rounds', '2')
+FAST = ('--device', 'cpu', '--arch', 'smallest', '--size', '128x128', '--rounds', '2')
 CPU = torch.device('cpu')
 
 
@@ -23,7 +23,7 @@ CPU = torch.device('cpu')
 def run(tmp_path, monkeypatch):
     """``run(*arguments)`` on the small network, in a folder of its own: the exit status and the record."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(ARCHITECTURES, 'small', SMALLEST)
+    monkeypatch.setitem(ARCHITECTURES, 'smallest', SMALLEST)
 
     def main(*arguments):
         status = bench_backbone.main([*FAST, *arguments, '--json', 'out.json'])
@@ -33,7 +33,7 @@ def run(tmp_path, monkeypatch):
 
 
 def settings_for(training):
-    return bench_backbone.Settings('small', (128, 128), batch=1, dtype='float32', training=training, device=CPU)
+    return bench_backbone.Settings('smallest', (128, 128), batch=1, dtype='float32', training=training, device=CPU)
 
 
 def weights_for(settings):
@@ -49,7 +49,7 @@ def test_a_run_records_what_it_measured(run, capsys):
     assert record['not_run'] == 0
     cases = [(case['section'], case['name']) for case in record['cases']]
     assert cases == [
-        (f'{mode}, float32', f'small, 128x128, batch {batch}') for mode in ('eval', 'train') for batch in (1, 2)
+        (f'{mode}, float32', f'smallest, 128x128, batch {batch}') for mode in ('eval', 'train') for batch in (1, 2)
     ]
     for case in record['cases']:
         training, results = case['section'].startswith('train'), case['implementations']
@@ -85,19 +85,17 @@ def test_the_script_runs_by_itself(tmp_path):
 
 @pytest.mark.parametrize('mode', ['eval', 'train'])
 def test_a_wrong_result_is_an_error(run, monkeypatch, capsys, mode):
-    published = bench_backbone.published
+    class Wrong(bench_backbone.Published):
+        def __init__(self, model):
+            super().__init__(model)
+            model.high_level_proj.bias.data += 1
 
-    def wrong(model, folded=False):
-        model = published(model, folded)
-        model.high_level_proj.bias.data += 1
-        return model
-
-    monkeypatch.setattr(bench_backbone, 'published', wrong)
+    monkeypatch.setattr(bench_backbone, 'Published', Wrong)
     # The published form is the yardstick even where it is not measured.
     status, _ = run('--peers', '--implementations', 'ours', '--mode', mode)
     assert status == 1
     error = capsys.readouterr().err
-    where = f'small, 128x128, batch 1, {mode}, float32, ours'
+    where = f'smallest, 128x128, batch 1, {mode}, float32, ours'
     assert f'WRONG RESULT: {where}: relative error of the output' in error
     assert (f'WRONG RESULT: {where}: relative error of the gradient' in error) == (mode == 'train')
 
@@ -128,14 +126,14 @@ def test_needed_memory_is_about_what_is_kept(run, monkeypatch):
 @pytest.mark.parametrize('name', ['compiled', 'channels-last', 'optimized', 'ours-with-cp'])
 def test_implementations_are_the_network(monkeypatch, name):
     """They have the given weights and the mode that was asked for, and a step leaves the weights as they are."""
-    monkeypatch.setitem(ARCHITECTURES, 'small', SMALLEST)
+    monkeypatch.setitem(ARCHITECTURES, 'smallest', SMALLEST)
     training = name == 'ours-with-cp'
     settings = settings_for(training)
     weights = weights_for(settings)
     model = bench_backbone.build_model(name, weights, settings)
     assert model.training == training
     if training:
-        assert bool(model.recomputed_stages)
+        assert bool(model.checkpointed_stages)
         assert all(torch.equal(tensor, weights.state_dict()[key]) for key, tensor in model.state_dict().items())
     step = bench_backbone.Step(model, settings.image(), settings, model)
     results = step.results()
@@ -162,7 +160,7 @@ def test_peers_have_four_maps(name):
 
 def test_kept_bytes_are_what_the_backward_reads(monkeypatch):
     """The allocator counts as autograd's own account does, without weights and image, and with unread outputs."""
-    monkeypatch.setitem(ARCHITECTURES, 'small', SMALLEST)
+    monkeypatch.setitem(ARCHITECTURES, 'smallest', SMALLEST)
     settings = settings_for(True)
     model = bench_backbone.build_model('published', weights_for(settings), settings)
     step = bench_backbone.Step(model, settings.image(), settings, model)

@@ -14,10 +14,10 @@ from conftest import relative_error, run_script
 from overlock_mm.models import OverLoCK, blocks
 from overlock_mm.models.overlock import ARCHITECTURE_DEFAULTS, ARCHITECTURES
 from overlock_mm.models.reparam import DILATED_BRANCHES
-from overlock_mm.ops import _extension, contmix_reference
+from overlock_mm.ops import _library, contmix_reference
 
 TINY = ('--device', 'cpu', '--arch', 't', '--stage', '4', '--size', '224x224', '--rounds', '2')
-compiled = pytest.mark.skipif(_extension.missing is not None, reason='there is no compiled operator')
+compiled = pytest.mark.skipif(_library.missing is not None, reason='there is no compiled operator')
 
 
 def make_arguments(height, width, kernel_sizes, dtype=torch.float64):
@@ -230,7 +230,7 @@ def test_a_wrong_small_shape_is_an_error(monkeypatch, capsys):
 
 
 def test_without_the_compiled_operator_the_run_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(_extension, 'missing', 'it was not built')
+    monkeypatch.setattr(_library, 'missing', 'it was not built')
     assert bench_contmix.main([*TINY, '--implementations', 'ours', 'reference']) == 1
     captured = capsys.readouterr()
     assert 'ours was not measured: it was not built' in captured.err

@@ -11,9 +11,9 @@ import sys
 import pytest
 from benchmarks import FOLDER
 
-from overlock_mm.ops import _extension
+from overlock_mm.ops import _library
 
-compiled = pytest.mark.skipif(_extension.missing is not None, reason='there is no compiled operator')
+compiled = pytest.mark.skipif(_library.missing is not None, reason='there is no compiled operator')
 
 
 def run_gpu_check(*arguments, cwd, **variables):

@@ -7,7 +7,7 @@
 The implementations have the same weights and the four outputs that detectors use:
 
     published         the published computation in eager PyTorch: every convolution, norm and activation is a call of its
-                      own, branches are added one by one, ContMix writes its kernels to memory
+                      own on a contiguous map, branches are added one by one, ContMix writes its kernels to memory
     published-folded  the same with folded branches, as in the released *_reparam checkpoints (eval)
     ours              the backbone as it is built
     ours-fast         with memory='fast': nothing is computed twice in the backward (train)
@@ -34,16 +34,21 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Optional
+from unittest import mock
 
 import harness
 import torch
 import torch.nn as nn
 from harness import Case, Run, Skipped
-from published_backbone import published
+from published import contmix_published
 from torch import Tensor
 
-from overlock_mm.models import OverLoCK
+from overlock_mm.inference import optimize
+from overlock_mm.models import OverLoCK, blocks
+from overlock_mm.models.layers import LayerNorm2d
 from overlock_mm.models.overlock import ARCHITECTURES
+from overlock_mm.models.reparam import DilatedReparamConv
+from overlock_mm.ops import use_references
 
 #: Names of implementations, and the modes in which they run.
 IMPLEMENTATIONS = {
@@ -113,9 +118,27 @@ def copy_of(weights: OverLoCK, settings: Settings, **options: Any) -> OverLoCK:
     return model
 
 
-def optimize(model: OverLoCK) -> OverLoCK:
-    model.switch_to_deploy()
-    return model
+class Published(nn.Module):
+    """The published computation of a backbone, in eager PyTorch and on contiguous maps.
+
+    Args:
+        model: with memory='fast', so that autograd keeps everything. Hooks change how it runs.
+    """
+
+    def __init__(self, model: OverLoCK) -> None:
+        super().__init__()
+        self.model = model
+        model.patch_embed1.register_forward_pre_hook(lambda module, inputs: inputs[0].contiguous())
+        for module in model.modules():
+            if isinstance(module, LayerNorm2d):
+                module.register_forward_hook(lambda module, inputs, out: out.contiguous())
+            elif isinstance(module, DilatedReparamConv):
+                # Where one branch has a hook, all are called and added one by one, at evaluation too.
+                module.lk_origin.register_forward_hook(lambda *_: None)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        with use_references(), mock.patch.object(blocks, 'contmix', contmix_published):
+            return self.model(x)
 
 
 def build_peer(name: str) -> nn.Module:
@@ -143,16 +166,22 @@ def build_model(name: str, weights: OverLoCK, settings: Settings) -> nn.Module:
     if name in PEERS:
         model = build_peer(name)
     elif name.startswith('published'):
-        model = published(weights, folded=name == 'published-folded')
+        model = copy_of(weights, settings, memory='fast')
+        if name == 'published-folded':
+            model.switch_to_deploy()
+        model = Published(model)
     else:
-        model = copy_of(weights, settings, with_cp=name == 'ours-with-cp')
+        memory = 'fast' if name == 'ours-fast' else 'lean'
+        model = copy_of(weights, settings, with_cp=name == 'ours-with-cp', memory=memory)
     model.train(settings.training)  # mmpretrain's return None
     model.to(settings.device)
     if name == 'compiled' and not settings.training:
         model.switch_to_deploy()
+    if name == 'channels-last':
+        model.to(memory_format=torch.channels_last)
     if name in ('optimized', 'cuda-graph') or (name == 'channels-last' and not settings.training):
-        model = optimize(model)
-    return model.to(memory_format=torch.channels_last) if name == 'channels-last' else model
+        return optimize(model)
+    return model
 
 
 class Step:

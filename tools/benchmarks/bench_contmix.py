@@ -33,7 +33,7 @@ from harness import DTYPES, MODES, Case, Operator, Run, Skipped
 from published import contmix_natten, contmix_published
 from torch import Tensor
 
-from overlock_mm.ops import _extension, contmix_reference
+from overlock_mm.ops import _library, contmix_reference
 
 IMPLEMENTATIONS = ('ours', 'published', 'reference', 'compiled', 'natten')
 DEFAULTS = ('ours', 'published', 'reference')
@@ -136,9 +136,9 @@ def function_of(name: str, device: torch.device) -> Callable[..., Tensor]:
         Skipped: it is not available.
     """
     if name == 'ours':
-        if _extension.missing:
-            raise Skipped(_extension.missing)
-        if device.type == 'cuda' and not _extension.build_info['cuda']:
+        if _library.missing:
+            raise Skipped(_library.missing)
+        if device.type == 'cuda' and not _library.build_info['cuda']:
             raise Skipped('overlock_mm was built without CUDA')
         return torch.ops.overlock_mm.contmix
     if name == 'natten':

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 import overlock_mm
-from overlock_mm.ops import _extension
+from overlock_mm.ops import _library
 
 DTYPES = {name: getattr(torch, name) for name in ('float32', 'float64', 'float16', 'bfloat16')}
 SIZES = ((224, 224), (512, 512), (800, 1344))
@@ -182,7 +182,7 @@ def set_up_machine(options: argparse.Namespace) -> dict[str, Any]:
         cuda=torch.version.cuda,
         python=platform.python_version(),
         overlock_mm=overlock_mm.__version__,
-        compiled_operators=_extension.build_info or dict(missing=_extension.missing),
+        compiled_operators=_library.build_info or dict(missing=_library.missing),
         git_commit=git_commit(),
         keeps_freed_memory=options.keep_freed_memory,
     )
@@ -668,8 +668,8 @@ def full_rows(cases: list[dict[str, Any]], record: dict[str, Any]) -> list[list[
 
 #: How to read a summary.
 LEGEND = (
-    '"A / it" is a ratio of times: median [quartiles] over the rounds of one case, or over several cases with the lowest of '
-    'them. "kept" is the ratio of the bytes that a forward keeps for its backward.'
+    '"A / it" is a ratio of times: median [quartiles] over the rounds of one case, or over several cases with the lowest '
+    'of them. "kept" is the ratio of the bytes that a forward keeps for its backward.'
 )
 
 

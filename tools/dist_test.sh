@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
-# Test on several GPUs of one machine, or of several: tools/dist_test.sh CONFIG CHECKPOINT GPUS [options of tools/test.py]
-# On several machines set NNODES, NODE_RANK, MASTER_ADDR and PORT, and start it on each.
+# Test on several GPUs of one machine, or of several machines: tools/dist_test.sh CONFIG CHECKPOINT GPUS [options of tools/test.py]
+# On several machines, set NNODES, NODE_RANK, MASTER_ADDR and PORT, and start it on each.
 set -euo pipefail
+usage() { sed -n '2,3s/^# //p' "$0"; }
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    usage
+    exit 0
+fi
 if (($# < 3)); then
-    sed -n 2,3p "$0" >&2
+    usage >&2
     exit 2
 fi
 config=$1 checkpoint=$2 gpus=$3

@@ -1,8 +1,7 @@
-"""The build of mmcv knows what it builds for, and the Slurm script what it asks for."""
+"""The build of mmcv: its version, the key of its wheel, when it is built with CUDA."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 from types import SimpleNamespace
 
@@ -23,7 +22,7 @@ def test_the_pinned_version_is_read(install_mmcv, tmp_path):
         install_mmcv.pinned_version(tmp_path / 'none.txt')
 
 
-def test_the_key_tells_torch_python_and_cuda_apart(install_mmcv, monkeypatch):
+def test_the_key_differs_by_torch_python_and_cuda(install_mmcv, monkeypatch):
     monkeypatch.setenv('TORCH_CUDA_ARCH_LIST', '8.0;9.0')
     keys = {install_mmcv.wheel_key(False)}
     monkeypatch.setattr(torch.version, 'cuda', '13.0')
@@ -74,35 +73,11 @@ def test_forced_cuda_without_a_toolkit_stops(install_mmcv, monkeypatch):
         install_mmcv.builds_with_cuda()
 
 
-def test_slurm_script(tmp_path):
-    srun = tmp_path / 'srun'
-    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    srun.chmod(0o755)
-    env = {
-        **os.environ,
-        'PATH': f'{tmp_path}:{os.environ["PATH"]}',
-        'GPUS': '4',
-        'SRUN_ARGS': '--time=1 --mem=2',
-        'PYTHON': 'py',
-    }
-    script = ROOT / 'tools' / 'slurm_train.sh'
-    command = ['bash', script, 'gpu', 'job', 'config.py', 'work', '--amp']
-    words = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.split()
-    for word in ('--ntasks=4', '--ntasks-per-node=4', '--gres=gpu:4', '--time=1', '--mem=2', '--job-name=job'):
-        assert word in words
-    assert words[words.index('py') :] == [
-        'py', '-u', str(script.with_name('train.py')), 'config.py', '--work-dir', 'work', '--launcher', 'slurm', '--amp',
-    ]  # fmt: skip
-    too_few = subprocess.run(['bash', script, 'gpu'], env=env, capture_output=True, text=True)
-    assert too_few.returncode == 2
-    assert 'tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR' in too_few.stderr
-
-
 @pytest.mark.parametrize(
     'changed, step', [('requirements/mm.txt', 'requirements/mm.txt'), ('setup.py', 'install --no-build')]
 )
 def test_a_changed_pin_repeats_its_step(changed, step):
-    """As make would do it, without doing it."""
+    """As make would do it, in a dry run."""
     command = ['make', '--dry-run', f'--what-if={changed}', 'env', 'VENV=.venv']
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     assert step in done.stdout

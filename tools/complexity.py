@@ -1,12 +1,12 @@
-"""Parameters and multiply-adds of shipped configs, counted operation by operation without memory for weights or maps.
+"""Count parameters and multiply-adds of shipped configs, operation by operation, on the meta device.
 
-    python tools/complexity.py                                          # all of them, as the metafiles have them
+    python tools/complexity.py                                          # all configs, as in the metafiles
     python tools/complexity.py mmpretrain/overlock-t_deploy_in1k --shape 384 384
 
-Multiply-adds (the "FLOPs" of this field's tables) are those of convolutions, matrix products and ContMix, for one image at
-evaluation: of a whole classifier at 224 x 224, of a whole segmentor at 512 x 2048, and of the backbone alone of a detector
-(800 x 1280) or a Mask2Former, whose heads depend on more than the image. Parameters are the whole model's, without the
-auxiliary heads of classifiers.
+Multiply-adds (the "FLOPs" in this field's tables) are those of convolutions, matrix products and ContMix, for one image at
+evaluation. They are counted for a whole classifier at 224 x 224 and for a whole segmentor at 512 x 2048. For a detector
+(800 x 1280) and a Mask2Former they are counted for the backbone, because the work of their heads depends on more than the
+image. Parameters are those of the whole model, without the auxiliary heads of classifiers.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Complexity(NamedTuple):
 
 
 def contmix_flops(value: tuple, query: tuple, keys: tuple, bias, rpb_small, rpb_large, small: int, large: int, **_) -> int:
-    """Floating-point operations, two for each multiply-add, of ContMix on shapes (docs/contmix.md).
+    """Floating-point operations of ContMix, two for each multiply-add, from the shapes of its inputs (docs/contmix.md).
 
-    For each position: in each group the products of the query with a key for every slot (``keys`` is (B, G, slots, C/2/G),
-    the context under the weights of the logits), and the sums over both windows, each over half of the channels.
+    At each position: in each group the products of the query with a key for every slot (``keys`` is (B, G, slots, C/2/G),
+    the folded keys), and the sums over both windows, each over half of the channels.
     """
     batch, channels, height, width = value
     _, groups, slots, channels_per_group = keys
@@ -50,11 +50,11 @@ def complexity(config: str, shape: Optional[tuple[int, int]] = None) -> Complexi
     """Count a shipped config.
 
     Args:
-        config: as in ``overlock_mm.list_configs()``; '.py' may be left out.
-        shape: height and width of the image; by default the usual one of the framework.
+        config: a name from ``overlock_mm.list_configs()``; '.py' may be left out.
+        shape: height and width of the image; by default the one above.
 
     Raises:
-        RuntimeError: the operator is not compiled: its reference does more than it counts.
+        RuntimeError: there is no compiled operator. The reference does other operations.
     """
     if _library.missing:
         raise RuntimeError(f'the operator must be compiled: {_library.missing}')
@@ -74,7 +74,7 @@ def complexity(config: str, shape: Optional[tuple[int, int]] = None) -> Complexi
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('configs', nargs='*', help='as in overlock_mm.list_configs() (default: all)')
+    parser.add_argument('configs', nargs='*', help='names from overlock_mm.list_configs(); default: all')
     parser.add_argument('--shape', nargs=2, type=int, metavar=('H', 'W'), help='height and width of the image')
     args = parser.parse_args()
     for config in args.configs or overlock_mm.list_configs():

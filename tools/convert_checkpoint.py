@@ -1,11 +1,11 @@
-"""Turn a checkpoint into one that the matching config loads strictly, or back into the release's form.
+"""Convert a checkpoint for strict loading with its config, or back into the release's form.
 
     python tools/convert_checkpoint.py overlock_t_in1k_224.pth overlock-t_in1k.pth
     python tools/convert_checkpoint.py work_dirs/.../epoch_300.pth mine.pth --to released
 
-It takes released checkpoints (classification, folded, mmdet 2.x detectors, mmseg 0.x segmentors, backbones alone) and this
-project's own, of the published variants, and says what it found. Weights are copied bit by bit, except with --fold.
-Optimizer states and logs are left out.
+It reads checkpoints of the published variants: released ones (classifiers, folded ones, mmdet 2.x detectors, mmseg 0.x
+segmentors, backbones alone) and this project's own. It prints what it found. Weights are copied bit by bit, except with
+--fold. Optimizer states and logs are left out.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from overlock_mm.models.conversion import (
 
 
 class ShippedModel(NamedTuple):
-    """A kind of model that there are configs for, told by one of its weights.
+    """A kind of model with shipped configs, recognised by one of its weights.
 
     Attributes:
-        weight: name of the weight whose first dimension tells the number of classes.
-        config: shipped config, by variant.
+        weight: name of the weight, whose first dimension gives the number of classes.
+        config: name of the shipped config, with {} for the variant.
         classes: number of classes in the config.
         rows: rows of the weight for a number of classes: (factor, summand).
-        options: settings of the config that have the number of classes.
+        options: settings of the config that contain the number of classes.
         arches: variants with such a config.
     """
 
@@ -99,10 +99,10 @@ def summary(file: Path, description: CheckpointDescription, state_dict: Mapping[
 
 
 def how_to_load(description: CheckpointDescription, state_dict: Mapping[str, torch.Tensor]) -> str:
-    """The shipped config whose model has these weights, and the options that it needs for them."""
+    """A message: the shipped config whose model loads these weights, and the options that it needs."""
     found = [model for model in SHIPPED_MODELS if model.weight in state_dict and description.arch in model.arches]
     if not found:
-        return "No shipped config is known to have this model: load it with its own, or as a backbone's init_cfg."
+        return "No shipped config fits this model: load it with its own config, or as a backbone's init_cfg."
     model = found[0]
     config = model.config.format(description.arch)
     factor, summand = model.rows
@@ -120,7 +120,7 @@ def how_to_load(description: CheckpointDescription, state_dict: Mapping[str, tor
 
 
 def metadata(meta: Mapping, released: bool) -> dict[str, Any]:
-    """Names and colours of the classes, under the keys of today's OpenMMLab or of the release's."""
+    """Names and colours of the classes, under the keys of the current OpenMMLab or of the release."""
     classes = classes_of(meta)
     palette = (meta.get('dataset_meta') or {}).get('palette') or meta.get('PALETTE')
     found = {key: value for key, value in (('classes', classes), ('palette', palette)) if value is not None}
@@ -130,7 +130,7 @@ def metadata(meta: Mapping, released: bool) -> dict[str, Any]:
 
 
 def save(content: Any, file: Path) -> None:
-    """All of it or nothing: a file that is there is whole."""
+    """Write a temporary file and rename it, so that the file is never incomplete."""
     part = file.with_name(f'{file.name}.{os.getpid()}.part')
     try:
         torch.save(content, part)
@@ -143,12 +143,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('src', type=str, metavar='SRC', help='checkpoint: a path, an address, or overlock_mm://NAME')
     parser.add_argument('dst', type=Path, metavar='DST', help='file to write')
-    parser.add_argument('--to', choices=['openmmlab', 'released'], default='openmmlab', help='whose names and meta data')
-    parser.add_argument('--fold', action='store_true', help='fold the dilated branches, for deploy=True')
-    parser.add_argument('--overwrite', action='store_true', help='replace DST if it is there')
+    parser.add_argument(
+        '--to',
+        choices=['openmmlab', 'released'],
+        default='openmmlab',
+        help='form of names and metadata',
+    )
+    parser.add_argument('--fold', action='store_true', help='fold the dilated branches, for models with deploy=True')
+    parser.add_argument('--overwrite', action='store_true', help='replace DST if it exists')
     args = parser.parse_args()
     if args.dst.is_file() and not args.overwrite:
-        sys.exit(f'{args.dst} is there already: remove it, or say --overwrite')
+        sys.exit(f'{args.dst} already exists: remove it, or use --overwrite')
     if args.dst.is_dir():
         sys.exit(f'DST must be a file, got the folder {args.dst}')
     if not args.dst.parent.is_dir():
@@ -169,7 +174,7 @@ def main() -> None:
     is_whole_model = description.family in ('detection', 'segmentation')
     if args.to == 'released':
         state_dict = to_released_names(state_dict, description)
-        # The release has classifiers flat, and detectors and segmentors as mmdet 2.x and mmseg 0.x wrote them.
+        # Released classifiers are plain state dicts. Detectors and segmentors have the form of mmdet 2.x and mmseg 0.x.
         content = dict(meta=metadata(meta, released=True), state_dict=state_dict) if is_whole_model else state_dict
     else:
         state_dict = to_openmmlab_names(state_dict, description)

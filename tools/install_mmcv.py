@@ -1,8 +1,8 @@
-"""Install the pinned mmcv with its operators, building it once per machine.
+"""Install the pinned mmcv with its operators. It is built once per machine.
 
-PyPI has mmcv's operators only as source. A wheel built from it works with one torch, one Python and one of CPU or CUDA,
-so it is kept outside the checkout under a key of just these, and never in pip's own cache, which does not know
-the difference. The build folder stays until the wheel is there: an interrupted build goes on where it stopped.
+PyPI has mmcv's operators only as source. A wheel fits one version of torch, one version of Python, and either the CPU or
+one CUDA. So wheels are kept outside the checkout, under a key of these versions, and not in pip's cache, which does not
+tell them apart. The build folder is kept until the wheel is finished, so an interrupted build resumes.
 
 Usage: python tools/install_mmcv.py [--requirement requirements/mmcv.txt] [--cache DIR]
 """
@@ -34,7 +34,7 @@ def pinned_version(requirement: Path) -> str:
 
 
 def builds_with_cuda() -> bool:
-    """CUDA operators are built where a GPU can run them and a fitting nvcc compile them; FORCE_CUDA=1 and =0 decide it."""
+    """Whether there is a GPU, and an nvcc that fits torch. FORCE_CUDA=1 or 0 overrides the choice."""
     forced = os.environ.get('FORCE_CUDA')
     if forced == '0' or (forced != '1' and not torch.cuda.is_available()):
         return False
@@ -44,7 +44,7 @@ def builds_with_cuda() -> bool:
     if problem:
         print(
             f'\n*** This machine has a GPU, but {problem}.\n'
-            '*** mmcv gets CPU operators: models run on the CPU. Mend it and run make env again.\n',
+            '*** mmcv gets CPU operators, and models run on the CPU. Fix this and run make env again.\n',
             flush=True,
         )
     return not problem
@@ -61,7 +61,7 @@ def cuda_problem() -> str | None:
     release = re.search(r'release (\d+)\.', said)
     if release is None or release.group(1) != torch.version.cuda.split('.')[0]:
         found = release.group(1) if release else 'an unknown version'
-        return f'torch is built for CUDA {torch.version.cuda} and {nvcc} is of CUDA {found}'
+        return f'torch is built for CUDA {torch.version.cuda} and {nvcc} belongs to CUDA {found}'
     return None
 
 
@@ -78,7 +78,7 @@ def wheel_key(cuda: bool) -> str:
 
 
 def works(version: str, cuda: bool) -> bool:
-    """Whether the installed mmcv is that version and its operators load (in a process of its own: a bad one may crash)."""
+    """Whether the installed mmcv has that version and its operators load; in another process, because it may crash."""
     check = (
         'import mmcv, mmcv._ext, mmcv.ops\n'
         f'assert mmcv.__version__ == {version!r}\n'
@@ -89,14 +89,14 @@ def works(version: str, cuda: bool) -> bool:
 
 
 def build(version: str, cuda: bool, folder: Path) -> Path:
-    """Build mmcv's wheel in ``folder/build`` and return its final place in ``folder``."""
+    """Build mmcv's wheel in ``folder/build``, and return its path in ``folder``."""
     kind = 'CUDA' if cuda else 'CPU'
     print(f'Building mmcv {version} with {kind} operators in {folder} (once per machine)', flush=True)
     work = folder / 'build'
     work.mkdir(parents=True, exist_ok=True)
     source = work / f'mmcv-{version}'
     if not source.is_dir():
-        # PIP_NO_BUILD_ISOLATION: with isolation mmcv builds without operators and says nothing.
+        # With build isolation mmcv builds without operators, and reports nothing.
         command = [*PIP, 'download', '--no-deps', '--no-binary', 'mmcv', '--no-cache-dir', '--no-build-isolation']
         subprocess.run([*command, '--dest', str(work), f'mmcv=={version}'], check=True)
         unpacked = work / 'unpacking'
@@ -110,7 +110,7 @@ def build(version: str, cuda: bool, folder: Path) -> Path:
     # Without debug information the build takes half the time.
     env['CFLAGS'] = f'{env.get("CFLAGS", "")} -g0 -O2'.strip()
     if cuda:
-        # Headers of cuSPARSE, cuBLAS and others come with torch, not with every toolkit.
+        # Headers of cuSPARSE, cuBLAS and others come with torch. Some toolkits lack them.
         headers = [str(path) for path in Path(sysconfig.get_path('purelib')).glob('nvidia/*/include')]
         env['CPATH'] = os.pathsep.join([*headers, *filter(None, [env.get('CPATH')])])
     else:
@@ -143,7 +143,7 @@ def build(version: str, cuda: bool, folder: Path) -> Path:
                 print(f'  mmcv {step.group(1):>3} of {step.group(2)}: {step.group(3)}', flush=True)
     if process.returncode != 0:
         tail = ''.join(log.read_text().splitlines(keepends=True)[-40:])
-        raise SystemExit(f'{tail}\nBuilding mmcv {version} failed; the whole log is {log}')
+        raise SystemExit(f'{tail}\nBuilding mmcv {version} failed; see the log {log}')
     built = next(out.glob('mmcv-*.whl'))
     wheel = folder / built.name
     built.replace(wheel)
@@ -154,9 +154,7 @@ def build(version: str, cuda: bool, folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--requirement', type=Path, default=Path(__file__).parents[1] / 'requirements' / 'mmcv.txt')
-    parser.add_argument(
-        '--cache', type=Path, help="where wheels are kept (default: overlock_mm in the user's cache folder)"
-    )
+    parser.add_argument('--cache', type=Path, help="folder for wheels; default: overlock_mm in the user's cache folder")
     args = parser.parse_args()
     cache = args.cache or Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'overlock_mm'
 
@@ -167,7 +165,7 @@ def main() -> None:
     folder = cache / f'mmcv-{version}' / wheel_key(cuda)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / 'lock').open('w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one build at a time, whoever starts it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one build at a time on this machine
         wheel = next(folder.glob('mmcv-*.whl'), None) or build(version, cuda, folder)
     subprocess.run([*PIP, 'install', '--no-deps', '--no-cache-dir', '--force-reinstall', str(wheel)], check=True)
     if not works(version, cuda):

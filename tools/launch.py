@@ -1,4 +1,4 @@
-"""What tools/train.py and tools/test.py have in common: the options and the config they make of them."""
+"""Options that tools/train.py and tools/test.py share, and the config and runner that they make."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help='change settings of the config, as in train_cfg.max_epochs=6 or key="[a,b]" (no spaces within a value)',
     )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
-    # torch.distributed.launch passes this one; torchrun sets the variable.
+    # torch.distributed.launch passes this option; torchrun sets LOCAL_RANK.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
@@ -33,7 +33,7 @@ def load_config(args: argparse.Namespace) -> Config:
     try:
         cfg = Config.fromfile(args.config)
     except ImportError as error:
-        # A base such as 'mmdet::...' of a framework that is not installed: say which, and which version.
+        # A base such as 'mmdet::...' needs its framework: name it, and the version.
         for module in ('mmdet', 'mmseg', 'mmpretrain'):
             if module in str(error):
                 require(module, args.config)
@@ -43,7 +43,7 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg.launcher = args.launcher
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
-    # The command line comes before the config, and the config before its file's name.
+    # The command line overrides the config. The default is the name of the config's file.
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
     return cfg
 

@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def draw_predictions(args: argparse.Namespace, cfg: Config) -> None:
-    """Switch on the visualisation hook; each of the three frameworks has its own words for it."""
+    """Switch on the visualisation hook, whose settings differ between the three frameworks."""
     hook = cfg.default_hooks.get('visualization')
     if hook is None:
         raise ValueError('--show and --show-dir need default_hooks.visualization in the config')
@@ -43,7 +43,7 @@ def draw_predictions(args: argparse.Namespace, cfg: Config) -> None:
         cfg.visualizer.save_dir = args.show_dir
     hook.update(show=args.show, wait_time=args.wait_time)
     if scope != 'mmdet':
-        hook.interval = 1  # every picture, as mmdet does, not every so many
+        hook.interval = 1  # every picture, as in mmdet
 
 
 def augment(cfg: Config) -> None:
@@ -60,7 +60,7 @@ def dump_predictions(runner: Runner, cfg: Config, file: str) -> None:
     from mmengine.evaluator import DumpResults
 
     if cfg.get('default_scope') == 'mmdet':
-        from mmdet.evaluation import DumpDetResults as DumpResults  # masks run-length encoded
+        from mmdet.evaluation import DumpDetResults as DumpResults  # encodes masks by run lengths
     runner.test_evaluator.metrics.append(DumpResults(out_file_path=file))
 
 

@@ -1,4 +1,4 @@
-"""Train with any config of mmdet, mmsegmentation or mmpretrain, on one device or, by tools/dist_train.sh, on several."""
+"""Train with any config of mmdet, mmsegmentation or mmpretrain, on one device. tools/dist_train.sh trains on several."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parse_args() -> argparse.Namespace:
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='go on from a checkpoint, by default from the latest in the work dir, if there is one',
+        help='resume from a checkpoint; default: the latest in the work dir, if there is one',
     )
     add_options(parser)
     return parser.parse_args()

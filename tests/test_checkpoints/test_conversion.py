@@ -257,7 +257,7 @@ def test_unknown_weights_are_refused(convert, tmp_path, change, message):
 def test_existing_files_and_missing_folders(convert, tmp_path):
     torch.save(OverLoCK('xt').state_dict(), tmp_path / 'a.pth')
     (tmp_path / 'b.pth').write_text('keep')
-    with pytest.raises(SystemExit, match='b.pth is there already: remove it, or say --overwrite'):
+    with pytest.raises(SystemExit, match='b.pth already exists: remove it, or use --overwrite'):
         convert(tmp_path / 'a.pth', tmp_path / 'b.pth')
     assert (tmp_path / 'b.pth').read_text() == 'keep'
     convert(tmp_path / 'a.pth', tmp_path / 'b.pth', '--overwrite')

@@ -1,7 +1,8 @@
 """Make the demo's data set, in COCO layout: drawn objects with exact masks on real photographs.
 
-The photographs are those that scikit-image ships. The left 70 % of each is for training images, the rest for validation
-ones, so that no background is in both. Every image depends on its split and its number alone: the same set each time.
+The photographs come with scikit-image. The left 70 % of each is used for training images and the rest for validation
+images, so the two have no background in common. Each image depends only on its split and its number, so every run makes the
+same images.
 
 Usage: python tools/demo/make_dataset.py data/demo [--train 200] [--val 50]
 """
@@ -63,7 +64,7 @@ def object_at(
 
 
 def background(photographs: list[np.ndarray], train: bool, rng: np.random.Generator) -> np.ndarray:
-    """A random crop (SIZE, SIZE, 3) uint8 of the split's part of a photograph, maybe flipped."""
+    """A random crop (SIZE, SIZE, 3) uint8 of the split's part of a photograph, flipped in half of the cases."""
     photograph = photographs[rng.integers(len(photographs))]
     border = int(photograph.shape[1] * TRAIN_PART)
     part = photograph[:, :border] if train else photograph[:, border:]
@@ -84,7 +85,7 @@ def compose(photographs: list[np.ndarray], split: str, number: int) -> tuple[np.
         radius = rng.uniform(18, 30)
         x, y = rng.uniform(radius * 0.8, SIZE - radius * 0.8, size=2)
         mask, colours = object_at(CLASSES[label], x, y, radius, rng.uniform(0, 2 * np.pi), rng)
-        # It may hide at most half of any object behind it.
+        # It may hide at most half of each object behind it.
         remaining = [(other & ~mask).sum() for _, other in objects]
         if any(rest < 0.5 * area for rest, area in zip(remaining, areas)):
             continue
@@ -134,7 +135,7 @@ def make_split(root: Path, split: str, count: int, photographs: list[np.ndarray]
         images.append(dict(id=number, file_name=name, height=SIZE, width=SIZE))
         annotations += annotate(objects, number, len(annotations) + 1)
     categories = [dict(id=index + 1, name=name) for index, name in enumerate(CLASSES)]
-    # The annotations come last, and at once: they say that the split is complete.
+    # The annotations are written last, in one step: they mark the split as complete.
     unfinished = file.with_suffix('.unfinished')
     unfinished.write_text(json.dumps(dict(info=info, images=images, annotations=annotations, categories=categories)))
     unfinished.replace(file)

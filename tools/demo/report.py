@@ -1,4 +1,4 @@
-"""Pictures of a trained detector: predictions beside the ground truth, and the curves of its training.
+"""Draw the predictions of a trained detector beside the ground truth, and the curves of its training.
 
 Usage: python tools/demo/report.py CONFIG CHECKPOINT WORK_DIR
 """
@@ -45,7 +45,7 @@ def draw_predictions(config: Config, checkpoint: str, file: Path, count: int = 1
 
 
 def enlarge(sample, zoom: int) -> None:
-    """Scale what is drawn, so that boxes and names stay readable on small images."""
+    """Scale boxes and masks with the image, so that they stay readable on small images."""
     for instances in (sample.gt_instances, sample.pred_instances):
         boxes = instances.bboxes
         instances.bboxes = (boxes.tensor if hasattr(boxes, 'tensor') else boxes) * zoom

@@ -1,7 +1,8 @@
-"""The demo: make a small data set, train OverLoCK Mask R-CNN on it, test it, draw what it finds.
+"""Run the demo: make a small data set, train OverLoCK Mask R-CNN on it, test it, draw its predictions.
 
-It leaves metrics.json (mmdet's keys), the checkpoint, predictions.jpg and curves.png in the work dir. What is done is
-not done again; an interrupted training resumes; a changed network, config or demo starts anew, beside the old results.
+It writes metrics.json (with mmdet's keys), the checkpoint, predictions.jpg and curves.png into the work dir. Finished steps
+are skipped, and an interrupted training resumes. If the network, the config or the demo has changed, earlier results are
+renamed and the demo starts again.
 
 Usage: python tools/demo/run.py [--work-dir work_dirs/demo]
 """
@@ -27,7 +28,7 @@ SHOWN = ('coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP', 'coco/segm_mAP_50
 
 
 def fingerprint() -> str:
-    """Of everything the results depend on."""
+    """Hash of all files that the results depend on."""
     digest = hashlib.sha256()
     for pattern in SOURCES:
         for path in sorted(ROOT.glob(pattern)):
@@ -43,21 +44,21 @@ def run(*command: object) -> None:
 
 @functools.cache
 def hidden_gpu() -> dict[str, str]:
-    """Environment that keeps to the CPU where torch sees a GPU but mmcv's operators were built without CUDA."""
+    """Environment that hides the GPU if mmcv's operators were built without CUDA."""
     import torch
     from mmcv.ops import get_compiling_cuda_version
 
     if not torch.cuda.is_available() or 'not available' not in get_compiling_cuda_version():
         return {}
     print(
-        '*** This machine has a GPU, but mmcv has CPU operators only (make env says why): the demo runs on the CPU.',
+        '*** This machine has a GPU, but mmcv has CPU operators only (make env says why). The demo runs on the CPU.',
         flush=True,
     )
     return {'CUDA_VISIBLE_DEVICES': ''}
 
 
 def tested_metrics(folder: Path) -> dict[str, float]:
-    """What the newest run in a work dir that tested, tested: mmengine writes <time>/<time>.json."""
+    """Metrics of the newest test in a work dir: mmengine writes them to <time>/<time>.json."""
     newest = max(folder.glob('*/[0-9]*.json'), key=lambda path: path.stat().st_mtime)
     return json.loads(newest.read_text())
 
@@ -83,12 +84,12 @@ def main() -> None:
         checkpoint = Path((work_dir / 'last_checkpoint').read_text())
         run('python', 'tools/test.py', CONFIG, checkpoint, '--work-dir', work_dir / 'test')
         run('python', 'tools/demo/report.py', CONFIG, checkpoint, work_dir)
-        # The metrics come last: they say that the demo is complete.
+        # The metrics are written last: they mark the demo as complete.
         results.write_text(json.dumps(tested_metrics(work_dir / 'test'), indent=2))
         print(f'\nDone in {(time.time() - start) / 60:.1f} minutes.')
     metrics = json.loads(results.read_text())
     print('  '.join(f'{name} {metrics[name]:.3f}' for name in SHOWN))
-    print(f'See {work_dir}: metrics.json, predictions.jpg (truth left, prediction right), curves.png, the checkpoint')
+    print(f'See {work_dir}: metrics.json, predictions.jpg (ground truth on the left), curves.png, the checkpoint')
 
 
 if __name__ == '__main__':

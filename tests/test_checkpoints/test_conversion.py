@@ -145,7 +145,7 @@ def test_backbone_alone(parity, convert, tmp_path):
     torch.save(weights, tmp_path / 'backbone.pth')
     output = convert(tmp_path / 'backbone.pth', tmp_path / 'ours.pth')
     assert 'backbone (pyramid_with_overview)' in output
-    assert "load it with its own, or as a backbone's init_cfg" in output
+    assert "load it with its own config, or as a backbone's init_cfg" in output
     init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'ours.pth'))
     backbone = OverLoCK('xt', out_type='pyramid_with_overview', init_cfg=init_cfg)
     backbone.init_weights()

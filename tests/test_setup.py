@@ -188,9 +188,7 @@ def test_an_sdist_needs_no_torch_and_carries_the_sources(setup, tmp_path):
     assert any(name.endswith('.cu') for name in sources)
     assert sources <= names
     configs = {str(path.relative_to(ROOT)) for path in (ROOT / 'configs').rglob('*.*') if path.suffix in ('.py', '.yml')}
-    tools = {
-        str(path.relative_to(ROOT)) for path in (ROOT / 'tools').rglob('*.*') if path.suffix in ('.py', '.sh')
-    }
+    tools = {str(path.relative_to(ROOT)) for path in (ROOT / 'tools').rglob('*.*') if path.suffix in ('.py', '.sh')}
     assert {'configs/mmdet/metafile.yml', 'tools/train.py'} <= configs | tools
     assert configs | tools | {'model-index.yml'} <= names
     assert {'Makefile', 'tests/test_ops/emulation/run_case.cpp'} <= names

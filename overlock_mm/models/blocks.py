@@ -80,8 +80,8 @@ class DynamicBlock(nn.Module):
         kernel_size: K of the large dynamic kernel and of the local position encoding ("lepe").
         mlp_ratio: hidden channels of the MLP over C.
         drop_path: probability of dropping a residual branch of a sample (stochastic depth).
-        mix_context: whether the context first takes in the context prior again (all blocks but the first).
-        last: whether the block gives [x, h] undivided (the last of the network).
+        mix_context: whether the context first takes in the context prior again (all blocks except the first).
+        last: whether the output is [x, h], not split (the last block of the network).
         deploy: build the large convolution in its folded form.
     """
 
@@ -215,8 +215,8 @@ def mix_at_fitting_size(mix: Callable[..., Tensor], kernel_size: int, *maps: Ten
 def _size_that_holds(kernel_size: int, height: int, width: int) -> tuple[int, int]:
     """Size to which a map too small for the kernel is enlarged, its sides in about the same ratio.
 
-    The floating-point products are the published ones and decide the size of maps near the kernel's. They may fall one
-    short of the kernel (15 on 11 x 11). Then the kernel's size is taken.
+    The floating-point products are the published ones. Rounding decides the size of maps near the kernel's. Where it gives
+    one position less than the kernel (15 on 11 x 11), the kernel's size is taken.
     """
     if height < width:
         return kernel_size, max(kernel_size, math.floor(kernel_size / height * width))

@@ -25,13 +25,12 @@ class ContMixBlock(BaseModule):
     """Residual block that mixes a map with context-mixing dynamic kernels: plug-and-play ContMix (paper section 3.3).
 
     With n the normalised input: ``x + scale * proj(ContMix(value(n)) * SiLU(gate(n)))``. OverLoCK takes the keys of ContMix
-    from an overview of the image; here the input, pooled to S x S tokens, is its own context. Each token sums up its part
-    of the whole map, so every position's kernels know of the whole map, whatever their own size.
+    from an overview of the image. Here the input, pooled to S x S tokens, is its own context. Each token is the mean of its
+    part of the map, so the kernels of every position depend on the whole map.
 
-    The scale starts at 0 and the block thus as the identity: put into a trained network, it leaves the network's outputs
-    as they are until it has learnt something. In the first step the scale alone has a gradient other than 0, from then on
-    all parameters have. (It is a scale of its own and not the weight of a last norm, which networks that initialise
-    all norms below them would set to 1.)
+    The scale starts at 0, so the block starts as the identity. A trained network keeps its outputs when the block is added.
+    In the first step only the scale has a gradient other than 0, from then on all parameters have. (The scale is not the
+    weight of a norm, because networks that initialise all their norms would set it to 1.)
 
     It is also a plugin layer of mmcv, for the ResNets of mmdet and mmseg::
 
@@ -40,18 +39,18 @@ class ContMixBlock(BaseModule):
             stages=(False, True, True, True), position='after_conv2')]
 
     Args:
-        in_channels: C of the input and the output, any number. Half the channels go to the small kernel and half to the
-            large one; an odd number is mixed as one channel more.
-        num_groups: G, the groups of either kernel: every group of channels has kernels of its own. Twice as many must
-            divide C. By default about C / 32, so that a group has 16 channels, or a few more, in each branch.
-        kernel_size: K of the large kernel, odd. The default, 7, suits every stage of a pyramid: the cost goes with K², and
+        in_channels: C of the input and the output, any number. Half of the channels go to the small kernel and half to the
+            large one. With an odd number, one more channel is mixed.
+        num_groups: G, the groups of either kernel. Every group of channels has its own kernels. 2 * G must divide C. By
+            default about C / 32, so that a group has at least 16 channels in each branch.
+        kernel_size: K of the large kernel, odd. The default, 7, suits every stage of a pyramid: the cost grows with K², and
             the stride-32 map of a 224 x 224 image, 7 x 7, still holds it. (OverLoCK has 13 at stride 16, 7 at stride 32.)
-            A map too small for the kernel is enlarged to it, and the result averaged back.
+            A map that is too small for the kernel is enlarged, and the result is averaged back.
         small_kernel_size: of the small kernel, odd, at most ``kernel_size``.
         context_size: S; the context has S x S tokens.
         norm_cfg: mmcv's config of the norm of the input. By default a LayerNorm over the channels, which works with any
             batch and with ``norm_eval``. New batch norms among frozen ones would never see statistics to normalise by.
-        layer_scale_init_value: what the scale of the residual branch starts at.
+        layer_scale_init_value: initial value of the scale of the residual branch.
         init_cfg: mmengine's initialisation, applied after the block's own: weights from a truncated normal distribution of
             variance 1 / fan-in, which keeps the logits of the kernels at a scale where their softmax learns.
 

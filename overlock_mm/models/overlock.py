@@ -73,11 +73,11 @@ class ContextDownsample(nn.Module):
 class OverLoCK(TakesReleasedCheckpoints):
     """OverLoCK backbone.
 
-    Base-Net encodes the image to stride 16, Overview-Net makes a context prior of it at stride 32, and Focus-Net looks
-    again at the stride-16 features under the guidance of that prior (paper section 3.1). Parameters have the names of
-    the released checkpoints, which load as they are.
+    Base-Net encodes the image to stride 16. Overview-Net makes a context prior from these features at stride 32. Focus-Net
+    processes the stride-16 features again, guided by the prior (paper section 3.1). Parameters have the names of the
+    released checkpoints, which load without conversion.
 
-    Maps are written (B, C, H, W), C1..C4 are the channels of the architecture and Ch = C4 / 4 those of the context.
+    Maps have shape (B, C, H, W). C1..C4 are the channels of the architecture, and Ch = C4 / 4 those of the context.
 
     Args:
         arch: 'xt', 't', 's' or 'b' ('extreme-tiny', 'tiny', 'small', 'base'), or a dict with
@@ -85,33 +85,33 @@ class OverLoCK(TakesReleasedCheckpoints):
             - channels: C1..C4.
             - depths: blocks of blocks1..blocks4 (Base-Net has the first three, Overview-Net the fourth).
             - sub_depths: blocks of sub_blocks3 and sub_blocks4 (Focus-Net).
-            - num_groups: groups of the dynamic kernels in sub_blocks3 and sub_blocks4; twice as many divide C3 and C4.
-            - kernel_sizes: large kernels of stages 1..4; (17, 15, 13, 7) if left out.
-            - mlp_ratio, sub_mlp_ratio: of the basic and the dynamic blocks; 4 and 3 if left out.
+            - num_groups: groups of the dynamic kernels in sub_blocks3 and sub_blocks4. Twice these divide C3 and C4.
+            - kernel_sizes: large kernels of stages 1..4, by default (17, 15, 13, 7).
+            - mlp_ratio, sub_mlp_ratio: hidden channels of the MLPs in basic and dynamic blocks, by default 4 and 3 times C.
         in_channels: channels of the input image.
-        out_type: what comes out, one of the three flavours that the released checkpoints have:
+        out_type: one of the three flavours of the released checkpoints:
 
             - 'features': plain features, for classification.
-            - 'pyramid': every output through a LayerNorm of its own, for segmentation.
+            - 'pyramid': every output goes through its own LayerNorm, for segmentation.
             - 'pyramid_with_overview': the same, and the overview of the image is added to the last output, for
               detection.
-        out_indices: which outputs, in the order in which they are returned. 0: blocks1, stride 4, C1 channels; 1: blocks2,
+        out_indices: the outputs, in the order in which they are returned. 0: blocks1, stride 4, C1 channels; 1: blocks2,
             stride 8, C2; 2: sub_blocks3, stride 16, C3 + Ch; 3: sub_blocks4, stride 32, C4 + Ch; with 'features' also 4:
-            the overview (blocks4), stride 32, C4. By default (3,) for 'features' and (0, 1, 2, 3) for pyramids.
+            the overview (blocks4), stride 32, C4. The default is (3,) for 'features' and (0, 1, 2, 3) for pyramids.
             ``out_channels`` of the built backbone gives their channels. Stages that no output needs do not run.
-        drop_path_rate: stochastic depth of the last block; it grows linearly over all blocks from 0.
-        frozen_stages: how many of the six stages, in the order ``blocks1..4, sub_blocks3, sub_blocks4``, are frozen along
-            with what leads to them (their batch norms use the running statistics). 0 freezes the stem, -1 nothing.
-        norm_eval: whether batch norms keep to their running statistics in training.
-        with_cp: trade time for memory by recomputing blocks in the backward: True for all, or the names of the stages
-            (among ``blocks1..4, sub_blocks3, sub_blocks4``). Running statistics are updated once all the same.
-        memory: what autograd keeps of the blocks that are not in ``with_cp``: 'lean' makes norms, activations and small
-            depth-wise convolutions again in the backward, 'fast' keeps all. Outputs and gradients are the same.
+        drop_path_rate: stochastic depth of the last block. It grows linearly over all blocks from 0.
+        frozen_stages: the number of frozen stages, in the order ``blocks1..4, sub_blocks3, sub_blocks4``. The layers that
+            lead to them are frozen too, and their batch norms use the running statistics. 0 freezes the stem, -1 nothing.
+        norm_eval: whether batch norms use their running statistics in training.
+        with_cp: checkpointing. The backward runs blocks again, which takes time and saves memory. True for all stages, or
+            names among ``blocks1..4, sub_blocks3, sub_blocks4``. Running statistics are updated once.
+        memory: policy for the blocks that are not in ``with_cp``. 'lean' makes norms, activations and small depth-wise
+            convolutions again in the backward. 'fast' keeps their outputs. Results and gradients are the same.
         deploy: build the large convolutions in their folded form, that of the released ``*_reparam`` checkpoints. It loads
             folded and unfolded checkpoints. For the fastest inference see :func:`overlock_mm.inference.optimize`.
-        init_cfg: mmengine's initialisation. ``dict(type='Pretrained', checkpoint=FILE)`` takes the released files: a
-            classification checkpoint goes into a pyramid too, and what was left out is logged. By default convolutions
-            start from a truncated normal of std 0.02.
+        init_cfg: mmengine's initialisation. ``dict(type='Pretrained', checkpoint=FILE)`` accepts the released files. A
+            classification checkpoint also loads into a pyramid; the log names the weights that were left out. By default
+            convolutions start from a truncated normal of std 0.02.
         pretrained: a checkpoint; short for ``init_cfg=dict(type='Pretrained', checkpoint=pretrained)``. mmseg's models hand
             theirs to the backbone.
 
@@ -229,7 +229,7 @@ class OverLoCK(TakesReleasedCheckpoints):
                     nn.init.zeros_(module.bias)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        # Whoever loads, and however leniently: half of another variant's weights are worse than none.
+        # Checked even with strict=False.
         check_variant(self, state_dict, prefix)
         if self.deploy and f'{prefix}blocks1.0.proj.1.origin_bn.weight' in state_dict:
             print_log('The checkpoint is not folded: its dilated branches are folded on loading.', logger='current')
@@ -250,10 +250,10 @@ class OverLoCK(TakesReleasedCheckpoints):
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Layer of a parameter for layer-wise learning rates, and the number of layers.
 
-        Layers follow the data: the stem is layer 0, ``blocks1`` 1, ``blocks2`` 2; three blocks of ``blocks3`` make a layer,
-        the overview (``blocks4``) is one, three blocks of ``sub_blocks3`` make a layer, ``sub_blocks4`` is one. The last
-        has what a classification checkpoint lacks (a pyramid's norms) and whatever follows the backbone. OverLoCK-T has 12
-        layers. The paper has no such rule; that three deep blocks make a layer is ConvNeXt's.
+        Layers follow the data. The stem is layer 0, ``blocks1`` layer 1, ``blocks2`` layer 2. Three blocks of ``blocks3``
+        make a layer, the overview (``blocks4``) is one, three blocks of ``sub_blocks3`` make a layer, ``sub_blocks4`` is
+        one. The last layer has the norms of a pyramid and everything behind the backbone. OverLoCK-T has 12 layers. The
+        paper has no such rule. ConvNeXt's rule is that three deep blocks make a layer.
 
         Args:
             param_name: full name of the parameter.

@@ -29,14 +29,14 @@ DILATED_BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
 class DilatedReparamConv(nn.Module):
     """A large depth-wise convolution with parallel dilated ones, each with its batch norm, summed.
 
-    At evaluation all of it is one linear map, so the branches fold exactly into a single K x K depth-wise convolution
-    with a bias: the form of the released ``*_reparam`` checkpoints (paper section 3.2, "Dilated RepConv Layer"; the idea
-    is UniRepLKNet's).
+    At evaluation the sum is one linear map, so the branches fold exactly into a single K x K depth-wise convolution with a
+    bias. That is the form of the released ``*_reparam`` checkpoints (paper section 3.2, "Dilated RepConv Layer"; the idea
+    is from UniRepLKNet).
 
     Args:
         channels: C of the input and the output (B, C, H, W); the map keeps its size.
         kernel_size: K, one of 5, 7, ..., 17.
-        deploy: build the folded form. It loads folded and unfolded weights; unfolded ones are folded on the way.
+        deploy: build the folded form. It loads folded and unfolded weights. Unfolded ones are folded on loading.
 
     Raises:
         ValueError: there are no branches defined for ``kernel_size``.
@@ -189,11 +189,11 @@ def _update_running_statistics(norms: Sequence[nn.BatchNorm2d], means: Tensor, v
 
 
 def fold_branches(state_dict: dict[str, Tensor], prefix: str, kernel_size: int, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """Weight (C, 1, K, K) and bias (C) of the one convolution that an unfolded ``DilatedReparamConv`` is at evaluation.
+    """Fold the weights of an unfolded ``DilatedReparamConv``: weight (C, 1, K, K) and bias (C) of one convolution.
 
     A batch norm after a convolution scales its kernel by weight / sqrt(running_var + eps) and shifts its output. A
-    kernel with dilation d is a sparse kernel without dilation whose taps are d apart, and lies in the middle of the large
-    one. Summed in float64 and rounded once, to the dtype of the weights.
+    kernel with dilation d is a sparse kernel without dilation whose taps are d apart. It lies in the middle of the large
+    one. The sum is in float64 and rounded once, to the dtype of the weights.
 
     Args:
         state_dict: holds the unfolded weights under ``prefix``.

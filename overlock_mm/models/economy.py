@@ -14,6 +14,7 @@ cheap map was made, and hooks of saved tensors keep the note in place of the map
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Optional, Union
@@ -46,13 +47,14 @@ def run_block(policy: str, block: nn.Module, *inputs: Any) -> Any:
 
     'lean' is 'fast' where somebody else decides what is kept: under torch.compile, in an export, in a checkpointed block,
     with references of operators, and under hooks of saved tensors that were set outside (where torch tells of them, from
-    about 2.8 on).
+    about 2.8 on). It is 'fast' too where FSDP shards layers inside of the block, because their weights are not there when
+    another layer's backward needs their outputs. FSDP of whole blocks is no such case.
     """
     if not torch.is_grad_enabled():
         return block(*inputs)
     if policy == 'checkpoint':
         return _run_checkpointed(block, *inputs)
-    if policy == 'lean' and not _others_decide():
+    if policy == 'lean' and not _others_decide() and not _has_sharded_layers(block):
         with lean():
             return block(*inputs)
     return block(*inputs)
@@ -68,6 +70,14 @@ def _has_hooks() -> bool:
     """Whether hooks of saved tensors are set."""
     top = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
     return top is not None and top(True) is not None
+
+
+def _has_sharded_layers(block: nn.Module) -> bool:
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    fsdp = sys.modules.get('torch.distributed.fsdp')
+    sharded = tuple(getattr(fsdp, name) for name in ('FullyShardedDataParallel', 'FSDPModule') if hasattr(fsdp, name))
+    return any(isinstance(module, sharded) for module in block.modules() if module is not block)
 
 
 # ------------------------------------------------------------------------------------------------------ the lean policy

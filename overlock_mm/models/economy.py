@@ -164,8 +164,8 @@ class _Notebook(TorchFunctionMode):
 
     def _note(self, out: Any, call: Call) -> None:
         outputs = out if isinstance(out, tuple) else (out,)
-        if not outputs[0].requires_grad or outputs[0] is call[1][0]:
-            return
+        if type(outputs[0]) is not Tensor or not outputs[0].requires_grad or outputs[0] is call[1][0]:
+            return  # subclasses, such as DTensor, may have no address
         function, args, kwargs = call
         args, kwargs = self._sources_of(args), {name: self._sources_of(each) for name, each in kwargs.items()}
         for index, each in enumerate(outputs):
@@ -181,6 +181,8 @@ class _Notebook(TorchFunctionMode):
         return values
 
     def _find(self, tensor: Tensor) -> Optional[_Note]:
+        if type(tensor) is not Tensor:
+            return None
         for noted, version, note in reversed(self._notes.get(tensor.data_ptr(), ())):
             if (
                 noted.shape == tensor.shape

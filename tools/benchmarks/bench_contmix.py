@@ -78,7 +78,7 @@ def shape_of(arch: str, stage: int, image: tuple[int, int]) -> Shape:
 
 
 def work(shape: Shape, batch: int, dtype: str, backward: bool) -> dict[str, float]:
-    """The least that a call takes, each operand read once and each result written once (docs/notes/contmix.md).
+    """The least that a call takes, each operand read once and each result written once (docs/contmix.md).
 
     With W_d folded into the keys (S² Cq multiply-adds for a slot and an image), the forward takes for each position, group
     and slot Cq/G multiply-adds for the logit, C/2/G for the sum, and one exponential. The backward computes logits and

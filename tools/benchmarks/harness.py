@@ -627,8 +627,9 @@ def with_spread(result: dict[str, float], scale: float = 1.0, unit: str = '') ->
     return f'{median}{unit} [{first}-{third}]'
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """A Markdown table that is aligned for reading as text; the first row is its head."""
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, aligned for reading as text, without empty columns. The first row is its head."""
+    rows = list(zip(*(column for column in zip(*rows) if any(column[1:]))))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ['| ' + ' | '.join(cell.ljust(width) for cell, width in zip(row, widths)) + ' |' for row in rows]
     lines.insert(1, '|' + '|'.join('-' * (width + 2) for width in widths) + '|')

@@ -468,14 +468,13 @@ def take_turns(runs: dict[str, Run], calls: dict[str, int], options: argparse.Na
     if options.rounds == 0 or not order:
         return {}
     begin = time.perf_counter()
-    for index in range(options.rounds or MAX_ROUNDS):
-        if not options.rounds and index >= MIN_ROUNDS and time.perf_counter() - begin > options.seconds:
-            break
-        # Another one begins each round, and every second round runs backwards: none always comes after the same.
-        first = index % len(order)
-        turns = (order[first:] + order[:first])[:: -1 if index % 2 else 1]
-        with no_garbage_collection():
-            for name in turns:
+    with no_garbage_collection():
+        for index in range(options.rounds or MAX_ROUNDS):
+            if not options.rounds and index >= MIN_ROUNDS and time.perf_counter() - begin > options.seconds:
+                break
+            # Another one begins each round, and every second round runs backwards: none always comes after the same.
+            first = index % len(order)
+            for name in (order[first:] + order[:first])[:: -1 if index % 2 else 1]:
                 samples[name].append(measure(runs[name].call, calls[name], options.device))
     return samples
 

@@ -16,7 +16,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, d
 
     On the CPU, PyTorch has no fast gradient of a depth-wise kernel, and its forward is slow for kernels that reach over
     more than 13 positions in contiguous maps, and for some of them in channels_last. The compiled operator is fast for all.
-    Where measurements found PyTorch's convolution faster, the operator calls it (docs/performance.md).
+    Where measurements found PyTorch's convolution faster, the operator calls it (docs/notes/depthwise.md).
 
     Args:
         x (Tensor[B, C, H, W]): a map, contiguous or channels_last. The compiled operator works in channels_last: it copies

@@ -1,5 +1,5 @@
 // Depth-wise convolutions of channels_last maps on the CPU. Included once for each instruction set, under the rules of
-// simd.h. docs/performance.md says why they are as they are.
+// simd.h. docs/notes/depthwise.md says why they are as they are.
 //
 // The lanes of a vector are channels. Two forms of a convolution:
 // - streamed (3 x 3, bound by memory): line by line with all channels, read where they lie, three lines of which stay

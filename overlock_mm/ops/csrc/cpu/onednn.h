@@ -1,5 +1,5 @@
 // Where oneDNN's convolution, which is PyTorch's, takes the place of the kernels here: chosen by measurement
-// (tools/benchmarks/bench_depthwise.py, docs/performance.md).
+// (tools/benchmarks/bench_depthwise.py, docs/notes/depthwise.md).
 #pragma once
 
 #include "../tensors.h"

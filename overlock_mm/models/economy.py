@@ -14,9 +14,10 @@ cheap map was made, and hooks of saved tensors keep the note in place of the map
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Optional, Union
 
 import torch
@@ -140,9 +141,13 @@ class _Notebook(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         # By address. Few tensors share one, and the tensors stay alive here, so that no address is used again.
-        self._notes: dict[int, list[tuple[Tensor, int, _Note]]] = {}
+        self._notes: dict[int, list[_Note]] = {}
+        self._count = 0
 
     def clear(self) -> None:
+        for notes in self._notes.values():
+            for note in notes:
+                note.close()
         self._notes.clear()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -153,45 +158,36 @@ class _Notebook(TorchFunctionMode):
             call = again(function, args, kwargs)
             if call is not None:
                 self._note(out, call)
-        elif function in _SUMS and all(self._find(each) for each in args if isinstance(each, Tensor)):
+        elif function in _SUMS and all(self.find(each) for each in args if isinstance(each, Tensor)):
             self._note(out, (function, args, kwargs))
         return out
 
     def pack(self, tensor: Tensor) -> Union[_Note, _Kept]:
-        kept = self._find(tensor) or _Kept(tensor)
-        kept.add_user()
+        kept = self.source(tensor)
+        if type(kept) is _Note:
+            kept.add_user()
         return kept
+
+    def source(self, tensor: Tensor, before: Optional[int] = None) -> Union[_Note, _Kept]:
+        """What stands for a tensor: a note, of the first ``before`` ones, or the tensor itself."""
+        note = self.find(tensor, before)
+        return note if note is not None and note.settle(self) else _Kept(tensor)
+
+    def find(self, tensor: Tensor, before: Optional[int] = None) -> Optional[_Note]:
+        if type(tensor) is Tensor:
+            for note in reversed(self._notes.get(tensor.data_ptr(), ())):
+                if (before is None or note.number < before) and note.is_of(tensor):
+                    return note
+        return None
 
     def _note(self, out: Any, call: Call) -> None:
         outputs = out if isinstance(out, tuple) else (out,)
         if type(outputs[0]) is not Tensor or not outputs[0].requires_grad or outputs[0] is call[1][0]:
             return  # subclasses, such as DTensor, may have no address
-        function, args, kwargs = call
-        args, kwargs = self._sources_of(args), {name: self._sources_of(each) for name, each in kwargs.items()}
         for index, each in enumerate(outputs):
-            note = _Note(function, args, kwargs, index if isinstance(out, tuple) else None, each.device.type)
-            self._notes.setdefault(each.data_ptr(), []).append((each, each._version, note))
-
-    def _sources_of(self, values: Any) -> Any:
-        """Arguments, with tensors replaced by what is kept of them."""
-        if isinstance(values, Tensor):
-            return self._find(values) or _Kept(values)
-        if type(values) in (list, tuple):
-            return type(values)(self._sources_of(each) for each in values)
-        return values
-
-    def _find(self, tensor: Tensor) -> Optional[_Note]:
-        if type(tensor) is not Tensor:
-            return None
-        for noted, version, note in reversed(self._notes.get(tensor.data_ptr(), ())):
-            if (
-                noted.shape == tensor.shape
-                and noted.stride() == tensor.stride()
-                and noted.dtype == tensor.dtype
-                and version == tensor._version  # it was not changed in place since
-            ):
-                return note
-        return None
+            note = _Note(self._count, each, call, index if isinstance(out, tuple) else None)
+            self._notes.setdefault(each.data_ptr(), []).append(note)
+            self._count += 1
 
 
 def _unpack(kept: Union[_Note, _Kept]) -> Tensor:
@@ -201,57 +197,93 @@ def _unpack(kept: Union[_Note, _Kept]) -> Tensor:
 class _Kept:
     """A tensor that is kept. It must not change until the backward, and with hooks autograd does not check that."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor.detach()  # the tensor itself could hold the node that holds this
-        self._version = None if tensor.is_inference() else tensor._version
+    __slots__ = ('_tensor', '_version')
 
-    def add_user(self) -> None:
-        pass
+    def __init__(self, tensor: Tensor) -> None:
+        # A result could hold the node that holds this.
+        self._tensor = tensor if tensor.is_leaf else tensor.detach()
+        self._version = tensor._version
 
     def value(self) -> Tensor:
-        if self._version is not None and self._tensor._version != self._version:
+        if self._tensor._version != self._version:
             raise RuntimeError(
                 'one of the variables needed for gradient computation has been modified by an inplace operation: a tensor '
                 f'of shape {tuple(self._tensor.shape)} is at version {self._tensor._version}; expected version '
                 f'{self._version} instead'
             )
-        return self._tensor
+        return self._tensor.detach()
 
 
 class _Note:
-    """A tensor that is not kept: the call that makes it again, of tensors that are kept or are made again themselves.
+    """A tensor that is not kept: the call that makes it again.
+
+    At first a note is no more than that. It is settled when autograd wants to keep the tensor: then what stands for the
+    tensors of the call, notes or kept tensors, takes their places.
 
     Args:
-        function, args, kwargs: the call, with a note or a kept tensor in place of every tensor.
-        index: which of several outputs it is, None for the only one.
-        device_type: of the tensor.
+        number: how many notes there were before.
+        out: the tensor.
+        call: function, arguments and keyword arguments.
+        index: which of several outputs of the call it is, None for the only one.
     """
 
-    def __init__(self, function: Callable, args: tuple, kwargs: dict, index: Optional[int], device_type: str) -> None:
-        self._function, self._args, self._kwargs = function, args, kwargs
+    def __init__(self, number: int, out: Tensor, call: Call, index: Optional[int]) -> None:
+        self.number = number
+        self._out: Optional[Tensor] = out
+        self._version = out._version
+        self._call: Optional[Call] = call
+        self._tensors: Optional[list[Tensor]] = _tensors_in((*call[1], *call[2].values()))
+        self._versions = [each._version for each in self._tensors]
+        self._sources: Optional[list[Union[_Note, _Kept]]] = None
         self._index = index
-        self._device_type = device_type
+        self._device_type = out.device.type
         self._autocast_dtype = None
-        if device_type != 'meta' and is_autocast_enabled(device_type):
-            self._autocast_dtype = autocast_dtype(device_type)
+        if self._device_type != 'meta' and is_autocast_enabled(self._device_type):
+            self._autocast_dtype = autocast_dtype(self._device_type)
         # How many ask for the value in a backward, and how many of them have not asked yet.
         self._users = self._pending = 0
         self._value: Optional[Tensor] = None
 
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether this is the note of a tensor at its address, which was not changed in place since."""
+        out = self._out
+        same = out is tensor or (
+            out.shape == tensor.shape and out.stride() == tensor.stride() and out.dtype == tensor.dtype
+        )
+        return same and tensor._version == self._version
+
+    def settle(self, notebook: _Notebook) -> bool:
+        """Whether the tensor can be made again: not if something that it was made of was changed in place since."""
+        if self._sources is None:
+            if self._versions != [each._version for each in self._tensors]:
+                return False
+            self._sources = [notebook.source(each, before=self.number) for each in self._tensors]
+            function, args, kwargs = self._call
+            self._call = function, _with_tensors(args, _placeholders), _with_tensors(kwargs, _placeholders)
+        return True
+
+    def close(self) -> None:
+        """Let go of all tensors, with the notebook. A note that is not settled now is never asked for."""
+        self._out = self._tensors = None
+        if self._sources is None:
+            self._call = None
+
     def add_user(self) -> None:
         if self._users == 0:
-            for source in _sources_in((self._args, tuple(self._kwargs.values()))):
-                source.add_user()
+            for source in self._sources:
+                if type(source) is _Note:
+                    source.add_user()
         self._users += 1
         self._pending += 1
 
     def value(self) -> Tensor:
         """The tensor. It is made for the first user in a backward, and let go with the last."""
         if self._value is None:
-            args = _values_of(self._args)
-            kwargs = {name: _values_of(each) for name, each in self._kwargs.items()}
+            values = iter([source.value() for source in self._sources])
+            function, args, kwargs = self._call
+            args, kwargs = _with_tensors(args, values), _with_tensors(kwargs, values)
             with torch.no_grad(), self._autocast():
-                out = self._function(*args, **kwargs)
+                out = function(*args, **kwargs)
             self._value = out if self._index is None else out[self._index]
         value = self._value
         self._pending -= 1
@@ -266,20 +298,33 @@ class _Note:
         return torch.autocast(self._device_type, dtype=self._autocast_dtype)
 
 
-def _sources_in(values: Any) -> Iterator[Union[_Note, _Kept]]:
-    if isinstance(values, (_Note, _Kept)):
-        yield values
-    elif type(values) in (list, tuple):
-        for each in values:
-            yield from _sources_in(each)
+class _Placeholder:
+    """Stands where a tensor stood in a call."""
 
 
-def _values_of(sources: Any) -> Any:
-    if isinstance(sources, (_Note, _Kept)):
-        return sources.value()
-    if type(sources) in (list, tuple):
-        return type(sources)(_values_of(each) for each in sources)
-    return sources
+_placeholders = itertools.repeat(_Placeholder())
+
+
+def _tensors_in(values: Sequence[Any]) -> list[Tensor]:
+    """The tensors among arguments, and in lists and tuples among them, in their order."""
+    found = []
+    for each in values:
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif type(each) in (list, tuple):
+            found += _tensors_in(each)
+    return found
+
+
+def _with_tensors(values: Any, others: Iterator[Any]) -> Any:
+    """Arguments with the next ones of others in the places of their tensors."""
+    if isinstance(values, (Tensor, _Placeholder)):
+        return next(others)
+    if type(values) is dict:
+        return {name: _with_tensors(each, others) for name, each in values.items()}
+    if type(values) in (list, tuple):
+        return type(values)([_with_tensors(each, others) for each in values])
+    return values
 
 
 # ------------------------------------------------------------------------------------------------------- checkpointing

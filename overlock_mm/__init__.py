@@ -3,6 +3,7 @@
 overlock_mm.ops needs torch only. The backbone also needs mmengine.
 """
 
+import importlib
 import importlib.util
 
 from .checkpoints.release import get_checkpoint, register_models
@@ -21,3 +22,12 @@ if importlib.util.find_spec('mmengine') is not None:
     allow_mmengine_checkpoints()
     register_scheme()
     allow_config_scopes()
+
+
+def __getattr__(name: str):
+    """Folders and hooks, imported when they are first asked for."""
+    if name in ('checkpoints', 'inference', 'layer_decay', 'memory', 'models', 'ops'):
+        return importlib.import_module(f'.{name}', __name__)
+    if name in ('OptimizeForInferenceHook', 'KeepFreedMemoryHook'):
+        return importlib.import_module('.registry', __name__).HOOKS.get(name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -20,9 +20,9 @@ def keep_freed_memory() -> bool:
 
     glibc returns large freed blocks to the system. The next map of that size then causes page faults, which can take longer
     than the computation. Without them a training step of OverLoCK-T on a CPU took 10 to 20 % less time, and up to 40 % less
-    for small images (docs/notes/memory.md). The cost: the process never shrinks, and can grow because free blocks do not fit
-    every size. The setting applies to allocations of the main thread and is inherited by forked processes. It has no effect
-    on a preloaded allocator (jemalloc, tcmalloc).
+    for small images (docs/notes/memory.md). The cost: the process never shrinks, and can grow because free blocks do not
+    fit every size. The setting applies to allocations of the main thread and is inherited by forked processes. It has no
+    effect on a preloaded allocator (jemalloc, tcmalloc).
 
     Returns:
         bool: whether the C library accepted the setting. False for other C libraries than glibc.

@@ -1,7 +1,7 @@
 """The blocks of OverLoCK for inference: norms, scales and branches folded into convolutions, maps overwritten in place.
 
-They compute what overlock_mm.models.blocks says, on copies of its weights. A block owns the maps that it makes, and nobody
-else sees them before it is done. Only inputs are left as they are.
+They have the equations of overlock_mm.models.blocks, with copies of its weights. A block owns the maps that it makes, and
+may overwrite them. It does not change its inputs.
 """
 
 from __future__ import annotations

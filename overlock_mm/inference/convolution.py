@@ -19,7 +19,7 @@ from .onednn import HAS_FAST_BFLOAT16, PackedConv2d, can_pack
 #: Positions of a bfloat16 map from which on oneDNN's depth-wise 3x3 convolution is faster than this package's, where the
 #: processor computes in bfloat16.
 _LARGE_MAP = 4200
-_ACTIVATIONS = {nn.GELU: 'gelu', nn.SiLU: 'silu'}
+_NAMES = {nn.GELU: 'gelu', nn.SiLU: 'silu'}
 
 
 class FoldedConv2d(nn.Module):
@@ -96,7 +96,7 @@ class FoldedConv2d(nn.Module):
         if self.is_depthwise and not self._is_faster_by_onednn(x, dtype):
             return None
         if self.weight.dtype != x.dtype and not is_autocast_enabled(x.device.type):
-            return None  # the convolution says what is wrong
+            return None  # PyTorch's convolution raises the error
         packed = self._packed.get(dtype)
         if packed is None:
             weight, bias = self.weight.to(dtype), self.bias.to(dtype)
@@ -112,6 +112,10 @@ class FoldedConv2d(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> FoldedConv2d:
         self._packed.clear()
         return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._packed.clear()
+        super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_packed': {}}  # neither copies nor files can hold oneDNN's tensors
@@ -129,7 +133,7 @@ def fold_sequence(layers: nn.Sequential) -> nn.Sequential:
         layer = rest.pop(0)
         if isinstance(layer, nn.Conv2d):
             norm = rest.pop(0) if rest and isinstance(rest[0], _BatchNorm) else None
-            activation = _ACTIVATIONS[type(rest.pop(0))] if rest and type(rest[0]) in _ACTIVATIONS else None
+            activation = _NAMES[type(rest.pop(0))] if rest and type(rest[0]) in _NAMES else None
             layer = FoldedConv2d(layer, norm, activation=activation)
         folded.append(layer)
     return nn.Sequential(*folded)

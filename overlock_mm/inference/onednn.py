@@ -29,7 +29,7 @@ def can_pack(x: Tensor) -> bool:
     It is to be float32 or, where the processor has it, bfloat16; on the CPU; without gradients, also those of forward mode;
     not under torch.compile, which packs by itself, nor in an export, nor a tensor of another class.
     """
-    # A graph is asked for first: torch.compile cannot look into what comes after.
+    # First: torch.compile cannot trace the calls after it.
     if is_compiling() or is_exporting() or type(x) is not Tensor or x.device.type != 'cpu':
         return False
     if (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0 or not torch.backends.mkldnn.enabled:

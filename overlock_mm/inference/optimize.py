@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -10,6 +11,8 @@ import torch
 import torch.nn as nn
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..models.blocks import BasicBlock, DynamicBlock
 from ..models.layers import Conv2d, DepthwiseConv, ResidualDepthwiseConv, has_hooks
@@ -36,17 +39,26 @@ def optimize(model: Model) -> Model:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: there is no OverLoCK in the model.
+        ValueError: there is no OverLoCK in the model, or the model is sharded by FSDP.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
-    model = copy.deepcopy(model.module if is_model_wrapper(model) else model).eval().requires_grad_(False)
+    if any('FSDP' in base.__name__ or 'FullySharded' in base.__name__ for m in model.modules() for base in type(m).__mro__):
+        raise ValueError(f'model must not be sharded by FSDP, got {type(model).__name__}: gather its weights first')
+    model = _copy(model.module if is_model_wrapper(model) else model).eval().requires_grad_(False)
     backbones = [module for module in model.modules() if isinstance(module, OverLoCK)]
     if not backbones:
         raise ValueError(f'model must be or contain an OverLoCK, got {type(model).__name__} without one')
     for backbone in backbones:
         _optimize_backbone(backbone)
     return model
+
+
+def _copy(model: Model) -> Model:
+    """A deep copy. A weight that a hook computes (pruning, ``weight_norm``) is no leaf, which deepcopy refuses."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    computed = {id(each): each.detach().clone() for each in values if isinstance(each, Tensor) and not each.is_leaf}
+    return copy.deepcopy(model, computed)
 
 
 #: How a part of a backbone is folded.
@@ -56,8 +68,6 @@ _FOLD: dict[type, Callable[[nn.Module], nn.Module]] = {
     Conv2d: FoldedConv2d,
     nn.Sequential: fold_sequence,
 }
-#: At inference a synchronised batch norm is a batch norm.
-_SAME = {nn.SyncBatchNorm: nn.BatchNorm2d}
 
 
 def _optimize_backbone(backbone: OverLoCK) -> None:
@@ -66,10 +76,14 @@ def _optimize_backbone(backbone: OverLoCK) -> None:
         fresh = OverLoCK(
             backbone.arch, backbone.in_channels, backbone.out_type, backbone.out_indices, deploy=backbone.deploy
         )
-    left = []
-    for name in _parts_of(fresh):
-        as_built, part = fresh.get_submodule(name), backbone.get_submodule(name)
-        if isinstance(part, (FoldedBasicBlock, FoldedDynamicBlock, FoldedConv2d)):
+    left, names = [], _parts_of(fresh)
+    for name in names:
+        try:
+            part = backbone.get_submodule(name)
+        except AttributeError:  # it was removed
+            continue
+        as_built = fresh.get_submodule(name)
+        if any(isinstance(module, FoldedConv2d) for module in part.modules()):
             continue  # the model was optimized before
         if _signature(part) == _signature(as_built) and not any(has_hooks(module) for module in part.modules()):
             parent, _, key = name.rpartition('.')
@@ -77,7 +91,8 @@ def _optimize_backbone(backbone: OverLoCK) -> None:
         else:
             left.append(name)
     if left:
-        print_log(f'Not as they were built, so left as they are: {", ".join(left)}.', logger='current')
+        level = logging.WARNING if left == names else logging.INFO
+        print_log(f'Not as they were built, so left as they are: {", ".join(left)}.', logger='current', level=level)
 
 
 def _parts_of(backbone: OverLoCK) -> list[str]:
@@ -90,12 +105,21 @@ def _parts_of(backbone: OverLoCK) -> list[str]:
 
 
 def _signature(part: nn.Module) -> object:
-    """All that decides what a part computes, but the values of its weights."""
+    """All that decides what a part computes, except the values of its weights."""
     layers = [
-        (name, _SAME.get(type(module), type(module)), module.extra_repr() if type(module) in _WITH_SETTINGS else None)
+        (name, _kind(module), module.extra_repr() if type(module) in _WITH_SETTINGS else None)
         for name, module in part.named_modules()
     ]
     return layers, {name: tensor.shape for name, tensor in part.state_dict().items()}
 
 
 _WITH_SETTINGS = (nn.Conv2d, Conv2d, DepthwiseConv, ResidualDepthwiseConv, nn.GELU, nn.AdaptiveAvgPool2d)
+
+
+def _kind(module: nn.Module) -> type:
+    """The type. All batch norms are the same at inference, such as synchronised ones and those of mmengine."""
+    is_batch_norm = isinstance(module, _BatchNorm) and type(module).forward in (
+        _BatchNorm.forward,
+        nn.SyncBatchNorm.forward,
+    )
+    return _BatchNorm if is_batch_norm else type(module)

@@ -178,7 +178,7 @@ class DynamicBlock(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)  # a slice of channels has a layout of its own
         query = self.weight_query(x) * self.query_scale
         key = self.weight_key(h)
-        kernel_weight, kernel_bias = as_matrix(self.weight_proj, self.context_size**2, like=key)  # the paper's W_d
+        kernel_weight, kernel_bias = as_matrix(self.weight_proj, self.context_size**2, like=self.rpb1)  # the paper's W_d
         return contmix(
             fused,
             query,

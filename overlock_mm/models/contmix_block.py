@@ -137,7 +137,7 @@ class ContMixBlock(BaseModule):
 
     def contmix(self, value: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Context mixing of ``value`` (B, C', H, W), by kernels made from ``query`` and ``key`` (section 3.3)."""
-        kernel_weight, kernel_bias = as_matrix(self.kernel_proj, self.context_size**2, like=key, size=())
+        kernel_weight, kernel_bias = as_matrix(self.kernel_proj, self.context_size**2, like=self.rpb_small, size=())
 
         def mix(value: Tensor, query: Tensor) -> Tensor:
             return contmix(
@@ -157,7 +157,7 @@ class ContMixBlock(BaseModule):
 
 
 def _build_norm(norm_cfg: dict[str, Any], channels: int) -> nn.Module:
-    from mmcv.cnn import build_norm_layer  # only for those who name a norm of mmcv's
+    from mmcv.cnn import build_norm_layer  # needed only with a norm_cfg
 
     return build_norm_layer(norm_cfg, channels)[1]
 

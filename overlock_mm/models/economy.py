@@ -8,7 +8,8 @@
 - ``'checkpoint'``: only the inputs of the block are kept, and the backward runs the block again.
 
 A block knows nothing of it. The lean policy watches PyTorch's functions from outside: a torch-function mode notes how each
-cheap map was made, and hooks of saved tensors keep the note in place of the map.
+cheap map was made, and hooks of saved tensors keep the note in place of the map. It does not see changes of a map through
+``.data``, because they count no version.
 """
 
 from __future__ import annotations
@@ -48,14 +49,19 @@ def run_block(policy: str, block: nn.Module, *inputs: Any) -> Any:
 
     'lean' is 'fast' where somebody else decides what is kept: under torch.compile, in an export, in a checkpointed block,
     with references of operators, and under hooks of saved tensors that were set outside (where torch tells of them, from
-    about 2.8 on). It is 'fast' too where FSDP shards layers inside of the block, because their weights are not there when
-    another layer's backward needs their outputs. FSDP of whole blocks is no such case.
+    about 2.8 on). It is 'fast' too for a block with layers that were compiled, and where FSDP shards layers inside of the
+    block: their weights are not there when another layer's backward needs their outputs. FSDP of whole blocks is lean.
+
+    Raises:
+        ValueError: there is no such policy.
     """
+    if policy not in (*POLICIES, 'checkpoint'):
+        raise ValueError(f'the policy must be one of {(*POLICIES, "checkpoint")}, got {policy!r}')
     if not torch.is_grad_enabled():
         return block(*inputs)
     if policy == 'checkpoint':
         return _run_checkpointed(block, *inputs)
-    if policy == 'lean' and not _others_decide() and not _has_sharded_layers(block):
+    if policy == 'lean' and not _others_decide() and not _has_layers_of_others(block):
         with lean():
             return block(*inputs)
     return block(*inputs)
@@ -73,12 +79,19 @@ def _has_hooks() -> bool:
     return top is not None and top(True) is not None
 
 
-def _has_sharded_layers(block: nn.Module) -> bool:
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return False
-    fsdp = sys.modules.get('torch.distributed.fsdp')
-    sharded = tuple(getattr(fsdp, name) for name in ('FullyShardedDataParallel', 'FSDPModule') if hasattr(fsdp, name))
-    return any(isinstance(module, sharded) for module in block.modules() if module is not block)
+def _has_layers_of_others(block: nn.Module) -> bool:
+    """Whether a part of the block was compiled, or sharded by FSDP."""
+    compiled = getattr(sys.modules.get('torch._dynamo.eval_frame'), 'OptimizedModule', ())
+    sharded: tuple = ()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        fsdp = sys.modules.get('torch.distributed.fsdp')
+        sharded = tuple(getattr(fsdp, name) for name in ('FullyShardedDataParallel', 'FSDPModule') if hasattr(fsdp, name))
+    return any(
+        isinstance(module, compiled)
+        or module.__dict__.get('_compiled_call_impl') is not None
+        or (sharded and module is not block and isinstance(module, sharded))
+        for module in block.modules()
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ the lean policy
@@ -174,7 +187,7 @@ class _Notebook(TorchFunctionMode):
         return note if note is not None and note.settle(self) else _Kept(tensor)
 
     def find(self, tensor: Tensor, before: Optional[int] = None) -> Optional[_Note]:
-        if type(tensor) is Tensor:
+        if _is_plain(tensor):
             for note in reversed(self._notes.get(tensor.data_ptr(), ())):
                 if (before is None or note.number < before) and note.is_of(tensor):
                     return note
@@ -182,12 +195,18 @@ class _Notebook(TorchFunctionMode):
 
     def _note(self, out: Any, call: Call) -> None:
         outputs = out if isinstance(out, tuple) else (out,)
-        if type(outputs[0]) is not Tensor or not outputs[0].requires_grad or outputs[0] is call[1][0]:
-            return  # subclasses, such as DTensor, may have no address
+        first = outputs[0]
+        if not first.requires_grad or not _is_plain(first) or any(first is each for each in call[1]):
+            return
         for index, each in enumerate(outputs):
             note = _Note(self._count, each, call, index if isinstance(out, tuple) else None)
             self._notes.setdefault(each.data_ptr(), []).append(note)
             self._count += 1
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's values are those at its address. (Complex tensors may be conjugated by a flag.)"""
+    return type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_complex()
 
 
 def _unpack(kept: Union[_Note, _Kept]) -> Tensor:
@@ -277,7 +296,7 @@ class _Note:
         self._pending += 1
 
     def value(self) -> Tensor:
-        """The tensor. It is made for the first user in a backward, and let go with the last."""
+        """The tensor. It is made for the first user in a backward, and freed after the last."""
         if self._value is None:
             values = iter([source.value() for source in self._sources])
             function, args, kwargs = self._call

@@ -167,12 +167,12 @@ def as_matrix(layer: nn.Module, num_features: int, like: Tensor, size: tuple[int
     Args:
         layer: takes N features, and gives L.
         num_features: N.
-        like: a tensor on the layer's device.
+        like: a tensor with the layer's device and dtype.
         size: of the map that the layer takes, (1, 1), or () for a linear layer.
     """
-    scale = 64.0  # of the basis: beside large outputs, adding and subtracting the bias costs no precision
-    dtype = next(layer.parameters()).dtype
-    basis = scale * torch.eye(num_features + 1, num_features, dtype=dtype, device=like.device)  # (N + 1, N), last row 0
+    # Long basis vectors: adding and subtracting the bias costs little precision then. float16 has a small range.
+    scale = 2.0**6 if like.dtype == torch.float16 else 2.0**16
+    basis = scale * torch.eye(num_features + 1, num_features, dtype=like.dtype, device=like.device)  # last row 0
     with autocast_disabled(like.device.type):
         out = layer(basis.view(num_features + 1, num_features, *size)).flatten(1)  # (N + 1, L)
     bias = out[num_features]

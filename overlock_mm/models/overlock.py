@@ -307,7 +307,7 @@ class OverLoCK(TakesReleasedCheckpoints):
             features[2] = torch.cat([x, h], dim=1)
         if self._depth > 3:
             features[3] = self._focus('sub_blocks4', *self._embed('patch_embedx', x, h), prior)
-        # mmcv's operators (RoIAlign first) read memory as if it were contiguous, whatever the strides say.
+        # mmcv's operators, such as RoIAlign, ignore strides and read memory as contiguous.
         return tuple(self._output(i, features).contiguous(memory_format=memory_format) for i in self.out_indices)
 
     def _embed(self, name: str, *maps: Tensor) -> Union[Tensor, tuple[Tensor, ...]]:

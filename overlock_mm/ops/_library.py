@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..versions import version_numbers
 from . import _checks, _reference
-from ._autocast import cast_as_autocast
+from ._autocast import autocast_disabled, cast_as_autocast
 
 _BUILD_COMMAND = 'pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps .'
 
@@ -127,9 +127,7 @@ def _laid_out_as(x: Tensor, out: Tensor) -> Tensor:
 def _contmix(value: Tensor, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     value, query, key = cast_as_autocast(value), cast_as_autocast(query), cast_as_autocast(key)
     _checks.check_contmix(value, query, key, *args, **kwargs)
-    device_type = value.device.type
-    # The meta device has no autocast.
-    with contextlib.nullcontext() if device_type == 'meta' else torch.autocast(device_type, enabled=False):
+    with autocast_disabled(value.device.type):
         return _laid_out_as(value, _reference.contmix_reference(value, query, key, *args, **kwargs))
 
 

@@ -192,7 +192,7 @@ def lean_branch_norms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`branch_norms` for training: the backward keeps ``x`` and the first branch's output, and no other map.
 
-    The first kernel is the largest, and its output is dear. The other outputs are computed again, one at a time.
+    The first kernel is the largest, and its output costs most. The other outputs are computed again, one at a time.
     """
     return _LeanBranchNorms.apply(x, tuple(dilations), eps, *weights, *norm_weights, *norm_biases)
 

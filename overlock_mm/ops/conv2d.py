@@ -45,31 +45,30 @@ def conv2d(
     """
     if not is_compiling() and not is_exporting() and not using_references():
         with torch._C.DisableTorchFunction():  # a mode would see every property that is read here
-            if _fits(x, weight, padding, dilation, groups):
-                if x.shape[2:] == weight.shape[2:] == (1, 1):
-                    return F.linear(x.flatten(1), weight.flatten(1), bias)[..., None, None]
-                if is_faster_as_product(x, weight, bias, stride):
-                    return _Convolution.apply(x, weight, bias, stride)
+            fits = _fits(x, weight, padding, dilation, groups)
+            is_linear = fits and x.shape[2:] == weight.shape[2:] == (1, 1)
+            is_product = fits and not is_linear and is_faster_as_product(x, weight, bias, stride)
+        if is_linear:
+            return F.linear(x.flatten(1), weight.flatten(1), bias)[..., None, None]
+        if is_product:
+            return _Convolution.apply(x, weight, bias, stride)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
 def _fits(x: Tensor, weight: Tensor, padding: tuple[int, int], dilation: tuple[int, int], groups: int) -> bool:
     """Whether it is a plain convolution with a padding of k // 2, and its weight fits the map."""
-    if not (dilation == (1, 1) and groups == 1 and x.ndim == weight.ndim == 4):
+    if not (type(x) is Tensor and type(weight) in _PLAIN and dilation == (1, 1) and groups == 1):
         return False
-    return weight.shape[1] == x.shape[1] and padding == _padding(weight)
+    return x.ndim == weight.ndim == 4 and weight.shape[1] == x.shape[1] and padding == _padding(weight)
 
 
 def is_faster_as_product(x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: tuple[int, int]) -> bool:
     """Whether a plain convolution with a padding of k // 2 is faster as a product of matrices.
 
-    All tensors must be float32 on the CPU and the weight large for the map. Nobody may look on: no graph, export, transform
-    or dispatch mode (which may count PyTorch's operators). What does not fit is left to PyTorch's convolution, whose errors
-    say what is wrong.
+    All tensors must be float32 on the CPU and the weight large for the map. No transform and no dispatch mode may be
+    active, because it may count or replace PyTorch's operators.
     """
-    if type(x) is not Tensor or not _is_float32_on_cpu(x, weight, bias):
-        return False
-    if x.ndim != 4 or weight.shape[1] != x.shape[1] or _is_looked_on():
+    if not _is_float32_on_cpu(x, weight, bias) or _is_observed():
         return False
     if weight.shape[2:] != (1, 1) and not weight.is_contiguous():
         return False  # it and its gradient would have to be laid out anew
@@ -92,8 +91,9 @@ class _Convolution(torch.autograd.Function):
     def forward(context: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: tuple[int, int]) -> Tensor:
         of_x, of_weight = context.needs_input_grad[:2]
         context.save_for_backward(x if of_weight else None, weight if of_x else None)
-        context.window = _Window(x, weight, stride)
-        return context.window.map_of(_product(context.window.rows(x), weight.flatten(1), bias))
+        with torch._C.DisableTorchFunction():
+            context.window = _Window(x, weight, stride)
+            return context.window.map_of(_product(context.window.rows(x), weight.flatten(1), bias))
 
     @staticmethod
     def backward(context: Any, grad_output: Tensor) -> tuple[Optional[Tensor], ...]:
@@ -172,16 +172,15 @@ def _is_float32_on_cpu(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> boo
     return (
         x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == 'cpu'
-        and type(weight) in _PLAIN
         and (bias is None or (bias.dtype == torch.float32 and bias.device.type == 'cpu' and type(bias) in _PLAIN))
     )
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-# Both are internal to PyTorch; where one is missing, nobody is taken to look on by it.
+# Both are internal to PyTorch. Without them, there is taken to be no mode and no transform.
 _number_of_modes = getattr(torch._C, '_len_torch_dispatch_stack', lambda: 0)
 _is_transforming = getattr(torch._C, '_are_functorch_transforms_active', lambda: False)
 
 
-def _is_looked_on() -> bool:
+def _is_observed() -> bool:
     return _number_of_modes() > 0 or _is_transforming() or forward_ad._current_level >= 0

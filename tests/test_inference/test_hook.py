@@ -58,10 +58,10 @@ class Watch(Hook):
         self.during, self.after, self.metrics = [], [], []
 
     def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        self.during.append(type(runner.model.backbone.blocks1[0]))
+        self.during.append(type(runner.model.val_step.__self__.backbone.blocks1[0]))
 
     def after_val_epoch(self, runner, metrics=None) -> None:
-        self.after.append(type(runner.model.backbone.blocks1[0]))
+        self.after.append(type(runner.model.val_step.__self__.backbone.blocks1[0]))
         self.metrics.append(metrics['mean'])
 
 
@@ -114,15 +114,56 @@ def test_testing_is_by_an_optimized_copy(small_arch, tmp_path):
 
     class Look(Hook):
         def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-            seen.append(type(runner.model.backbone.blocks1[0]))
+            seen.append(type(runner.model.test_step.__self__.backbone.blocks1[0]))
 
     runner.register_hook(Look())
     runner._test_dataloader, runner._test_evaluator, runner._test_cfg = runner._val_dataloader, [Mean()], dict()
     runner._test_loop = dict()
     metrics = runner.test()
     assert set(seen) == {FoldedBasicBlock}
-    assert type(runner.model.backbone.blocks1[0]) is BasicBlock
+    assert type(runner.model.test_step.__self__.backbone.blocks1[0]) is BasicBlock
     x = torch.stack([Pictures()[i]['inputs'] for i in range(4)])
     with torch.no_grad():
         expected = runner.model.eval()(x, mode='tensor')
     assert relative_error(torch.tensor(metrics['mean']), torch.stack(expected).mean()) < 1e-4
+
+
+def test_a_second_pass_in_the_same_epoch(small_arch, tmp_path):
+    """mmpretrain's EMAHook scores the averaged weights, then the model's own, before other hooks see the epoch's end."""
+    pytest.importorskip('mmpretrain')
+    ema = dict(type='mmpretrain.EMAHook', momentum=0.5, evaluate_on_ema=True, evaluate_on_origin=True)
+    scores = []
+    for name, hooks in (('plain', []), ('optimized', [dict(type='overlock_mm.OptimizeForInferenceHook')])):
+        runner, _ = train(small_arch, tmp_path / name, [ema, *hooks])
+        scalars = runner.message_hub.log_scalars
+        scores.append([scalars[key].current() for key in ('val/mean', 'val/mean_origin')])
+    assert scores[0][0] != pytest.approx(scores[0][1], rel=1e-3)
+    assert scores[1] == pytest.approx(scores[0], rel=1e-4)
+
+
+def test_an_interrupted_validation(small_arch, tmp_path):
+    """The runner keeps its model: it can be saved, validated and trained."""
+    runner, _ = train(small_arch, tmp_path / 'run', [dict(type='overlock_mm.OptimizeForInferenceHook')])
+    model, names = runner.model, list(runner.model.state_dict())
+    expected = runner.val()
+
+    class Interrupt(Hook):
+        active = True
+
+        def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+            if self.active:
+                raise KeyboardInterrupt
+
+    interrupt = Interrupt()
+    runner.register_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        runner.val()
+    assert runner.model is model
+    assert list(runner.model.state_dict()) == names
+    interrupt.active = False
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1
+    assert runner.val()['mean'] != pytest.approx(expected['mean'], rel=1e-3)
+    model.train()(torch.randn(2, 3, 64, 64), mode='loss')['loss'].backward()
+    assert model.head.weight.grad.any()

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, prune
 from overlock_mm.models import ContMixBlock, OverLoCK
 from overlock_mm.models.blocks import BasicBlock, DynamicBlock
 from overlock_mm.models.economy import run_block
+from overlock_mm.models.layers import as_matrix
 from overlock_mm.models.reparam import DilatedReparamConv
 
 conv2d_module = importlib.import_module('overlock_mm.ops.conv2d')
@@ -421,3 +422,40 @@ def test_half_weights_under_autocast(small_arch, function):
         out = backbone(torch.randn(2, 3, 64, 64))[0]
     assert out.dtype == torch.bfloat16
     assert out.isfinite().all()
+
+
+@kinds
+def test_replicas_of_data_parallel(kind):
+    """Their weights are attributes, and no parameters."""
+    block, inputs = make(kind)
+    replica = copy.deepcopy(block)
+    for module in replica.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                del module._parameters[name]
+                setattr(module, name, parameter.detach())
+    block.eval(), replica.eval()
+    assert relative_error(replica(*inputs), block(*inputs)) < 1e-12
+
+
+def test_quantized_linear_layers():
+    block = ContMixBlock(32, num_groups=1, layer_scale_init_value=1.0).eval()
+    x = torch.randn(1, 32, 9, 9)
+    quantized = torch.ao.quantization.quantize_dynamic(block, {nn.Linear})
+    assert 0 < relative_error(quantized(x), block(x)) < 1e-2
+
+
+@pytest.mark.parametrize(
+    'dtype, tolerance', [(torch.bfloat16, 1e-6), (torch.float16, 1e-3), (torch.float32, 1e-6)], ids=str
+)
+@torch.no_grad()
+def test_the_matrix_of_a_layer_beside_a_large_bias(dtype, tolerance):
+    layer = nn.Conv2d(49, 194, 1)
+    layer.weight.normal_(std=0.02)
+    layer.bias.normal_(std=3)
+    layer.to(dtype)
+    for autocast in (False, True):
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            weight, bias = as_matrix(layer, 49, like=layer.weight)
+        assert relative_error(weight, layer.weight.flatten(1)) < tolerance
+        assert torch.equal(bias, layer.bias)

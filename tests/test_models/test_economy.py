@@ -580,3 +580,59 @@ def test_references_keep_everything(small_arch):
             kept[memory] = left(storages, x, *backbone.state_dict().values())
     assert out.requires_grad
     assert kept['lean'] == kept['fast']
+
+
+def test_unknown_policies():
+    with pytest.raises(ValueError, match="policy must be one of .*'lean', 'fast', 'checkpoint'.*, got 'leen'"):
+        run_block('leen', nn.Identity(), torch.ones(1))
+
+
+def test_calls_by_keywords():
+    (x,) = leaves((7, 5))
+    expected = torch.autograd.grad(F.gelu(x).square().sum(), x)[0]
+    with lean():
+        y = torch.cat(tensors=[F.gelu(input=x)])
+        out = y.square().sum()
+    assert torch.equal(torch.autograd.grad(out, x)[0], expected)
+
+
+def test_complex_and_sparse_tensors():
+    """A conjugate has the address of its tensor, and a sparse tensor has none."""
+    v, w = (torch.randn(5, dtype=torch.complex128, requires_grad=True) for _ in range(2))
+
+    def loss():
+        s = v * w
+        return (s.conj() * w * s).abs().sum()
+
+    expected = torch.autograd.grad(loss(), (v, w))
+    with lean():
+        out = loss()
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out, (v, w)), expected))
+    (x,) = leaves((5, 5))
+    with lean():
+        out = torch.sparse.mm(torch.eye(5).to_sparse(), F.gelu(x)).sum()
+    assert torch.autograd.grad(out, x)[0].shape == (5, 5)
+
+
+@pytest.mark.parametrize('part', ['', 'proj', 'proj.8'])
+@pytest.mark.parametrize('how', ['compile', 'wrap'])
+def test_parts_of_blocks_that_are_compiled(part, how):
+    """Without breaks: the policy does not watch inside of compiled code."""
+    torch._dynamo.reset()
+    block, inputs = make_block('basic')
+    expected = run_with_gradients(block, inputs, HOW['fast'])
+    if how == 'compile':
+        block.get_submodule(part).compile(backend='aot_eager', fullgraph=True)
+    else:
+        compiled = torch.compile(block.get_submodule(part), backend='aot_eager', fullgraph=True)
+        if part:
+            parent, _, key = part.rpartition('.')
+            block.get_submodule(parent).add_module(key, compiled)
+        else:
+            block = compiled
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    out = run_block('lean', block, *inputs)
+    generator = torch.Generator().manual_seed(2)
+    grad = torch.autograd.grad((out * torch.randn(out.shape, generator=generator)).sum(), inputs)[0]
+    assert relative_error(out, expected[0][0]) < 1e-6
+    assert relative_error(grad, expected[1][0]) < 1e-5

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
+from torch.overrides import TorchFunctionMode
 
 from overlock_mm.ops import conv2d, use_references
-from overlock_mm.ops.conv2d import WEIGHTS_PER_POSITION, _Convolution, has_products, is_faster_as_product
+from overlock_mm.ops.conv2d import WEIGHTS_PER_POSITION, _Convolution, _fits, has_products, is_faster_as_product
 
 pytestmark = pytest.mark.skipif(not has_products(), reason='this PyTorch has no oneDNN, or not its products')
 
@@ -114,7 +115,8 @@ def test_second_derivatives():
 
 
 def takes(x, weight, bias=None):
-    return is_faster_as_product(x, weight, bias, (1, 1))
+    padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+    return _fits(x, weight, padding, (1, 1), 1) and is_faster_as_product(x, weight, bias, (1, 1))
 
 
 def test_which_it_takes():
@@ -212,3 +214,19 @@ def test_operations_are_counted():
     with counters.FlopCounterMode(display=False) as counter:
         conv2d(x, weight)
     assert counter.get_total_flops() == 2 * 64 * 64 * 4
+
+
+def test_modes_see_what_is_not_a_product():
+    seen = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        conv2d(torch.randn(1, 8, 30, 30), torch.randn(8, 8, 1, 1))
+        conv2d(torch.randn(1, 8, 1, 1), torch.randn(8, 8, 1, 1))
+    assert F.conv2d in seen
+    assert F.linear in seen
+    assert not any('__get__' in str(function) for function in seen)

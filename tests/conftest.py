@@ -138,8 +138,11 @@ class KeptBytes(TorchDispatchMode):
                 self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return out
 
-    def count(self) -> int:
-        return sum(size for storage, size in self._storages.values() if not storage.expired())
+    def count(self, *known: torch.Tensor) -> int:
+        """Bytes of storages that still live, without those of known tensors."""
+        known_storages = {tensor.untyped_storage()._cdata for tensor in known}
+        kept = [value for place, value in self._storages.items() if place not in known_storages]
+        return sum(size for storage, size in kept if not storage.expired())
 
 
 def relative_error(got: torch.Tensor, expected) -> float:

@@ -340,7 +340,7 @@ def test_products_of_matrices(kind, monkeypatch):
         leaves = [each.to(dtype, copy=True).requires_grad_() for each in inputs]
         with KeptBytes() as kept:
             out = run_block('lean', copied, *leaves)
-            kept_bytes = kept.count()
+            kept_bytes = kept.count(*leaves, *copied.state_dict().values())
         out = out if isinstance(out, Tensor) else torch.cat(out, dim=1)
         gradients = torch.autograd.grad(out.square().sum(), [*leaves, *copied.parameters()], allow_unused=True)
         return out, gradients, kept_bytes
@@ -446,7 +446,7 @@ def test_quantized_linear_layers():
 
 
 @pytest.mark.parametrize(
-    'dtype, tolerance', [(torch.bfloat16, 1e-6), (torch.float16, 1e-3), (torch.float32, 1e-6)], ids=str
+    'dtype, tolerance', [(torch.bfloat16, 1e-3), (torch.float16, 1e-3), (torch.float32, 1e-6)], ids=str
 )
 @torch.no_grad()
 def test_the_matrix_of_a_layer_beside_a_large_bias(dtype, tolerance):

@@ -26,13 +26,6 @@ from overlock_mm.models.layers import DepthwiseConv, LayerNorm2d, LayerScale, Re
 from overlock_mm.ops import _library, depthwise_conv2d, use_references
 
 
-def left(storages: KeptBytes, *known: Tensor) -> int:
-    """Bytes that a context of KeptBytes has seen and that still live, without those of known tensors."""
-    known_storages = {tensor.untyped_storage()._cdata for tensor in known}
-    kept = [value for place, value in storages._storages.items() if place not in known_storages]
-    return sum(size for storage, size in kept if not storage.expired())
-
-
 class Calls(TorchDispatchMode):
     """Counts the calls of each operator."""
 
@@ -155,7 +148,7 @@ def test_fewer_bytes_are_kept():
                 y = x
                 for function in (F.gelu, F.silu, F.gelu):
                     y = F.linear(F.silu(function(y)), matrix)
-            counts.append(left(storages, x, matrix))
+            counts.append(storages.count(x, matrix))
         del y
     assert counts[1] == counts[0] / 3  # of three maps a step, the products
 
@@ -167,7 +160,7 @@ def test_sums_are_made_again_only_of_what_is_made_again():
     def kept(terms):
         with KeptBytes() as storages, lean():
             out = F.gelu(sum(terms[1:], terms[0])) @ matrix
-        return left(storages, x, matrix, *terms) - out.nbytes
+        return storages.count(x, matrix, *terms) - out.nbytes
 
     with lean():
         a, b = F.gelu(x), F.silu(x)
@@ -177,7 +170,7 @@ def test_sums_are_made_again_only_of_what_is_made_again():
         a, b = F.gelu(x), F.silu(x)
         out = F.gelu(a + b) @ matrix
         del a, b
-    assert left(storages, x, matrix) == out.nbytes
+    assert storages.count(x, matrix) == out.nbytes
 
 
 def test_a_graph_that_is_dropped_frees_everything():
@@ -192,7 +185,7 @@ def test_a_graph_that_is_dropped_frees_everything():
         try:
             assert made() is None
             del out
-            assert left(storages, x, w) == 0
+            assert storages.count(x, w) == 0
         finally:
             gc.enable()
 
@@ -205,7 +198,7 @@ def test_a_backward_frees_everything():
             out = (F.silu(y) * w).sum() + (y * w).sum()
             del y
         torch.autograd.grad(out, (x, w))
-        assert left(storages, x, w) <= out.nbytes
+        assert storages.count(x, w) <= out.nbytes
 
 
 def test_an_error_leaves_nothing_behind():
@@ -215,7 +208,7 @@ def test_an_error_leaves_nothing_behind():
             F.gelu(x)
             raise ZeroDivisionError
         gc.collect()
-        assert left(storages, x) == 0
+        assert storages.count(x) == 0
     (x.exp() * 2).sum().backward()
     assert torch.equal(x.grad, x.detach().exp() * 2)
 
@@ -341,7 +334,7 @@ def test_layers_give_the_same_bits_again(make, memory_format):
         out = y.square()
     copied = y.detach().clone(memory_format=torch.preserve_format)
     del y
-    assert left(storages, x, *module.parameters()) < 2.2 * out.nbytes  # out, copied, and not y
+    assert storages.count(x, *module.parameters()) < 2.2 * out.nbytes  # out, copied, and not y
     assert torch.equal(out.grad_fn._saved_self, copied)
     assert out.grad_fn._saved_self.stride() == copied.stride()
 
@@ -476,7 +469,7 @@ def kept_by(block, inputs, how):
     inputs = [x.clone().requires_grad_() for x in inputs]
     with KeptBytes() as storages:
         out = how(block, *inputs)
-        return left(storages, *inputs, *block.state_dict().values()), out
+        return storages.count(*inputs, *block.state_dict().values()), out
 
 
 #: Maps of C channels that blocks keep for the backward, with their output: C + Ch channels are 1.25 maps.
@@ -565,7 +558,7 @@ def test_the_backbone_frees_everything(small_arch):
                 torch.autograd.grad(out, list(backbone.patch_embed1.parameters()))
             del out
             gc.collect()
-            assert left(storages, x, *backbone.state_dict().values()) == 0
+            assert storages.count(x, *backbone.state_dict().values()) == 0
 
 
 def test_references_keep_everything(small_arch):
@@ -577,7 +570,7 @@ def test_references_keep_everything(small_arch):
         backbone.memory = memory
         with KeptBytes() as storages, use_references():
             out = backbone(x)[0]
-            kept[memory] = left(storages, x, *backbone.state_dict().values())
+            kept[memory] = storages.count(x, *backbone.state_dict().values())
     assert out.requires_grad
     assert kept['lean'] == kept['fast']
 

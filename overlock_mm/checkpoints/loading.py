@@ -24,6 +24,9 @@ _STAGES = ('blocks1', 'blocks2', 'blocks3', 'blocks4', 'sub_blocks3', 'sub_block
 class TakesReleasedCheckpoints(BaseModule):
     """A module whose ``init_cfg=dict(type='Pretrained', checkpoint=FILE)`` is loaded by :func:`load_pretrained`.
 
+    Attributes:
+        layers_of_data: layers whose shapes follow the user's data, the channels of the image or the classes.
+
     Args:
         init_cfg: mmengine's config of the initialisation, or a list of them.
         kwargs: arguments of the next base class.
@@ -31,6 +34,8 @@ class TakesReleasedCheckpoints(BaseModule):
     Raises:
         TypeError: ``init_cfg`` is not a dict or a list of dicts, or its checkpoint is neither a str nor a path.
     """
+
+    layers_of_data: tuple[str, ...] = ()
 
     def __init__(self, init_cfg: Union[dict, list[dict], None] = None, **kwargs) -> None:
         for cfg in _as_list(init_cfg):
@@ -66,12 +71,14 @@ def _as_list(init_cfg: Union[dict, list[dict], None]) -> list[dict]:
     return init_cfg if isinstance(init_cfg, list) else [] if init_cfg is None else [init_cfg]
 
 
-def load_pretrained(module: nn.Module, checkpoint: str, prefix: Optional[str] = None, map_location: str = 'cpu') -> None:
+def load_pretrained(
+    module: TakesReleasedCheckpoints, checkpoint: str, prefix: Optional[str] = None, map_location: str = 'cpu'
+) -> None:
     """Load a checkpoint with the names of the release, and log the weights that were left out.
 
     The weights may be flat or under ``state_dict`` or ``model``. A backbone takes its weights from a classification
     checkpoint, without the heads, or from ``backbone.`` in the checkpoint of a whole model. A head takes its weights from a
-    classification checkpoint.
+    classification checkpoint. Of the module's ``layers_of_data``, those with another shape keep their initialisation.
 
     Args:
         module: the backbone or the head.
@@ -92,13 +99,20 @@ def load_pretrained(module: nn.Module, checkpoint: str, prefix: Optional[str] = 
         found = _top_levels([*state_dict, *left_out]) or 'nothing'
         raise ValueError(f'{checkpoint} has no weights for {type(module).__name__}, got {found}')
     check_variant(module, state_dict, prefix='')
+    fresh = set()
     for name, tensor in state_dict.items():
         if name in own and own[name].shape != tensor.shape:
-            raise ValueError(f'{name} must have shape {tuple(own[name].shape)}, got {tuple(tensor.shape)} in {checkpoint}')
+            if _layer(name) not in module.layers_of_data:
+                expected, found = tuple(own[name].shape), tuple(tensor.shape)
+                raise ValueError(f'{name} must have shape {expected}, got {found} in {checkpoint}')
+            fresh.add(_layer(name))
+    state_dict = {name: tensor for name, tensor in state_dict.items() if _layer(name) not in fresh}
 
     result = module.load_state_dict(state_dict, strict=False)
     # Old checkpoints have no num_batches_tracked. It does not change any output.
-    missing = [name for name in result.missing_keys if not name.endswith('num_batches_tracked')]
+    missing = [
+        name for name in result.missing_keys if not name.endswith('num_batches_tracked') and _layer(name) not in fresh
+    ]
     initialised = [name for name in missing if top_level(name) in PYRAMID_MODULES]
     missing = [name for name in missing if name not in initialised]
     problems = [('lacks', missing), ('has unknown', result.unexpected_keys)]
@@ -110,6 +124,8 @@ def load_pretrained(module: nn.Module, checkpoint: str, prefix: Optional[str] = 
         message += f' Left out {len(left_out)} tensors of other modules: {_top_levels(left_out)}.'
     if initialised:
         message += f' Not in the checkpoint, so kept as initialised: {_top_levels(initialised)}.'
+    if fresh:
+        message += f' Of another shape in the checkpoint, so kept as initialised: {", ".join(sorted(fresh))}.'
     print_log(message, logger='current')
 
 
@@ -166,6 +182,11 @@ def _is_of_another_model(name: str, own: Mapping[str, Tensor]) -> bool:
 def top_level(name: str) -> str:
     """Return 'blocks1' for 'blocks1.0.dwconv.weight'."""
     return name.split('.', 1)[0]
+
+
+def _layer(name: str) -> str:
+    """Return 'blocks1.0.dwconv' for 'blocks1.0.dwconv.weight'."""
+    return name.rpartition('.')[0]
 
 
 def _top_levels(names: Iterable[str]) -> str:

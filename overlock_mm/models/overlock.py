@@ -88,7 +88,8 @@ class OverLoCK(TakesReleasedCheckpoints):
             - num_groups: groups of the dynamic kernels in sub_blocks3 and sub_blocks4. Twice these divide C3 and C4.
             - kernel_sizes: large kernels of stages 1..4, by default (17, 15, 13, 7).
             - mlp_ratio, sub_mlp_ratio: hidden channels of the MLPs in basic and dynamic blocks, by default 4 and 3 times C.
-        in_channels: channels of the input image.
+        in_channels: channels of the input image. With other than 3, the first convolution does not take its weights from a
+            pre-trained file; all other layers do.
         out_type: one of the three flavours of the released checkpoints:
 
             - 'features': plain features, for classification.
@@ -118,6 +119,8 @@ class OverLoCK(TakesReleasedCheckpoints):
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and what it got.
     """
+
+    layers_of_data = ('patch_embed1.0',)
 
     def __init__(
         self,

@@ -267,9 +267,44 @@ def test_unknown_released_file():
 
 
 def test_weight_of_another_shape_is_named(small_arch, classifier, tmp_path):
+    classifier['patch_embed1.3.weight'] = torch.zeros(4, 4, 5, 5)
+    torch.save(classifier, tmp_path / 'other.pth')
+    with pytest.raises(ValueError, match=r'patch_embed1.3.weight must have shape \(4, 4, 3, 3\), got \(4, 4, 5, 5\)'):
+        build(small_arch, tmp_path / 'other.pth')
+
+
+@pytest.mark.parametrize('in_channels', [1, 4])
+def test_first_convolution_starts_fresh_with_other_images(small_arch, classifier, tmp_path, log, in_channels):
     torch.save(classifier, tmp_path / 'rgb.pth')
-    with pytest.raises(ValueError, match=r'patch_embed1.0.weight must have shape \(4, 5, 3, 3\), got \(4, 3, 3, 3\)'):
-        build(small_arch, tmp_path / 'rgb.pth', in_channels=5)
+    torch.manual_seed(0)
+    initial = OverLoCK(small_arch, in_channels=in_channels).patch_embed1[0].weight
+    torch.manual_seed(0)
+    weights = build(small_arch, tmp_path / 'rgb.pth', in_channels=in_channels).state_dict()
+    assert torch.equal(weights.pop('patch_embed1.0.weight'), initial)
+    assert all(torch.equal(value, classifier[name]) for name, value in weights.items())
+    (message,) = (message for message in log.messages if 'Loaded' in message)
+    assert message.endswith('Of another shape in the checkpoint, so kept as initialised: patch_embed1.0.')
+
+
+@pytest.mark.parametrize('overview_channels', [None, 8])
+def test_last_layers_of_the_head_start_fresh_with_other_classes(tmp_path, log, overview_channels):
+    pytest.importorskip('mmpretrain', reason="the head is mmpretrain's")
+    from overlock_mm.models import OverLoCKHead
+
+    source = OverLoCKHead(num_classes=7, in_channels=10, overview_channels=8).state_dict()
+    source = {name: tensor + 1 for name, tensor in source.items()}
+    torch.save(source, tmp_path / 'classifier.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'classifier.pth'))
+    torch.manual_seed(0)
+    head = OverLoCKHead(num_classes=5, in_channels=10, overview_channels=overview_channels, init_cfg=init_cfg)
+    initial = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    head.init_weights()
+    fresh = ('head.4.', 'aux_head.2.')
+    for name, value in head.state_dict().items():
+        assert torch.equal(value, initial[name] if name.startswith(fresh) else source[name]), name
+    (message,) = (message for message in log.messages if 'Loaded' in message)
+    layers = 'head.4' if overview_channels is None else 'aux_head.2, head.4'
+    assert message.endswith(f'kept as initialised: {layers}.')
 
 
 def test_missing_and_unknown_weights(small_arch, classifier, tmp_path):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..ops import contmix
 from ..registry import MODELS
+from .arguments import positive_int
 from .blocks import mix_at_fitting_size
 from .layers import Conv2d, LayerNorm2d, LayerScale, as_matrix
 
@@ -72,9 +73,10 @@ class ContMixBlock(BaseModule):
         init_cfg: Union[dict, list, None] = None,
     ) -> None:
         super().__init__(init_cfg)
-        _check_positive_ints(
-            in_channels=in_channels, kernel_size=kernel_size, small_kernel_size=small_kernel_size, context_size=context_size
-        )
+        in_channels = positive_int('in_channels', in_channels)
+        kernel_size = positive_int('kernel_size', kernel_size)
+        small_kernel_size = positive_int('small_kernel_size', small_kernel_size)
+        context_size = positive_int('context_size', context_size)
         for name, size in (('kernel_size', kernel_size), ('small_kernel_size', small_kernel_size)):
             if size % 2 == 0:
                 raise ValueError(f'{name} must be odd, got {size}')
@@ -83,7 +85,7 @@ class ContMixBlock(BaseModule):
         channels = in_channels + in_channels % 2
         if num_groups is None:
             num_groups = _default_num_groups(channels)
-        _check_positive_ints(num_groups=num_groups)
+        num_groups = positive_int('num_groups', num_groups)
         if channels % (2 * num_groups):
             raise ValueError(f'num_groups: 2 * num_groups must divide the {channels} channels, got {num_groups}')
 
@@ -160,12 +162,6 @@ def _build_norm(norm_cfg: dict[str, Any], channels: int) -> nn.Module:
     from mmcv.cnn import build_norm_layer  # needed only with a norm_cfg
 
     return build_norm_layer(norm_cfg, channels)[1]
-
-
-def _check_positive_ints(**values: int) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f'{name} must be a positive int, got {value!r}')
 
 
 def _default_num_groups(channels: int) -> int:

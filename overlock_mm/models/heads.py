@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checkpoints.loading import TakesReleasedCheckpoints
 from ..versions import require
+from .arguments import positive_int
 
 require('mmpretrain', 'the classification head')
 
@@ -38,6 +39,7 @@ class OverLoCKHead(TakesReleasedCheckpoints, ClsHead):
 
     Raises:
         ImportError: mmpretrain is not installed.
+        ValueError: a number is no positive int.
     """
 
     layers_of_data = ('head.4', 'aux_head.2')
@@ -56,7 +58,8 @@ class OverLoCKHead(TakesReleasedCheckpoints, ClsHead):
     ) -> None:
         loss = loss or {'type': 'CrossEntropyLoss', 'loss_weight': 1.0}
         super().__init__(loss=loss, topk=topk, cal_acc=cal_acc, init_cfg=init_cfg)
-        self.num_classes = num_classes
+        num_classes = self.num_classes = positive_int('num_classes', num_classes)
+        in_channels = positive_int('in_channels', in_channels)
         self.head = nn.Sequential(
             nn.Conv2d(in_channels, hidden_channels, kernel_size=1, bias=False),
             nn.BatchNorm2d(hidden_channels),
@@ -66,6 +69,7 @@ class OverLoCKHead(TakesReleasedCheckpoints, ClsHead):
         )
         self.aux_head = None
         if overview_channels is not None:
+            overview_channels = positive_int('overview_channels', overview_channels)
             self.aux_head = nn.Sequential(
                 nn.BatchNorm2d(overview_channels),
                 nn.AdaptiveAvgPool2d(1),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, Optional, Union
 
 import torch
@@ -16,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..checkpoints.loading import TakesReleasedCheckpoints, check_variant, openmmlab_name
 from ..ops._reference import is_channels_last
 from ..registry import MODELS
+from .arguments import positive_int
 from .blocks import BasicBlock, DynamicBlock
 from .economy import POLICIES, run_block
 from .layers import Conv2d, LayerNorm2d, LayerScale
@@ -80,7 +83,7 @@ class OverLoCK(TakesReleasedCheckpoints):
     Maps have shape (B, C, H, W). C1..C4 are the channels of the architecture, and Ch = C4 / 4 those of the context.
 
     Args:
-        arch: 'xt', 't', 's' or 'b' ('extreme-tiny', 'tiny', 'small', 'base'), or a dict with
+        arch: 'xt', 't', 's' or 'b' ('extreme-tiny', 'tiny', 'small', 'base'; 'overlock_t' and so on), or a dict with
 
             - channels: C1..C4.
             - depths: blocks of blocks1..blocks4 (Base-Net has the first three, Overview-Net the fourth).
@@ -143,8 +146,7 @@ class OverLoCK(TakesReleasedCheckpoints):
             init_cfg = dict(type='Pretrained', checkpoint=pretrained)
         super().__init__(init_cfg)
         settings = resolve_architecture(arch)
-        if not isinstance(in_channels, int) or in_channels < 1:
-            raise ValueError(f'in_channels must be a positive int, got {in_channels!r}')
+        in_channels = positive_int('in_channels', in_channels)
         if out_type not in OUT_TYPES:
             raise ValueError(f'out_type must be one of {OUT_TYPES}, got {out_type!r}')
         if not 0 <= drop_path_rate < 1:
@@ -157,7 +159,7 @@ class OverLoCK(TakesReleasedCheckpoints):
         self.in_channels = in_channels
         self.out_type = out_type
         self.out_indices = _resolve_out_indices(out_indices, out_type)
-        self.frozen_stages = frozen_stages
+        self.frozen_stages = int(frozen_stages)
         self.norm_eval = norm_eval
         self.checkpointed_stages = _resolve_with_cp(with_cp)
         self.memory = memory
@@ -395,11 +397,7 @@ def resolve_architecture(arch: Union[str, dict[str, Any]]) -> dict[str, Any]:
         ValueError: the name is unknown, or a setting is missing, unknown or does not fit.
     """
     if isinstance(arch, str):
-        name = LONG_NAMES.get(arch.lower(), arch.lower())
-        if name not in ARCHITECTURES:
-            known = ', '.join([*ARCHITECTURES, *LONG_NAMES])
-            raise ValueError(f'arch must be a dict or one of {known}, got {arch!r}')
-        return {**ARCHITECTURE_DEFAULTS, **ARCHITECTURES[name]}
+        return {**ARCHITECTURE_DEFAULTS, **ARCHITECTURES[_resolve_name(arch)]}
     if not isinstance(arch, dict):
         raise TypeError(f'arch must be a str or a dict, got {arch!r}')
     lengths = dict(channels=4, depths=4, sub_depths=2, num_groups=2, kernel_sizes=4)
@@ -409,10 +407,11 @@ def resolve_architecture(arch: Union[str, dict[str, Any]]) -> dict[str, Any]:
         raise ValueError(f'arch has unknown settings {sorted(unknown)} and lacks {sorted(missing)}, got {arch!r}')
     for name, length in lengths.items():
         values = settings[name]
-        if not (isinstance(values, (tuple, list)) and len(values) == length and all(isinstance(v, int) for v in values)):
+        if not isinstance(values, (tuple, list)) or len(values) != length:
             raise ValueError(f'arch[{name!r}] must be {length} ints, got {values!r}')
-        if min(values) < 1:
-            raise ValueError(f'arch[{name!r}] must be positive, got {values!r}')
+        settings[name] = tuple(positive_int(f'arch[{name!r}][{i}]', value) for i, value in enumerate(values))
+    for name in ('mlp_ratio', 'sub_mlp_ratio'):
+        settings[name] = positive_int(f'arch[{name!r}]', settings[name])
     for channels, groups in zip(settings['channels'][2:], settings['num_groups']):
         if channels % (2 * groups):
             raise ValueError(f"arch['num_groups']: 2 * {groups} must divide the {channels} channels of its stage")
@@ -421,17 +420,28 @@ def resolve_architecture(arch: Union[str, dict[str, Any]]) -> dict[str, Any]:
     return settings
 
 
+def _resolve_name(arch: str) -> str:
+    """Return 'xt', 't', 's' or 'b' for any name of a variant, such as 'tiny' or 'overlock_t'."""
+    name = re.sub('^overlock[-_]', '', arch.lower())
+    name = LONG_NAMES.get(name, name)
+    if name not in ARCHITECTURES:
+        known = ', '.join([*ARCHITECTURES, *LONG_NAMES])
+        raise ValueError(f'arch must be a dict or one of {known}, got {arch!r}')
+    return name
+
+
 def _resolve_out_indices(out_indices: Optional[Sequence[int]], out_type: str) -> tuple[int, ...]:
     number = 5 if out_type == 'features' else 4
     if out_indices is None:
         return (3,) if out_type == 'features' else (0, 1, 2, 3)
-    if isinstance(out_indices, (int, str)) or not all(isinstance(i, int) for i in out_indices):
+    if isinstance(out_indices, (Integral, str)) or not all(isinstance(i, Integral) for i in out_indices):
         raise TypeError(f'out_indices must be a sequence of ints, got {out_indices!r}')
+    out_indices = tuple(map(int, out_indices))
     if not out_indices or len(set(out_indices)) < len(out_indices) or not set(out_indices) <= set(range(number)):
         raise ValueError(
             f'out_indices must be different numbers in 0..{number - 1} with out_type={out_type!r}, got {out_indices!r}'
         )
-    return tuple(out_indices)
+    return out_indices
 
 
 def _resolve_with_cp(with_cp: Union[bool, Sequence[str]]) -> frozenset[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -262,3 +263,9 @@ def test_bad_settings(settings, message):
 def test_bad_input(shape):
     with pytest.raises(ValueError, match=r'the input must have shape \(B, 16, H, W\), got \('):
         ContMixBlock(16)(torch.randn(shape))
+
+
+def test_integers_of_numpy():
+    block = ContMixBlock(np.int64(32), kernel_size=np.int32(7), num_groups=np.int64(2), context_size=np.uint8(7))
+    assert repr(block) == repr(ContMixBlock(32, kernel_size=7, num_groups=2, context_size=7))
+    assert block(torch.randn(1, 32, 5, 6)).shape == (1, 32, 5, 6)

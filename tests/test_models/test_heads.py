@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from mmengine.registry.utils import init_default_scope
@@ -85,3 +86,10 @@ def test_auxiliary_head_needs_the_overview():
     head = OverLoCKHead(num_classes=2, in_channels=4, overview_channels=4)
     with pytest.raises(ValueError, match=r'out_indices=\(4, 3\), got 1'):
         head.forward_aux((torch.randn(1, 4, 2, 2),))
+
+
+def test_numbers_of_channels_and_classes():
+    head = OverLoCKHead(num_classes=np.int64(2), in_channels=np.int32(4), overview_channels=np.int64(4))
+    assert repr(head) == repr(OverLoCKHead(num_classes=2, in_channels=4, overview_channels=4))
+    with pytest.raises(ValueError, match='num_classes must be a positive int, got 0'):
+        OverLoCKHead(num_classes=0, in_channels=4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import KeptBytes, autocast_dtypes, devices, relative_error
@@ -46,6 +47,31 @@ def test_long_names(name):
 
     assert resolve_architecture(name) == resolve_architecture(LONG_NAMES[name])
     assert LONG_NAMES[name] in ARCHITECTURES
+
+
+@pytest.mark.parametrize('name', ['overlock_{}', 'overlock-{}', 'OverLoCK-{}'])
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_released_names(name, arch):
+    from overlock_mm.models.overlock import resolve_architecture
+
+    assert resolve_architecture(name.format(arch)) == resolve_architecture(arch)
+
+
+def test_integers_of_numpy(small_arch):
+    """Settings that were computed. They are ints in the network, so that it is the same."""
+    arch = {name: np.array(values).tolist() for name, values in small_arch.items()}
+    arch = {
+        name: [np.int64(value) for value in values] if isinstance(values, list) else values for name, values in arch.items()
+    }
+    backbone = OverLoCK(
+        {**arch, 'mlp_ratio': np.int32(4)}, in_channels=np.int64(4), out_type='pyramid', out_indices=np.arange(4),
+        frozen_stages=np.int16(1), drop_path_rate=np.float32(0.25),
+    )  # fmt: skip
+    plain = OverLoCK(small_arch, in_channels=4, out_type='pyramid', frozen_stages=1, drop_path_rate=0.25)
+    assert repr(backbone) == repr(plain)
+    settings = [backbone.in_channels, backbone.frozen_stages, *backbone.out_indices, *backbone.out_channels]
+    assert {type(value) for value in settings} == {int}
+    assert [out.shape[1] for out in backbone(torch.randn(2, 4, 32, 32))] == list(plain.out_channels)
 
 
 @pytest.mark.parametrize('out_type', ('features', *PYRAMIDS))
@@ -340,7 +366,8 @@ def test_other_input_channels(small_arch):
         (dict(arch=dict(channels=(8, 8, 8, 8))), ValueError, "lacks .*'depths'"),
         (dict(change=dict(width=3)), ValueError, "unknown settings .*'width'"),
         (dict(change=dict(depths=(1, 1))), ValueError, r"arch\['depths'\] must be 4 ints, got \(1, 1\)"),
-        (dict(change=dict(depths=(1, 0, 1, 1))), ValueError, r"arch\['depths'\] must be positive"),
+        (dict(change=dict(depths=(1, 0, 1, 1))), ValueError, r"arch\['depths'\]\[1\] must be a positive int, got 0"),
+        (dict(change=dict(mlp_ratio=2.5)), ValueError, r"arch\['mlp_ratio'\] must be a positive int, got 2.5"),
         (dict(change=dict(num_groups=(5, 4))), ValueError, r'2 \* 5 must divide the 24 channels'),
         (dict(change=dict(channels=(8, 12, 24, 42), num_groups=(2, 3))), ValueError, 'C4 a multiple of 4'),
         (dict(change=dict(kernel_sizes=(9, 7, 7, 4))), ValueError, 'kernel_size must be one of .*, got 4'),

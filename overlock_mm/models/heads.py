@@ -17,6 +17,7 @@ require('mmpretrain', 'the classification head')
 
 from mmengine.logging import print_log  # noqa: E402
 from mmengine.model.weight_init import trunc_normal_  # noqa: E402
+from mmengine.registry import DefaultScope  # noqa: E402
 from mmpretrain.models.heads import ClsHead  # noqa: E402
 from mmpretrain.registry import MODELS  # noqa: E402
 
@@ -57,7 +58,11 @@ class OverLoCKHead(TakesReleasedCheckpoints, ClsHead):
         init_cfg: Optional[dict] = None,
     ) -> None:
         loss = loss or {'type': 'CrossEntropyLoss', 'loss_weight': 1.0}
-        super().__init__(loss=loss, topk=topk, cal_acc=cal_acc, init_cfg=init_cfg)
+        # The losses are mmpretrain's, also in a model of another framework.
+        with DefaultScope.overwrite_default_scope('mmpretrain'):
+            super().__init__(loss=loss, topk=topk, cal_acc=cal_acc, init_cfg=init_cfg)
+            if overview_channels is not None:
+                self.aux_loss_module = MODELS.build(aux_loss or {**loss, 'loss_weight': 0.4})
         num_classes = self.num_classes = positive_int('num_classes', num_classes)
         in_channels = positive_int('in_channels', in_channels)
         self.head = nn.Sequential(
@@ -75,7 +80,6 @@ class OverLoCKHead(TakesReleasedCheckpoints, ClsHead):
                 nn.AdaptiveAvgPool2d(1),
                 nn.Conv2d(overview_channels, num_classes, kernel_size=1),
             )
-            self.aux_loss_module = MODELS.build(aux_loss or {**loss, 'loss_weight': 0.4})
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 trunc_normal_(module.weight, std=0.02)

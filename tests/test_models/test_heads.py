@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 from mmengine.registry.utils import init_default_scope
 
 pytest.importorskip('mmpretrain', reason="the head is mmpretrain's")
 
 from mmpretrain.models import ImageClassifier
+from mmpretrain.models.losses import CrossEntropyLoss, LabelSmoothLoss
 from mmpretrain.structures import DataSample
 
 from overlock_mm.models import OverLoCK, OverLoCKHead
@@ -93,3 +97,15 @@ def test_numbers_of_channels_and_classes():
     assert repr(head) == repr(OverLoCKHead(num_classes=2, in_channels=4, overview_channels=4))
     with pytest.raises(ValueError, match='num_classes must be a positive int, got 0'):
         OverLoCKHead(num_classes=0, in_channels=4)
+
+
+@pytest.mark.parametrize('scope', ['mmengine', 'mmdet', 'overlock_mm'])
+def test_losses_in_another_scope(scope):
+    if importlib.util.find_spec(scope) is None:
+        pytest.skip(f'{scope} is not installed')
+    loss = dict(type='LabelSmoothLoss', label_smooth_val=0.1)
+    with DefaultScope.overwrite_default_scope(scope):
+        heads = [OverLoCKHead(2, 4, overview_channels=4), OverLoCKHead(2, 4, overview_channels=4, loss=loss)]
+        assert DefaultScope.get_current_instance().scope_name == scope
+    for head, cls in zip(heads, (CrossEntropyLoss, LabelSmoothLoss)):
+        assert type(head.loss_module) is type(head.aux_loss_module) is cls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -15,7 +16,8 @@ from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checkpoints.loading import TakesReleasedCheckpoints, check_variant, openmmlab_name
+from ..checkpoints.loading import TakesReleasedCheckpoints, check_variant, load_pretrained, openmmlab_name
+from ..checkpoints.release import SCHEME
 from ..ops._reference import is_channels_last
 from ..registry import MODELS
 from .arguments import positive_int
@@ -117,7 +119,7 @@ class OverLoCK(TakesReleasedCheckpoints):
             classification checkpoint also loads into a pyramid; the log names the weights that were left out. By default
             convolutions start from a truncated normal of std 0.02.
         pretrained: a checkpoint; short for ``init_cfg=dict(type='Pretrained', checkpoint=pretrained)``. mmseg's models hand
-            theirs to the backbone.
+            theirs to the backbone. Without OpenMMLab's training use :meth:`from_pretrained`, which loads at once.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and what it got.
@@ -215,6 +217,33 @@ class OverLoCK(TakesReleasedCheckpoints):
 
         self._reset_parameters()
         self._freeze_stages()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        arch: Union[str, dict[str, Any]] = 't',
+        checkpoint: Union[str, os.PathLike, None] = None,
+        **kwargs,
+    ) -> OverLoCK:
+        """Build a backbone and load its weights. A backbone that is only built is not loaded before ``init_weights()``.
+
+        Args:
+            arch: as in the constructor.
+            checkpoint: a path, an address or ``overlock_mm://NAME``. The default is the variant's released ImageNet file,
+                which is downloaded once.
+            kwargs: other arguments of the constructor.
+
+        Raises:
+            OSError: the file is missing or damaged, or the download failed.
+            ValueError: an argument or the checkpoint does not fit, or an ``arch`` of one's own has no checkpoint.
+        """
+        if checkpoint is None:
+            if not isinstance(arch, str):
+                raise ValueError(f'checkpoint must be given, because there is none for arch={arch!r}')
+            checkpoint = f'{SCHEME}overlock_{_resolve_name(arch)}_in1k_224.pth'
+        backbone = cls(arch, **kwargs)
+        load_pretrained(backbone, checkpoint)
+        return backbone
 
     @property
     def _depth(self) -> int:

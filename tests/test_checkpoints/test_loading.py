@@ -351,6 +351,28 @@ def test_unfolded_checkpoint_into_folded_model_is_logged(small_arch, tmp_path, l
     assert not any('folded on loading' in message for message in log.messages)
 
 
+def test_from_pretrained_with_a_file(small_arch, classifier, tmp_path, log, no_network):
+    torch.save(classifier, tmp_path / 'classifier.pth')
+    backbone = OverLoCK.from_pretrained(small_arch, tmp_path / 'classifier.pth', out_type='pyramid', out_indices=(3,))
+    weights = backbone.state_dict()
+    assert all(torch.equal(weights[name], classifier[name]) for name in weights if not name.startswith('extra_norm.'))
+    assert backbone.out_channels == (50,)
+    assert [message for message in log.messages if 'Loaded' in message]
+
+
+@pytest.mark.parametrize('arch', ['xt', 'overlock_xt', 'extreme-tiny'])
+def test_from_pretrained_with_the_released_file(downloads, arch):
+    source = OverLoCK('xt').state_dict()
+    downloads += [lambda file: torch.save(source, file)]
+    backbone = OverLoCK.from_pretrained(arch)
+    assert all(torch.equal(value, source[name]) for name, value in backbone.state_dict().items())
+
+
+def test_from_pretrained_without_a_checkpoint(small_arch):
+    with pytest.raises(ValueError, match='checkpoint must be given, because there is none for arch={'):
+        OverLoCK.from_pretrained(small_arch)
+
+
 def test_pretrained_is_short_for_init_cfg(small_arch, classifier, tmp_path):
     torch.save(classifier, tmp_path / 'classifier.pth')
     backbone = OverLoCK(small_arch, pretrained=str(tmp_path / 'classifier.pth'))

@@ -2,10 +2,9 @@
 # heads (4 convolutions, 1 linear layer, SyncBN, GIoU) and the pipeline come from mmdet's ConvNeXt config. Optimiser and
 # schedule come from our Mask R-CNN 3x.
 _base_ = 'mmdet::convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py'
+custom_imports = dict(imports=['overlock_mm'], allow_failed_imports=False)
 
-# The base sets these for its ConvNeXt, which is in mmpretrain.
-checkpoint_file = None
-custom_imports = None
+checkpoint_file = None  # the base sets it for its ConvNeXt
 
 model = dict(
     backbone=dict(

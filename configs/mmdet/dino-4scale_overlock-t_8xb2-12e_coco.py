@@ -1,6 +1,7 @@
 # DINO with 4 scales, OverLoCK-T, 12 epochs: 8 GPUs x 2 images. Ours: mmdet's DINO with this backbone. As in mmdet, the
 # backbone has a tenth of the learning rate.
 _base_ = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
+custom_imports = dict(imports=['overlock_mm'], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(

@@ -5,6 +5,7 @@ _base_ = [
     'mmdet::_base_/schedules/schedule_1x.py',
     'mmdet::_base_/default_runtime.py',
 ]
+custom_imports = dict(imports=['overlock_mm'], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(

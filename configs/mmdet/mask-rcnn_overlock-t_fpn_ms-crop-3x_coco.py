@@ -1,6 +1,7 @@
 # Mask R-CNN, OverLoCK-T, 3x, as released with the paper: 8 GPUs x 2 images, AdamW, 36 epochs, box AP 49.6. Pipeline (flip,
 # multi-scale, crop), optimiser and epochs come from mmdet's Swin config. Warm-up and batch norms are as in 1x.
 _base_ = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py'
+custom_imports = dict(imports=['overlock_mm'], allow_failed_imports=False)
 
 pretrained = None  # the base sets Swin's weights
 

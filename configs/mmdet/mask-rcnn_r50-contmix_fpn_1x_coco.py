@@ -2,6 +2,7 @@
 # plugin, not a published model: mmdet's config with the plugin. Stage 1 is frozen and has no plugin. The blocks start as
 # the identity, so training starts from the features of the pre-trained ResNet.
 _base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+custom_imports = dict(imports=['overlock_mm'], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(

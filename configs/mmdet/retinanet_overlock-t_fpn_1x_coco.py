@@ -1,6 +1,7 @@
 # RetinaNet, OverLoCK-T, 1x: 8 GPUs x 2 images. Ours: mmdet's RetinaNet with the optimiser of our Mask R-CNN, at half its
 # learning rate, as a dense head wants it.
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+custom_imports = dict(imports=['overlock_mm'], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(

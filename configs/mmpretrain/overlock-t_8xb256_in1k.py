@@ -8,6 +8,7 @@ _base_ = [
     'mmpretrain::_base_/schedules/imagenet_bs1024_adamw_swin.py',
     'mmpretrain::_base_/default_runtime.py',
 ]
+custom_imports = dict(imports=['overlock_mm'], allow_failed_imports=False)
 
 model = dict(
     type='ImageClassifier',

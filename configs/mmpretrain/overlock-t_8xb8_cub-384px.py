@@ -5,6 +5,7 @@ _base_ = [
     'mmpretrain::_base_/schedules/cub_bs64.py',
     'mmpretrain::_base_/default_runtime.py',
 ]
+custom_imports = dict(imports=['overlock_mm'], allow_failed_imports=False)
 
 model = dict(
     type='ImageClassifier',

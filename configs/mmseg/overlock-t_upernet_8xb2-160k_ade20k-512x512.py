@@ -1,6 +1,7 @@
 # UPerNet, OverLoCK-T, as released with the paper: 8 GPUs x 2 crops of 512 x 512, AdamW, 160k iterations, mIoU 50.3.
 # Optimiser, schedule, heads and training pipeline come from mmseg's Swin config.
 _base_ = 'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'
+custom_imports = dict(imports=['overlock_mm'], allow_failed_imports=False)
 
 checkpoint_file = backbone_norm_cfg = optimizer = None  # the base sets these for Swin; it does not use its optimizer
 

@@ -176,9 +176,14 @@ def test_batches_and_batch_norms(name):
     assert cfg.auto_scale_lr.base_batch_size == 8 * recipe.batch_size
     assert not cfg.auto_scale_lr.get('enable', False)
     assert cfg.get('sync_bn') == recipe.sync_bn
-    assert cfg.get('custom_imports') is None
     # No setting of the inherited networks is left.
     assert not re.search('swin|convnext|resnet|SGD', str(cfg.to_dict()), re.IGNORECASE)
+
+
+@pytest.mark.parametrize('name', [*RECIPES, *OTHER_CONFIGS])
+def test_dumped_config_imports_the_package(name):
+    """Inferencers read a checkpoint before they build the model, so the config must import what allows its objects."""
+    assert 'overlock_mm' in load(name).custom_imports.imports
 
 
 @pytest.mark.parametrize('name', [name for name in RECIPES if '-t_' not in name and not name.endswith('_demo')])

@@ -6,7 +6,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import run_script
 from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS
 from mmengine.registry.utils import init_default_scope
 
@@ -84,3 +86,28 @@ def test_detection_by_function(picture, tmp_path):
     result = apis.inference_detector(model, picture)
     assert result.pred_instances.bboxes.shape[1] == 4
     assert result.pred_instances.masks.shape[1:] == (48, 64)
+
+
+@pytest.mark.parametrize('name', ['mmdet/mask-rcnn_overlock-xt_fpn_demo', 'mmdet/mask-rcnn_r50-contmix_fpn_1x_coco'])
+def test_dumped_config_and_checkpoint_of_a_run(tmp_path, name):
+    """In a process that does not import this package by itself. A run saves its message hub too."""
+    pytest.importorskip('mmdet.apis', reason='its inferencer')
+    cfg = Config.fromfile(overlock_mm.get_config_path(name))
+    cfg.model.backbone.init_cfg = None
+    cfg.dump(tmp_path / 'dumped.py')
+    init_default_scope('mmdet')
+    history = HistoryBuffer()
+    history.update(1.0)
+    meta = dict(dataset_meta=dict(classes=list(np.unique(['ball', 'sign']))))
+    weights = MODELS.build(cfg.model).state_dict()
+    torch.save(
+        dict(meta=meta, state_dict=weights, message_hub=dict(log_scalars=dict(loss=history))), tmp_path / 'epoch_1.pth'
+    )
+    (tmp_path / 'infer.py').write_text(
+        'import sys\n'
+        'from mmdet.apis import DetInferencer\n'
+        'assert "overlock_mm" not in sys.modules\n'
+        'inferencer = DetInferencer("dumped.py", "epoch_1.pth", device="cpu")\n'
+        'print(inferencer.model.dataset_meta["classes"])\n'
+    )
+    assert "['ball', 'sign']" in run_script('infer.py', cwd=tmp_path)

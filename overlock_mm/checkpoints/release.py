@@ -68,7 +68,8 @@ def find_released(checkpoint: str) -> ReleasedFile:
     """
     name = checkpoint.removeprefix(SCHEME).removeprefix(RELEASE)
     if name not in RELEASED:
-        raise ValueError(f'the release has no file {name!r}; nearest: {nearest_names(name, RELEASED) or "none"}')
+        nearest = nearest_names(name, RELEASED) or 'none'
+        raise ValueError(f'the release has no file {name!r}; nearest: {nearest}. Give a file of your own by its path')
     return RELEASED[name]
 
 
@@ -97,7 +98,8 @@ def register_models() -> None:
 
     Then ``DetInferencer('mask-rcnn_overlock-t_fpn_1x_coco')``, ``MMSegInferencer('overlock-t_upernet_...')`` and
     ``mmpretrain.get_model('overlock-t_8xb256_in1k', pretrained=True)`` find configs and weights, and ``list_models`` lists
-    them. The function can be called repeatedly, before or after the frameworks are imported. It skips frameworks that are
+    them. mmdet's and mmseg's inferencers refuse a config without released weights, unless they get other weights. The
+    function can be called repeatedly, before or after the frameworks are imported. It skips frameworks that are
     not installed.
     """
     _register_with_mmengine()
@@ -117,7 +119,9 @@ def _register_with_mmengine() -> None:
         for framework in ('mmdet', 'mmseg'):
             # mmengine has imported the framework before it asks for its folder.
             if framework in sys.modules and folder == BaseInferencer._get_repo_or_mim_dir(framework):
-                yield from read_metafile(framework)
+                for model in read_metafile(framework):
+                    # Without weights an inferencer would draw the pictures of a random network. This name is refused.
+                    yield {**model, 'Weights': model['Weights'] or f'{SCHEME}{framework}/{model["Name"]}'}
 
     BaseInferencer._get_models_from_metafile = staticmethod(all_models)
 

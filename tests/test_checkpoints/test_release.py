@@ -171,7 +171,7 @@ def test_inferencers_find_the_names(framework, module, name):
     inferencer.scope = framework
     cfg, weights = inferencer._load_model_from_metafile(name)
     assert cfg.filename == overlock_mm.get_config_path(f'{framework}/{name}')
-    assert weights == models()[f'{framework}/{name}.py'].get('Weights')
+    assert weights == models()[f'{framework}/{name}.py'].get('Weights', f'overlock_mm://{framework}/{name}')
     listed = inferencer_type.list_models(framework, '.*overlock.*')
     assert sorted(listed) == sorted(
         model['Name'] for model in metafiles()[framework]['Models'] if 'overlock' in model['Name']
@@ -182,6 +182,22 @@ def test_inferencers_find_the_names(framework, module, name):
     inferencer.scope = other
     with pytest.raises(ValueError, match=f'Cannot find model: {name}'):
         inferencer._load_model_from_metafile(name)
+
+
+@pytest.mark.parametrize(
+    'framework, inferencer, name',
+    [
+        ('mmdet', 'DetInferencer', 'mask-rcnn_overlock-xt_fpn_1x_coco'),
+        ('mmdet', 'DetInferencer', 'dino-4scale_overlock-t_8xb2-12e_coco'),
+        ('mmseg', 'MMSegInferencer', 'overlock-xt_upernet_8xb2-160k_ade20k-512x512'),
+    ],
+)
+def test_inferencers_refuse_a_name_without_released_weights(no_network, framework, inferencer, name):
+    """They would draw the pictures of a random network."""
+    apis = pytest.importorskip(f'{framework}.apis', reason='its inferencer')
+    overlock_mm.register_models()
+    with pytest.raises(ValueError, match=f"the release has no file '{framework}/{name}'; .* Give a file of your own"):
+        getattr(apis, inferencer)(name, device='cpu')
 
 
 def test_mmpretrain_finds_the_names():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 import torch
 import torch.nn as nn
@@ -226,7 +226,10 @@ class _Branch(NamedTuple):
     eps: float
 
     @classmethod
-    def of(cls, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> _Branch:
+    def of(cls, conv: nn.Conv2d, norm: Union[nn.BatchNorm2d, nn.Identity]) -> _Branch:
+        if isinstance(norm, nn.Identity):  # fuse_conv_bn of mmcv has put the norm into the convolution
+            zero, one = torch.zeros_like(conv.bias), torch.ones_like(conv.bias)
+            return cls(conv.weight, conv.dilation[0], gamma=one, beta=conv.bias, mean=zero, var=one, eps=0.0)
         return cls(conv.weight, conv.dilation[0], norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
 
 

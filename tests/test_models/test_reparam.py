@@ -112,3 +112,16 @@ def test_running_statistics_are_those_of_the_norms(settings):
     assert state.keys() == expected.state_dict().keys()
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@torch.no_grad()
+def test_branches_fold_after_their_norms_were_fused(small_arch):
+    """As the options --fuse-conv-bn of the frameworks' scripts do."""
+    fuse_conv_bn = pytest.importorskip('mmcv.cnn', reason='it fuses the norms').fuse_conv_bn
+    backbone = OverLoCK(small_arch).double().eval()
+    randomise_statistics(backbone)
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    (expected,) = backbone(x)
+    fused = fuse_conv_bn(backbone)
+    fused.switch_to_deploy()
+    assert relative_error(fused(x)[0], expected) < 1e-12

@@ -73,8 +73,9 @@ def import_torch():
         outside = subprocess.run([sys.executable, '-E', '-s', '-c', code], capture_output=True, text=True)
         if outside.returncode:
             raise BuildError(
-                'the compiled operator is built against the installed torch, and there is none. Install torch first, '
-                'then:\n    pip install --no-build-isolation .\n'
+                'the compiled operator is built against the installed torch, and this build sees none. An '
+                'isolated build can hide it (that of uv does). Install torch, setuptools, wheel and ninja first, then:\n'
+                '    pip install --no-build-isolation .    (or uv pip install --no-build-isolation .)\n'
                 'or leave the operator out, which is slow:\n    OVERLOCK_MM_WITH_OPS=0 pip install .'
             ) from None
         sys.path.append(outside.stdout.strip())

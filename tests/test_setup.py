@@ -149,7 +149,10 @@ def test_an_isolated_build_finds_the_torch_outside(setup, tmp_path):
 def test_without_torch_it_says_what_to_do(setup, monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch', None)
     monkeypatch.setattr(setup.subprocess, 'run', lambda *args, **kwargs: SimpleNamespace(returncode=1, stdout=''))
-    with pytest.raises(SystemExit, match='Install torch first(.|\n)*OVERLOCK_MM_WITH_OPS=0 pip install'):
+    with pytest.raises(
+        SystemExit,
+        match='this build sees none(.|\n)*uv pip install --no-build-isolation(.|\n)*OVERLOCK_MM_WITH_OPS=0 pip install',
+    ):
         setup.import_torch()
 
 

@@ -13,8 +13,10 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
+from mmengine.model import BaseModel
 from mmengine.optim.scheduler import OneCycleParamScheduler
 from mmengine.registry import DATASETS, OPTIMIZERS, PARAM_SCHEDULERS, Registry
+from mmengine.runner import Runner
 
 from overlock_mm.checkpoints import safe_globals
 
@@ -224,3 +226,55 @@ def test_metadata_of_every_data_set():
     metadata = {name: cls.METAINFO for name, cls in registered(DATASETS).items() if getattr(cls, 'METAINFO', None)}
     for name, value in metadata.items():
         assert saved_and_loaded(value) == value, name
+
+
+class Line(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def forward(self, inputs, mode):
+        return dict(loss=self.layer(torch.stack(inputs)).square().mean())
+
+
+class Points(torch.utils.data.Dataset):
+    metainfo = dict(classes=list(np.unique(['b', 'a'])), palette=np.zeros((2, 3), np.uint8))
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return dict(inputs=torch.tensor([float(index)]))
+
+
+@pytest.mark.parametrize(
+    'optimizer', [dict(type='AdamW', fused=True), dict(type='SGD', momentum=0.9)], ids=['AdamW', 'SGD']
+)
+def test_resumed_run_is_an_undisturbed_one(tmp_path, optimizer):
+    """With averaged weights, two schedulers, and a data set with metadata of numpy."""
+
+    def train(name, epochs, resume=False):
+        one_cycle = dict(type='OneCycleLR', eta_max=0.1, total_steps=8, by_epoch=False, end=8)
+        restarts = dict(type='CosineRestartLR', periods=[4, 4], restart_weights=[1, 1], eta_min=0, by_epoch=False, end=8)
+        torch.manual_seed(0)
+        runner = Runner(
+            Line(),
+            str(tmp_path / name),
+            train_dataloader=dict(dataset=Points(), batch_size=1, sampler=dict(type='DefaultSampler', shuffle=False)),
+            train_cfg=dict(by_epoch=True, max_epochs=epochs),
+            optim_wrapper=dict(optimizer=dict(lr=0.01, **optimizer)),
+            param_scheduler=[one_cycle, restarts],
+            custom_hooks=[dict(type='EMAHook')],
+            resume=resume,
+            experiment_name=f'{tmp_path.name}-{name}-{epochs}',
+        )
+        runner.train()
+
+    train('undisturbed', 2)
+    train('resumed', 1)
+    train('resumed', 2, resume=True)
+    undisturbed, resumed = (torch.load(tmp_path / name / 'epoch_2.pth') for name in ('undisturbed', 'resumed'))
+    for part in ('state_dict', 'ema_state_dict', 'optimizer'):
+        torch.testing.assert_close(resumed[part], undisturbed[part], rtol=0, atol=0)
+    assert resumed['param_schedulers'] == undisturbed['param_schedulers']
+    assert resumed['meta']['dataset_meta']['classes'] == ['a', 'b']

@@ -15,16 +15,12 @@ using namespace cpu;
 /// The taps of all branches side by side, (C, taps).
 Tensor side_by_side(at::TensorList weights, const Tensor& x) {
   std::vector<Tensor> flat;
-  for (const Tensor& weight : weights) flat.push_back(weight.to(accumulation_type(x)).flatten(1));
-  return at::cat(flat, 1);
+  for (const Tensor& weight : weights) flat.push_back(weight.flatten(1));
+  return at::cat(flat, 1).to(accumulation_type(x));
 }
 
 /// Parameters of the norms, (branches, C), in float64.
-Tensor stack_as_double(at::TensorList parameters) {
-  std::vector<Tensor> doubles;
-  for (const Tensor& parameter : parameters) doubles.push_back(parameter.to(at::kDouble));
-  return at::stack(doubles);
-}
+Tensor stack_as_double(at::TensorList parameters) { return at::stack(parameters).to(at::kDouble); }
 
 BranchNormsParams params_of(const Tensor& input, const Tensor& taps, at::TensorList weights,
                             at::IntArrayRef dilations) {

@@ -667,11 +667,11 @@ class StripWorker {
   /// First channel of the group in the value and output maps.
   int64_t channel_of(int branch) const { return (branch * p_.groups + group_) * p_.channels; }
 
-  T* at(const Map& map, int64_t channel, const Chunk& chunk) const {
+  T* at(const Map& map, int64_t channel, Chunk chunk) const {
     return line<T>(map, image_, channel, chunk.y) + chunk.x * map.column_stride;
   }
-  T* query_at(const Map& map, const Chunk& chunk) const { return at(map, group_ * p_.query_channels, chunk); }
-  T* logsumexp_at(int branch, const Chunk& chunk) const {
+  T* query_at(const Map& map, Chunk chunk) const { return at(map, group_ * p_.query_channels, chunk); }
+  T* logsumexp_at(int branch, Chunk chunk) const {
     const int64_t branch_and_group = (image_ * 2 + branch) * p_.groups + group_;
     return static_cast<T*>(p_.logsumexp) + (branch_and_group * p_.height + chunk.y) * p_.width + chunk.x;
   }
@@ -683,7 +683,7 @@ class StripWorker {
 
   /// Call function(t, run) for the runs, of at most `most` positions, that a chunk consists of; t is a run's first.
   template <typename Function>
-  OVERLOCK_MM_INLINE void for_runs(int branch, const Chunk& chunk, int most, Function function) const {
+  OVERLOCK_MM_INLINE void for_runs(int branch, Chunk chunk, int most, Function function) const {
     for (int64_t t = 0; t < chunk.n;) {
       const Run run = run_from(chunk.x + t, chunk.n - t, p_.width, p_.kernel_size[branch], most);
       function(t, run);
@@ -752,7 +752,7 @@ class ForwardWorker : StripWorker<T> {
   int64_t query_size() const { return round_up<T>(kChunk * p_.query_channels); }
   int64_t value_size(int branch) const { return Strip::most_held(p_, strips_, branch) * p_.width * layout_.channels; }
 
-  void mix(int branch, const Chunk& chunk) {
+  void mix(int branch, Chunk chunk) {
     T maxima[kChunk], sums[kChunk];
     T* const z = weights_ + layout_.offset[branch];
     logits(p_, layout_, tables_, branch, chunk.x, chunk.n, keys_, query_, p_.query_channels, z, layout_.all_slots);
@@ -772,7 +772,7 @@ class ForwardWorker : StripWorker<T> {
     for (; done < n; ++done) exponentials<T, 1>(z + done * stride, stride, slots, maxima + done, sums + done);
   }
 
-  void sum_values(int branch, const Chunk& chunk, const T* weights) {
+  void sum_values(int branch, Chunk chunk, const T* weights) {
     const int64_t k = p_.kernel_size[branch], cp = layout_.channels, row_stride = p_.width * cp,
                   weights_stride = layout_.all_slots;
     const T* const window_line = values_[branch] + this->window_line(branch, chunk.y) * row_stride;
@@ -787,13 +787,14 @@ class ForwardWorker : StripWorker<T> {
     });
   }
 
-  void write_normalised(int branch, const Chunk& chunk, const T* sums) {
+  void write_normalised(int branch, Chunk chunk, const T* sums) {
     const int64_t cp = layout_.channels;
+    T* const mixed = mixed_;
     for (int64_t t = 0; t < chunk.n; ++t) {
       const T scale = T(1) / sums[t];
-      for (int64_t i = 0; i < cp; ++i) mixed_[t * cp + i] *= scale;
+      for (int64_t i = 0; i < cp; ++i) mixed[t * cp + i] *= scale;
     }
-    write_positions(p_.output, this->at(p_.output, this->channel_of(branch), chunk), chunk.n, p_.channels, cp, mixed_);
+    write_positions(p_.output, this->at(p_.output, this->channel_of(branch), chunk), chunk.n, p_.channels, cp, mixed);
   }
 
   Scratch<T> scratch_;
@@ -890,7 +891,7 @@ class BackwardWorker : StripWorker<T> {
     table_gradients_.clear();
   }
 
-  void differentiate(const Chunk& chunk) {
+  void differentiate(Chunk chunk) {
     const int64_t d = p_.query_channels, dp = layout_.query_channels;
     read_positions(p_.query, this->query_at(p_.query, chunk), chunk.n, d, dp, query_);
     for (int64_t i = 0; i < chunk.n * dp; ++i) grad_query_[i] = T(0);
@@ -910,7 +911,7 @@ class BackwardWorker : StripWorker<T> {
   }
 
   /// d(O), and D in `products`.
-  void read_gradients(int branch, const Chunk& chunk, T* products) {
+  void read_gradients(int branch, Chunk chunk, T* products) {
     const int64_t channel = this->channel_of(branch);
     const T* const grad = this->at(p_.grad_output, channel, chunk);
     const T* const output = this->at(p_.output, channel, chunk);
@@ -919,7 +920,7 @@ class BackwardWorker : StripWorker<T> {
   }
 
   /// P, from the logits once more.
-  void recompute_weights(int branch, const Chunk& chunk) {
+  void recompute_weights(int branch, Chunk chunk) {
     T* const z = weights_ + layout_.offset[branch];
     const int64_t slots = layout_.padded_slots[branch], stride = layout_.all_slots;
     logits(p_, layout_, tables_, branch, chunk.x, chunk.n, keys_, query_, layout_.query_channels, z, stride);
@@ -931,7 +932,7 @@ class BackwardWorker : StripWorker<T> {
   }
 
   /// d(O), weighted by P, to the windows of d(V).
-  void spread_gradients(int branch, const Chunk& chunk) {
+  void spread_gradients(int branch, Chunk chunk) {
     const int64_t k = p_.kernel_size[branch], cp = layout_.channels, row_stride = p_.width * cp,
                   weights_stride = layout_.all_slots;
     const T* const weights = weights_ + layout_.offset[branch];
@@ -949,7 +950,7 @@ class BackwardWorker : StripWorker<T> {
   }
 
   /// d(P), in the place of d(Z).
-  void differentiate_weights(int branch, const Chunk& chunk) {
+  void differentiate_weights(int branch, Chunk chunk) {
     const int64_t k = p_.kernel_size[branch], row_stride = p_.width;
     T* const grad_weights = logit_gradients_ + layout_.offset[branch];
     const int64_t plane = (strip_.end_held(p_, branch) - strip_.first_held(p_, branch)) * row_stride;
@@ -995,7 +996,7 @@ class BackwardWorker : StripWorker<T> {
   }
 
   /// d(Z), from d(P) in its place, and its sums for the biases.
-  void differentiate_logits(int branch, const Chunk& chunk, const T* products) {
+  void differentiate_logits(int branch, Chunk chunk, const T* products) {
     const int64_t slots = layout_.padded_slots[branch], first_slot = layout_.offset[branch];
     for (int64_t t = 0; t < chunk.n; ++t) {
       T* const row = logit_gradients_ + first_slot + t * row_size();

@@ -356,6 +356,7 @@ class ForwardThread {
         tile_(params, tile_height(kRows), kChannels),
         branch_(params, tile_.branch, tile_.image, tile_.group),
         k_(branch_.kernel_size),
+        chunk_(static_cast<int>(ceil_div(k_, ceil_div(k_, kSlotChunk)))),
         channels_(min(branch_.channels - tile_.channel, kChannels)),
         layout_(k_, kQuery),
         value_(params.value, tile_.image, branch_.first_channel + tile_.channel),
@@ -430,10 +431,8 @@ class ForwardThread {
   /// The slots of a line of the map, for positions kFirst to kLast.
   template <int kFirst, int kLast>
   __device__ __forceinline__ void take_line(int line) {
-    // As few chunks to a line as hold its slots, and these even: 13 = 7 + 6.
-    const int chunk = static_cast<int>(ceil_div(k_, ceil_div(k_, kSlotChunk)));
-    for (int start = 0; start < k_; start += chunk) {
-      const int size = min(chunk, k_ - start);
+    for (int start = 0; start < k_; start += chunk_) {
+      const int size = min(chunk_, k_ - start);
       A p[kRows][kSlotChunk];
 #pragma unroll
       for (int t = kFirst; t < kLast; ++t) {
@@ -460,14 +459,14 @@ class ForwardThread {
         }
       }
     }
+    const A *const keys = shared_ + slot * kQuery, *const biases = shared_ + layout_.bias + slot,
+                   *const offsets = shared_ + layout_.rpb + entry;
     A largest = minus_infinity<A>();
 #pragma unroll
     for (int u = 0; u < kSlotChunk; ++u) {
       if (u < size) {
         if constexpr (kStaged) {
-          const A* biases = shared_ + layout_.bias + slot + u;
-          const A* offsets = shared_ + layout_.rpb + entry + u;
-          z[u] = dot(q_[t], shared_ + (slot + u) * kQuery) + *biases + *offsets;
+          z[u] = dot(q_[t], keys + u * kQuery) + biases[u] + offsets[u];
         } else {
           z[u] *= A(kLog2E);
           if (branch_.bias) z[u] += in_base_2(branch_.bias[slot + u]);
@@ -502,15 +501,15 @@ class ForwardThread {
 
   template <int kFirst, int kLast>
   __device__ __forceinline__ void add_values(int line, int start, int size, const A (&p)[kRows][kSlotChunk]) {
+    const int position = (line - windows_.top) * windows_.columns + (left_ - windows_.left) + start;
+    const A* const staged = shared_ + layout_.maps + position * pitch(kChannels);
 #pragma unroll
     for (int u = 0; u < kSlotChunk; ++u) {
       if (u < size) {
         if constexpr (kStaged) {
-          const int position = (line - windows_.top) * windows_.columns + (left_ - windows_.left) + start + u;
-          const A* values = shared_ + layout_.maps + position * pitch(kChannels);
 #pragma unroll
           for (int c = 0; c < kChannels; c += 4) {
-            const Vector<A> vector = vector_at(values + c);
+            const Vector<A> vector = vector_at(staged + u * pitch(kChannels) + c);
 #pragma unroll
             for (int t = kFirst; t < kLast; ++t) {
 #pragma unroll
@@ -535,7 +534,9 @@ class ForwardThread {
   A* const shared_;
   const Tile tile_;
   const Branch<T> branch_;
-  const int k_, channels_;
+  const int k_;
+  const int chunk_;  ///< slots that are taken together: as few chunks to a line as hold them, and even, 13 = 7 + 6
+  const int channels_;
   const StagedLayout layout_;
   const Group<const T> value_, query_;
   const Positions<kRows> at_;
@@ -680,7 +681,7 @@ template <typename T, int kChannels, int kQuery, bool kStaged>
 class QueryThread {
  public:
   using A = typename Accumulator<T>::type;
-  using Branched = QueryTile<T, kChannels, kStaged>;
+  using BranchTile = QueryTile<T, kChannels, kStaged>;
 
   __device__ __forceinline__ QueryThread(const ContMixParams& params, A* shared)
       : params_(params),
@@ -749,7 +750,7 @@ class QueryThread {
 
   /// One branch of the tile.
   __device__ __forceinline__ void differentiate(int index) {
-    Branched tile(params_, index, image_, group_, tile_row_, tile_column_, y_, x_);
+    BranchTile tile(params_, index, image_, group_, tile_row_, tile_column_, y_, x_);
     // Values, queries and keys may be overwritten: the threads that read the last ones have since met in a barrier.
     if constexpr (kStaged) {
       stage_map<kChannels>(shared_ + layout_.value, tile.value, tile.branch.channels, tile.windows.top,
@@ -767,7 +768,7 @@ class QueryThread {
     }
   }
 
-  __device__ __forceinline__ void differentiate_piece(const Branched& tile, const Piece& piece) {
+  __device__ __forceinline__ void differentiate_piece(const BranchTile& tile, const Piece& piece) {
     const A* keys = tile.branch.keys + static_cast<int64_t>(piece.first_slot) * query_channels_;
     if constexpr (kStaged) {
       stage_keys<kQuery>(shared_ + layout_.keys, keys, piece.size, query_channels_);
@@ -794,7 +795,7 @@ class QueryThread {
   __device__ __forceinline__ A* dz() const { return shared_; }
 
   /// dZ of the piece to shared memory, and dq.
-  __device__ __forceinline__ void differentiate_slots(const Branched& tile, const Piece& piece, const A* keys) {
+  __device__ __forceinline__ void differentiate_slots(const BranchTile& tile, const Piece& piece, const A* keys) {
     const int k = tile.k, queries = this->queries();
     const int first_entry =
         (tile.top + piece.line - y_ + k - 1) * tile.entries + (tile.left + piece.start - x_ + k - 1);
@@ -842,7 +843,7 @@ class QueryThread {
 
   /// d(bias) is the sum over the tile, and so, where no window is clamped, is d(rpb): null where one is. 8 threads to a
   /// slot.
-  __device__ __forceinline__ void add_slot_sums(const Branched& tile, const Piece& piece, A* grad_rpb) const {
+  __device__ __forceinline__ void add_slot_sums(const BranchTile& tile, const Piece& piece, A* grad_rpb) const {
     constexpr int kThreads = kMaxThreads / kProductSlots;
     const int slot = thread_ / kThreads;
     A sum = 0;
@@ -870,7 +871,7 @@ class QueryThread {
 
   /// Where windows are clamped: sums over a row of positions of the tile, by column of rpb. Each position has one slot
   /// there, or none.
-  __device__ __forceinline__ void sum_rows(const Branched& tile, const Piece& piece) const {
+  __device__ __forceinline__ void sum_rows(const BranchTile& tile, const Piece& piece) const {
     const int k = tile.k;
     for (int i = thread_; i < kQueryTile * tile.entries; i += kMaxThreads) {
       const int tile_line = i / tile.entries, entry = i % tile.entries;
@@ -887,7 +888,7 @@ class QueryThread {
 
   /// A thread has a column of rpb, always the same. Rows of positions that share an entry are summed before they are
   /// added to it.
-  __device__ __forceinline__ void add_row_sums(const Branched& tile, const Piece& piece, A* grad_rpb) const {
+  __device__ __forceinline__ void add_row_sums(const BranchTile& tile, const Piece& piece, A* grad_rpb) const {
     const int k = tile.k;
     for (int entry = thread_; entry < tile.entries; entry += kMaxThreads) {
       A sum = 0;
@@ -904,7 +905,7 @@ class QueryThread {
     }
   }
 
-  __device__ __forceinline__ void add_to_grad_keys(const Branched& tile, const Piece& piece) const {
+  __device__ __forceinline__ void add_to_grad_keys(const BranchTile& tile, const Piece& piece) const {
     const int queries = this->queries();
     const A* const products = shared_ + layout_.products;
     A* grad_keys = static_cast<A*>(params_.grad_keys) +

@@ -3,8 +3,8 @@
 :func:`run_block` runs a block under one of three policies, which change neither results nor gradients:
 
 - ``'fast'``: autograd keeps what it asks for.
-- ``'lean'``: maps that are cheap to make again are not kept: outputs of norms, activations, small depth-wise convolutions,
-  products and sums. Outputs of matrix products, large convolutions and ContMix are kept.
+- ``'lean'``: maps that are cheap to make again are not kept: outputs of norms, activations, small depth-wise convolutions
+  and products with scales. Outputs of matrix products, large convolutions and ContMix are kept, and sums.
 - ``'checkpoint'``: only the inputs of the block are kept, and the backward runs the block again.
 
 A block knows nothing of it. The lean policy watches PyTorch's functions from outside: a torch-function mode notes how each
@@ -136,7 +136,7 @@ def _small_kernel_again(function: Callable, args: tuple, kwargs: dict) -> Option
 _CHEAP: dict[Callable, Callable[[Callable, tuple, dict], Optional[Call]]] = {
     **dict.fromkeys(
         (
-            F.layer_norm, F.gelu, F.silu, operator('global_response_norm'), torch.addcmul, torch.cat, Tensor.mul,
+            F.layer_norm, F.gelu, F.silu, operator('global_response_norm'), torch.addcmul, Tensor.mul,
             Tensor.split, Tensor.permute, Tensor.contiguous, Tensor.to, Tensor.__getitem__,
         ),
         _same_call,
@@ -144,8 +144,6 @@ _CHEAP: dict[Callable, Callable[[Callable, tuple, dict], Optional[Call]]] = {
     F.batch_norm: _batch_norm_again,
     operator('depthwise_conv2d'): _small_kernel_again,
 }  # fmt: skip
-#: These keep nothing themselves. Their outputs are cheap only where their inputs are made again anyway.
-_SUMS = (Tensor.add, Tensor.sub)
 
 
 class _Notebook(TorchFunctionMode):
@@ -171,8 +169,6 @@ class _Notebook(TorchFunctionMode):
             call = again(function, args, kwargs)
             if call is not None:
                 self._note(out, call)
-        elif function in _SUMS and all(self.find(each) for each in args if isinstance(each, Tensor)):
-            self._note(out, (function, args, kwargs))
         return out
 
     def pack(self, tensor: Tensor) -> Union[_Note, _Kept]:
@@ -187,26 +183,26 @@ class _Notebook(TorchFunctionMode):
         return note if note is not None and note.settle(self) else _Kept(tensor)
 
     def find(self, tensor: Tensor, before: Optional[int] = None) -> Optional[_Note]:
-        if _is_plain(tensor):
-            for note in reversed(self._notes.get(tensor.data_ptr(), ())):
-                if (before is None or note.number < before) and note.is_of(tensor):
-                    return note
+        # Most tensors have no note. They are passed over first.
+        if type(tensor) is Tensor and tensor.layout is torch.strided:
+            notes = self._notes.get(tensor.data_ptr())
+            if notes is not None and not tensor.is_complex():
+                for note in reversed(notes):
+                    if (before is None or note.number < before) and note.is_of(tensor):
+                        return note
         return None
 
     def _note(self, out: Any, call: Call) -> None:
         outputs = out if isinstance(out, tuple) else (out,)
         first = outputs[0]
-        if not first.requires_grad or not _is_plain(first) or any(first is each for each in call[1]):
+        if not first.requires_grad or type(first) is not Tensor or first.layout is not torch.strided:
             return
+        if first.is_complex() or any(first is each for each in call[1]):
+            return  # a complex tensor may be conjugated by a flag
         for index, each in enumerate(outputs):
             note = _Note(self._count, each, call, index if isinstance(out, tuple) else None)
             self._notes.setdefault(each.data_ptr(), []).append(note)
             self._count += 1
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's values are those at its address. (Complex tensors may be conjugated by a flag.)"""
-    return type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_complex()
 
 
 def _unpack(kept: Union[_Note, _Kept]) -> Tensor:

@@ -180,7 +180,7 @@ def test_batches_and_batch_norms(name):
     assert not re.search('swin|convnext|resnet|SGD', str(cfg.to_dict()), re.IGNORECASE)
 
 
-@pytest.mark.parametrize('name', [*RECIPES, *OTHER_CONFIGS])
+@pytest.mark.parametrize('name', [*RECIPES, *sorted(OTHER_CONFIGS)])
 def test_dumped_config_imports_the_package(name):
     """Inferencers read a checkpoint before they build the model, so the config must import what allows its objects."""
     assert 'overlock_mm' in load(name).custom_imports.imports

@@ -130,7 +130,7 @@ class DynamicBlock(nn.Module):
             Conv2d(context_channels, inner, kernel_size=1, bias=False),
             nn.BatchNorm2d(inner),
         )
-        self.weight_proj = nn.Conv2d(tokens, self.small_kernel_size**2 + kernel_size**2, kernel_size=1)
+        self.weight_proj = Conv2d(tokens, self.small_kernel_size**2 + kernel_size**2, kernel_size=1)
         self.rpb1 = nn.Parameter(torch.zeros(num_groups, 2 * self.small_kernel_size - 1, 2 * self.small_kernel_size - 1))
         self.rpb2 = nn.Parameter(torch.zeros(num_groups, 2 * kernel_size - 1, 2 * kernel_size - 1))
         self.dyconv_proj = nn.Sequential(Conv2d(channels, channels, kernel_size=1, bias=False), nn.BatchNorm2d(channels))

@@ -662,6 +662,7 @@ def test_exports():
         'branch_norms',
         'contmix',
         'contmix_reference',
+        'conv2d',
         'depthwise_conv2d',
         'residual_depthwise_norm',
         'global_response_norm',

@@ -1214,8 +1214,10 @@ def test_inplace(gelu, layout, dtype):
 
 def test_inplace_is_refused_with_gradients_and_casts():
     arguments = make_norm()
-    with pytest.raises(ValueError, match='inplace must be False where gradients are enabled, got True'):
-        residual_depthwise_norm(**arguments, inplace=True)
+    for name in arguments:
+        with_gradient = {**arguments, name: arguments[name].clone().requires_grad_()}
+        with pytest.raises(ValueError, match='inplace must be False where a gradient is asked for, got True'):
+            residual_depthwise_norm(**with_gradient, inplace=True)
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
         message = 'inplace must be False where autocast makes torch.bfloat16 of torch.float32, got True'
         with pytest.raises(ValueError, match=message):

@@ -10,16 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..models.layers import DepthwiseConv, LayerScale, ResidualDepthwiseConv
+from ..models.layers import GELU, DepthwiseConv, LayerScale, ResidualDepthwiseConv
 from ..models.reparam import DilatedReparamConv, exact_dtype
-from ..ops import depthwise_conv2d
+from ..ops import depthwise_conv2d, gelu
 from ..ops._autocast import cast_as_autocast, dtype_under_autocast, is_autocast_enabled
 from .onednn import HAS_FAST_BFLOAT16, PackedConv2d, can_pack
 
 #: Positions of a bfloat16 map from which on oneDNN's depth-wise 3x3 convolution is faster than this package's, where the
 #: processor computes in bfloat16.
 _LARGE_MAP = 4200
-_NAMES = {nn.GELU: 'gelu', nn.SiLU: 'silu'}
+_NAMES = {GELU: 'gelu', nn.SiLU: 'silu'}
+_ACTIVATIONS = {'gelu': gelu, 'silu': F.silu}
 
 
 class FoldedConv2d(nn.Module):
@@ -79,7 +80,7 @@ class FoldedConv2d(nn.Module):
             y = depthwise_conv2d(x, self.weight, self.bias, self.dilation[0])
         else:
             y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
-        return y if self.activation is None else getattr(F, self.activation)(y)
+        return y if self.activation is None else _ACTIVATIONS[self.activation](y)
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         """``out + conv(x)``. ``out`` is overwritten."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..ops._autocast import dtype_under_autocast
-from ..ops._library import is_compiling, is_exporting
+from ..ops._modes import is_compiling, is_exporting
 
 #: Whether this processor computes in bfloat16. oneDNN takes bfloat16 from AVX-512 on, and is up to 50 times slower without.
 #: (torch < 2.6 does not tell.)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..ops import contmix
 from .layers import (
+    GELU,
     Conv2d,
     DepthwiseConv,
     DropPath,
@@ -53,7 +54,7 @@ class BasicBlock(nn.Module):
             nn.BatchNorm2d(channels),
             SqueezeExcitation(channels),
             Conv2d(channels, hidden, kernel_size=1),
-            nn.GELU(),
+            GELU(),
             ResidualDepthwiseConv(hidden),
             GlobalResponseNorm(hidden),
             Conv2d(hidden, channels, kernel_size=1),
@@ -120,7 +121,7 @@ class DynamicBlock(nn.Module):
         self.fusion = nn.Sequential(
             DepthwiseConv(both, kernel_size=3),
             nn.BatchNorm2d(both),
-            nn.GELU(),
+            GELU(),
             Conv2d(both, channels, kernel_size=1),
             GlobalResponseNorm(channels),
         )
@@ -147,7 +148,7 @@ class DynamicBlock(nn.Module):
         self.norm2 = LayerNorm2d(both)
         self.mlp = nn.Sequential(
             Conv2d(both, hidden, kernel_size=1),
-            nn.GELU(),
+            GELU(),
             ResidualDepthwiseConv(hidden),
             GlobalResponseNorm(hidden),
             Conv2d(hidden, both, kernel_size=1),

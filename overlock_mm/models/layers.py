@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import conv2d, depthwise_conv2d, global_response_norm, residual_depthwise_conv2d
+from ..ops import conv2d, depthwise_conv2d, gelu, global_response_norm, residual_depthwise_conv2d, scale_and_shift
 from ..ops._autocast import autocast_disabled, cast_as_autocast
 
 
@@ -73,6 +73,13 @@ class LayerNorm2d(nn.LayerNorm):
         return cast_as_autocast(x.permute(0, 3, 1, 2))
 
 
+class GELU(nn.GELU):
+    """The exact GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(x)
+
+
 class GlobalResponseNorm(nn.Module):
     """Global response normalisation of (B, C, H, W) (Woo et al., ConvNeXt V2, eq. 1-3). It starts as the identity."""
 
@@ -101,9 +108,7 @@ class LayerScale(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Parameters follow the input's dtype, so that autocast keeps the residual stream in half precision.
-        weight = self.weight.view(1, -1, 1, 1).to(x.dtype)
-        return torch.addcmul(self.bias.view(1, -1, 1, 1).to(x.dtype), x, weight)
+        return scale_and_shift(x, self.weight, self.bias)
 
 
 class SqueezeExcitation(nn.Module):
@@ -115,7 +120,7 @@ class SqueezeExcitation(nn.Module):
         self.proj = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
             Conv2d(channels, hidden, kernel_size=1),
-            nn.GELU(),
+            GELU(),
             Conv2d(hidden, channels, kernel_size=1),
             nn.Sigmoid(),
         )

@@ -23,7 +23,7 @@ from ..registry import MODELS
 from .arguments import positive_int
 from .blocks import BasicBlock, DynamicBlock
 from .economy import POLICIES, run_block
-from .layers import Conv2d, LayerNorm2d, LayerScale
+from .layers import GELU, Conv2d, LayerNorm2d, LayerScale
 from .reparam import DilatedReparamConv
 
 #: Published variants. ``num_groups`` is twice the heads that the release lists for a branch.
@@ -58,7 +58,7 @@ def _stem(in_channels: int, out_channels: int) -> nn.Sequential:
         (out_channels, out_channels, 1),
     ):
         conv = Conv2d(inputs, outputs, kernel_size=3, stride=stride, bias=False)
-        layers += [conv, nn.BatchNorm2d(outputs), nn.GELU()]
+        layers += [conv, nn.BatchNorm2d(outputs), GELU()]
     return nn.Sequential(*layers[:-1])
 
 

@@ -6,6 +6,7 @@ from ._reference import contmix_reference
 from .contmix import contmix
 from .conv2d import conv2d
 from .depthwise import depthwise_conv2d, residual_depthwise_conv2d
+from .elementwise import gelu, scale_and_shift
 from .norms import branch_norms, global_response_norm, residual_depthwise_norm
 
 __all__ = [
@@ -14,9 +15,11 @@ __all__ = [
     'contmix_reference',
     'conv2d',
     'depthwise_conv2d',
+    'gelu',
     'global_response_norm',
     'residual_depthwise_conv2d',
     'residual_depthwise_norm',
+    'scale_and_shift',
     'use_references',
 ]
 

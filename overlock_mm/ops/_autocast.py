@@ -7,6 +7,8 @@ import contextlib
 import torch
 from torch import Tensor
 
+from ._modes import unseen_by_modes
+
 if hasattr(torch, 'get_autocast_dtype'):
 
     def is_autocast_enabled(device_type: str) -> bool:
@@ -25,8 +27,10 @@ else:
 
 def cast_as_autocast(x: Tensor) -> Tensor:
     """``x`` in the dtype that autocast casts it to where it is enabled. As in torch, float64 stays float64."""
-    dtype = dtype_under_autocast(x)
-    return x if dtype == x.dtype else x.to(dtype)  # to() would take longer to compare them
+    with unseen_by_modes():
+        dtype = dtype_under_autocast(x)
+        unchanged = dtype == x.dtype  # to() would take longer to compare them
+    return x if unchanged else x.to(dtype)
 
 
 def dtype_under_autocast(x: Tensor) -> torch.dtype:
@@ -40,5 +44,7 @@ def dtype_under_autocast(x: Tensor) -> torch.dtype:
 
 
 def autocast_disabled(device_type: str) -> contextlib.AbstractContextManager:
-    """Context without autocast. The meta device has none."""
-    return contextlib.nullcontext() if device_type == 'meta' else torch.autocast(device_type, enabled=False)
+    """Context without autocast."""
+    # The meta device has no autocast. A context takes longer than the question.
+    enabled = device_type != 'meta' and is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else contextlib.nullcontext()

@@ -122,6 +122,10 @@ def check_contmix(
             _check_shape(name, tensor, shapes[name])
 
 
+def check_gelu(x: Tensor) -> None:
+    _check_floating('x', x)
+
+
 # The other operators, of a map x (B, C, H, W).
 
 
@@ -145,16 +149,10 @@ def _check_kernel(name: str, weight: Tensor, x: Tensor) -> None:
     _check_dtype(name, weight, x, 'x', parameter=True)
 
 
-def check_depthwise_conv2d(
-    x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int, residual: bool, gelu: bool
-) -> None:
+def check_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int, residual: bool) -> None:
     _check_map(x)
     _check_kernel('weight', weight, x)
     check_dilation(dilation)
-    if gelu and weight.shape[-1] != 3:
-        raise ValueError(f'weight must have shape ({x.shape[1]}, 1, 3, 3) with gelu, got {tuple(weight.shape)}')
-    if gelu and dilation != 1:
-        raise ValueError(f'dilation must be 1 with gelu, got {dilation}')
     if bias is not None:
         _check_parameter('bias', bias, x)
 
@@ -200,9 +198,9 @@ def check_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> N
 
 
 def check_residual_depthwise_norm(
-    x: Tensor, weight: Tensor, bias: Optional[Tensor], gamma: Tensor, beta: Tensor, eps: float, gelu: bool
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], gamma: Tensor, beta: Tensor, eps: float
 ) -> None:
-    check_depthwise_conv2d(x, weight, bias, 1, True, False)
+    check_depthwise_conv2d(x, weight, bias, 1, True)
     if weight.shape[-1] != 3:
         raise ValueError(f'weight must have shape ({x.shape[1]}, 1, 3, 3), got {tuple(weight.shape)}')
     check_response_norm(x, gamma, beta, eps)

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..versions import version_numbers
 from . import _checks, _reference
 from ._autocast import autocast_disabled, cast_as_autocast
+from ._modes import is_compiling, is_exporting
 
 _BUILD_COMMAND = 'pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps .'
 
@@ -30,31 +32,15 @@ _BUILD_COMMAND = 'pip install --no-build-isolation --no-cache-dir --force-reinst
 SCHEMAS = {
     'contmix': '(Tensor value, Tensor query, Tensor key, Tensor proj_weight, Tensor? proj_bias, Tensor? rpb_small, '
     'Tensor? rpb_large, *, int num_groups, int small_kernel_size, int large_kernel_size) -> Tensor',
-    'depthwise_conv2d': '(Tensor x, Tensor weight, Tensor? bias, int dilation, bool residual, bool gelu) -> Tensor',
+    'depthwise_conv2d': '(Tensor x, Tensor weight, Tensor? bias, int dilation, bool residual) -> Tensor',
+    'gelu': '(Tensor x) -> Tensor',
     'branch_norms': '(Tensor x, Tensor[] weights, Tensor[] norm_weights, Tensor[] norm_biases, int[] dilations, '
     'float eps) -> (Tensor output, Tensor mean, Tensor variance)',
     'global_response_norm': '(Tensor x, Tensor gamma, Tensor beta, float eps) -> Tensor',
-    'residual_depthwise_norm': '(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps, '
-    'bool gelu) -> Tensor',
-    'residual_depthwise_norm_': '(Tensor(a!) x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps, '
-    'bool gelu) -> ()',
+    'residual_depthwise_norm': '(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) -> Tensor',
+    'residual_depthwise_norm_': '(Tensor(a!) x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) -> ()',
     'transpose': '(Tensor matrices) -> Tensor',
 }
-
-try:
-    from torch.compiler import is_compiling
-except ImportError:  # torch < 2.3
-    from torch._dynamo import is_compiling  # noqa: F401
-
-
-def is_exporting() -> bool:
-    """Whether a graph is being made for elsewhere, where there may be no compiled operator: ONNX, torch.export, a trace."""
-    if torch.jit.is_tracing():
-        return True
-    # torch >= 2.7. Not is_exporting(), which is True under torch.compile too.
-    flag = getattr(torch.compiler, '_is_exporting_flag', None)
-    return torch.onnx.is_in_onnx_export() if flag is None else flag
-
 
 # The binary.
 
@@ -131,6 +117,11 @@ def _contmix(value: Tensor, query: Tensor, key: Tensor, *args: Any, **kwargs: An
         return _laid_out_as(value, _reference.contmix_reference(value, query, key, *args, **kwargs))
 
 
+def _gelu(x: Tensor) -> Tensor:
+    _checks.check_gelu(x)
+    return F.gelu(x)
+
+
 def _transpose(matrices: Tensor) -> Tensor:
     _checks.check_transpose(matrices)
     return _reference.transpose(matrices)
@@ -140,6 +131,7 @@ def _transpose(matrices: Tensor) -> Tensor:
 references: dict[str, Callable] = {
     'contmix': _contmix,
     'depthwise_conv2d': _as_operator(_reference.depthwise_conv2d, _checks.check_depthwise_conv2d),
+    'gelu': _gelu,
     'branch_norms': _as_operator(_reference.branch_norms, _checks.check_branch_norms),
     'global_response_norm': _as_operator(_reference.global_response_norm, _checks.check_response_norm),
     'residual_depthwise_norm': _as_operator(_reference.residual_depthwise_norm, _checks.check_residual_depthwise_norm),

@@ -126,15 +126,12 @@ def contmix_reference(
 # Depth-wise convolutions and norms.
 
 
-def depthwise_conv2d(
-    x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int, residual: bool, gelu: bool
-) -> Tensor:
-    """``conv(y) + bias``, and ``+ y`` if ``residual``, where y is GELU(x) or x: (B, C, H, W)."""
-    y = F.gelu(x) if gelu else x
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int, residual: bool) -> Tensor:
+    """``conv(x) + bias``, and ``+ x`` if ``residual``: (B, C, H, W)."""
     padding = dilation * (weight.shape[-1] // 2)
     bias = None if bias is None else bias.to(x.dtype)
-    out = F.conv2d(y, weight.to(x.dtype), bias, padding=padding, dilation=dilation, groups=weight.shape[0])
-    return y + out if residual else out
+    out = F.conv2d(x, weight.to(x.dtype), bias, padding=padding, dilation=dilation, groups=weight.shape[0])
+    return x + out if residual else out
 
 
 def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
@@ -147,15 +144,15 @@ def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> 
 
 
 def residual_depthwise_norm(
-    x: Tensor, weight: Tensor, bias: Optional[Tensor], gamma: Tensor, beta: Tensor, eps: float, gelu: bool
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], gamma: Tensor, beta: Tensor, eps: float
 ) -> Tensor:
-    return global_response_norm(depthwise_conv2d(x, weight, bias, 1, True, gelu), gamma, beta, eps)
+    return global_response_norm(depthwise_conv2d(x, weight, bias, 1, True), gamma, beta, eps)
 
 
 def residual_depthwise_norm_(
-    x: Tensor, weight: Tensor, bias: Optional[Tensor], gamma: Tensor, beta: Tensor, eps: float, gelu: bool
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], gamma: Tensor, beta: Tensor, eps: float
 ) -> None:
-    x.copy_(residual_depthwise_norm(x, weight, bias, gamma, beta, eps, gelu))
+    x.copy_(residual_depthwise_norm(x, weight, bias, gamma, beta, eps))
 
 
 def transpose(matrices: Tensor) -> Tensor:
@@ -174,7 +171,7 @@ def branch_norms(
     """Each branch's convolution and batch norm by itself (OverLoCK, section 3.2). Autograd keeps every output."""
     outputs, means, variances = [], [], []
     for weight, norm_weight, norm_bias, dilation in zip(weights, norm_weights, norm_biases, dilations):
-        y = depthwise_conv2d(x, weight, None, dilation, False, False)  # (B, C, H, W)
+        y = depthwise_conv2d(x, weight, None, dilation, False)  # (B, C, H, W)
         out, mean, variance = _batch_norm(y, norm_weight, norm_bias, eps)
         outputs.append(out)
         means.append(mean)
@@ -204,7 +201,7 @@ class _LeanBranchNorms(torch.autograd.Function):
         weights, norm_weights, norm_biases = (parameters[i * branches : (i + 1) * branches] for i in range(3))
         out, means, variances = None, [], []
         for weight, norm_weight, norm_bias, dilation in zip(weights, norm_weights, norm_biases, dilations):
-            y = depthwise_conv2d(x, weight, None, dilation, False, False)
+            y = depthwise_conv2d(x, weight, None, dilation, False)
             normed, mean, variance = _batch_norm(y, norm_weight, norm_bias, eps)
             if out is None:
                 out, first = normed, y
@@ -227,7 +224,7 @@ class _LeanBranchNorms(torch.autograd.Function):
         inverse_deviations = torch.rsqrt(variances + ctx.eps)
         grad_x, grad_weights, grad_norm_weights, grad_norm_biases = None, [], [], []
         for i, (weight, norm_weight, dilation) in enumerate(zip(weights, norm_weights, ctx.dilations)):
-            y = depthwise_conv2d(x, weight, None, dilation, False, False) if i else first
+            y = depthwise_conv2d(x, weight, None, dilation, False) if i else first
             grad_y, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_batch_norm_backward(
                 grad_output, y, norm_weight.to(means.dtype), None, None, means[i], inverse_deviations[i], True, ctx.eps,
                 [True, True, True],

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ._autocast import dtype_under_autocast
-from ._library import is_compiling, is_exporting, operator, using_references
+from ._library import operator, using_references
+from ._modes import is_compiling, is_exporting, unseen_by_modes
 from ._reference import is_channels_last
 
 #: From this many numbers in a weight for one position of the output on, the product is faster.
@@ -44,7 +45,7 @@ def conv2d(
         Tensor[B, C_out, H', W']
     """
     if not is_compiling() and not is_exporting() and not using_references():
-        with torch._C.DisableTorchFunction():  # a mode would see every property that is read here
+        with unseen_by_modes():
             fits = _fits(x, weight, padding, dilation, groups)
             is_linear = fits and x.shape[2:] == weight.shape[2:] == (1, 1)
             is_product = fits and not is_linear and is_faster_as_product(x, weight, bias, stride)
@@ -91,7 +92,7 @@ class _Convolution(torch.autograd.Function):
     def forward(context: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: tuple[int, int]) -> Tensor:
         of_x, of_weight = context.needs_input_grad[:2]
         context.save_for_backward(x if of_weight else None, weight if of_x else None)
-        with torch._C.DisableTorchFunction():
+        with unseen_by_modes():
             context.window = _Window(x, weight, stride)
             return context.window.map_of(_product(context.window.rows(x), weight.flatten(1), bias))
 

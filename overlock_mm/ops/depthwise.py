@@ -34,17 +34,16 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, d
     """
     _check_tensors(x, weight, bias)
     check_dilation(dilation)
-    return operator('depthwise_conv2d')(cast_as_autocast(x), weight, bias, dilation, False, False)
+    return operator('depthwise_conv2d')(cast_as_autocast(x), weight, bias, dilation, False)
 
 
-def residual_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, gelu: bool = False) -> Tensor:
-    """``y + depthwise_conv2d(y, weight, bias)`` with y = x, or y = GELU(x): one pass over the map, forward and backward.
+def residual_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """``x + depthwise_conv2d(x, weight, bias)``: one pass over the map, forward and backward.
 
     Args:
         x (Tensor[B, C, H, W])
-        weight (Tensor[C, 1, k, k]): k odd; 3 if ``gelu``.
+        weight (Tensor[C, 1, k, k]): k odd.
         bias (Tensor[C] | None)
-        gelu: whether x goes through the exact GELU first.
 
     Returns:
         Tensor[B, C, H, W]: as :func:`depthwise_conv2d`.
@@ -53,7 +52,7 @@ def residual_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] 
         TypeError, ValueError: as :func:`depthwise_conv2d`.
     """
     _check_tensors(x, weight, bias)
-    return operator('depthwise_conv2d')(cast_as_autocast(x), weight, bias, 1, True, gelu)
+    return operator('depthwise_conv2d')(cast_as_autocast(x), weight, bias, 1, True)
 
 
 def _check_tensors(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> None:

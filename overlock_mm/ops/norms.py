@@ -82,10 +82,9 @@ def residual_depthwise_norm(
     gamma: Tensor,
     beta: Tensor,
     eps: float = 1e-6,
-    gelu: bool = False,
     inplace: bool = False,
 ) -> Tensor:
-    """``global_response_norm(residual_depthwise_conv2d(x, weight, bias, gelu), gamma, beta, eps)``.
+    """``global_response_norm(residual_depthwise_conv2d(x, weight, bias), gamma, beta, eps)``.
 
     Without gradients this is one operator: the compiled one sums the squares of the convolution's output on its
     way to memory, and normalises the output in place. With gradients, both operators run one after the other.
@@ -95,7 +94,6 @@ def residual_depthwise_norm(
         weight (Tensor[C, 1, 3, 3])
         bias (Tensor[C] | None)
         gamma, beta (Tensor[C]), eps: of the norm.
-        gelu: whether x goes through the exact GELU first.
         inplace: whether the result overwrites ``x``, as in PyTorch's activations. Only without gradients.
 
     Returns:
@@ -114,9 +112,9 @@ def residual_depthwise_norm(
         reason = 'a gradient is asked for' if wants_gradient else f'autocast makes {x.dtype} of {given.dtype}'
         raise ValueError(f'inplace must be False where {reason}, got True')
     if wants_gradient:
-        check_residual_depthwise_norm(x, weight, bias, gamma, beta, eps, gelu)
-        return global_response_norm(residual_depthwise_conv2d(x, weight, bias, gelu), gamma, beta, eps)
+        check_residual_depthwise_norm(x, weight, bias, gamma, beta, eps)
+        return global_response_norm(residual_depthwise_conv2d(x, weight, bias), gamma, beta, eps)
     if inplace:
-        operator('residual_depthwise_norm_')(x, weight, bias, gamma, beta, eps, gelu)
+        operator('residual_depthwise_norm_')(x, weight, bias, gamma, beta, eps)
         return x
-    return operator('residual_depthwise_norm')(x, weight, bias, gamma, beta, eps, gelu)
+    return operator('residual_depthwise_norm')(x, weight, bias, gamma, beta, eps)

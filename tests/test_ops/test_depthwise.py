@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import NamedTuple, Optional
 
 import pytest
@@ -25,9 +24,11 @@ from overlock_mm.ops import (
     _library,
     branch_norms,
     depthwise_conv2d,
+    gelu,
     global_response_norm,
     residual_depthwise_conv2d,
     residual_depthwise_norm,
+    scale_and_shift,
     use_references,
 )
 
@@ -60,9 +61,12 @@ def plain_convolution(x, weight, bias, dilation=1):
     return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=weight.shape[0])
 
 
-def plain_residual(x, weight, bias, gelu=False):
-    y = F.gelu(x) if gelu else x
-    return y + plain_convolution(y, weight, bias)
+def plain_residual(x, weight, bias):
+    return x + plain_convolution(x, weight, bias)
+
+
+def make_map(batch=2, channels=5, height=6, width=9) -> dict:
+    return dict(x=random(batch, channels, height, width))
 
 
 def make_response_norm(batch=2, channels=5, height=6, width=9) -> dict:
@@ -81,8 +85,8 @@ def make_norm(**settings) -> dict:
     return dict(**arguments, gamma=random(channels), beta=random(channels))
 
 
-def plain_norm(x, weight, bias, gamma, beta, eps=1e-6, gelu=False):
-    return plain_response_norm(plain_residual(x, weight, bias, gelu=gelu), gamma, beta, eps)
+def plain_norm(x, weight, bias, gamma, beta, eps=1e-6):
+    return plain_response_norm(plain_residual(x, weight, bias), gamma, beta, eps)
 
 
 def make_branches(batch=2, channels=5, height=6, width=9, branches=((5, 1), (3, 1), (3, 2))) -> dict:
@@ -122,19 +126,10 @@ class Operator(NamedTuple):
     make: Callable
 
 
-def residual_gelu(x, weight, bias):
-    return residual_depthwise_conv2d(x, weight, bias, gelu=True)
-
-
-def plain_residual_gelu(x, weight, bias):
-    return plain_residual(x, weight, bias, gelu=True)
-
-
 OPERATORS = {
     'convolution': Operator(depthwise_conv2d, plain_convolution, make_convolution),
     'residual': Operator(residual_depthwise_conv2d, plain_residual, make_convolution),
-    'gelu': Operator(residual_gelu, plain_residual_gelu, make_convolution),
-    'gelu_norm': Operator(partial(residual_depthwise_norm, gelu=True), partial(plain_norm, gelu=True), make_norm),
+    'gelu': Operator(gelu, F.gelu, make_map),
     'norm': Operator(residual_depthwise_norm, plain_norm, make_norm),
     'response_norm': Operator(global_response_norm, plain_response_norm, make_response_norm),
     'branches': Operator(compiled_branches, plain_branches, make_branches),
@@ -149,7 +144,6 @@ CASES = [
     ('residual', dict()),
     ('residual', dict(kernel_size=5)),
     ('gelu', dict()),
-    ('gelu_norm', dict()),
     ('norm', dict()),
     ('response_norm', dict()),
     ('branches', dict()),
@@ -244,7 +238,7 @@ def test_random_shapes(name, dtype, tolerance):
         shapes.update(kernel_size=st.sampled_from([1, *range(3, 33, 2)]), dilation=integers(1, 4), bias=st.booleans())
     elif name == 'residual':
         shapes.update(kernel_size=st.sampled_from([1, 3, 3, 5, 7, 13]), bias=st.booleans())
-    elif name in ('gelu', 'gelu_norm', 'norm'):
+    elif name == 'norm':
         shapes.update(bias=st.booleans())
     elif name == 'branches':
         choices = [((3, 1),), ((3, 1), (3, 1)), ((7, 1), (5, 1), (3, 2), (3, 3)), ((13, 1), (7, 2), (3, 5), (5, 3))]
@@ -364,7 +358,7 @@ def test_only_the_gradients_asked_for(name, settings):
     grad_output = torch.randn_like(arguments['x'])
     expected = with_gradients(operator.plain, arguments, grad_output)
     tensors = [each for each, value in arguments.items() if isinstance(value, Tensor)]
-    for wanted in (*((each,) for each in tensors), ('x', tensors[-1]), tuple(tensors[1:])):
+    for wanted in filter(None, (*((each,) for each in tensors), ('x', tensors[-1]), tuple(tensors[1:]))):
         got = with_gradients(operator.run, arguments, grad_output, wanted)
         assert set(got) == {'output', *wanted}
         for each, value in got.items():
@@ -376,7 +370,7 @@ def test_only_the_gradients_asked_for(name, settings):
 def test_the_backward_computes_what_is_asked(kernel_size, mask):
     arguments = make_convolution(kernel_size=kernel_size)
     out = torch.ops.overlock_mm._depthwise_conv2d_backward(
-        torch.randn_like(arguments['x']), arguments['x'], arguments['weight'], 1, False, False, list(map(bool, mask))
+        torch.randn_like(arguments['x']), arguments['x'], arguments['weight'], 1, False, list(map(bool, mask))
     )
     assert [value is not None and value.numel() > 0 for value in out] == list(map(bool, mask))
 
@@ -449,7 +443,7 @@ def check_layouts() -> None:
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             x = torch.randn(batch, channels, height, width).to(dtype)
             weight = copy.expand(channels, 1, 3, 3).to(dtype)
-            out = torch.ops.overlock_mm.depthwise_conv2d(x, weight, None, 1, False, False)
+            out = torch.ops.overlock_mm.depthwise_conv2d(x, weight, None, 1, False)
             assert out.is_contiguous()
             assert torch.equal(out, x), (batch, channels, height, width, dtype)
 
@@ -502,11 +496,11 @@ def check_bfloat16() -> None:
         x = x.bfloat16().contiguous(memory_format=torch.channels_last)
         weight = torch.zeros(channels, 1, 3, 3)
         weight[:, :, 1, 1] = torch.randn(channels, 1)
-        out = torch.ops.overlock_mm.depthwise_conv2d(x, weight, None, 1, False, False)
+        out = torch.ops.overlock_mm.depthwise_conv2d(x, weight, None, 1, False)
         expected = (x.float() * weight[:, :, 1, 1].view(1, -1, 1, 1)).bfloat16()
         assert torch.equal(out.nan_to_num(nan=7), expected.nan_to_num(nan=7)), channels
         assert out[:, 1].isnan().all()
-        (grad, _, _) = torch.ops.overlock_mm._depthwise_conv2d_backward(x, x, weight, 1, False, False, [True, False, False])
+        (grad, _, _) = torch.ops.overlock_mm._depthwise_conv2d_backward(x, x, weight, 1, False, [True, False, False])
         assert torch.equal(grad.nan_to_num(nan=7), expected.nan_to_num(nan=7)), channels
 
 
@@ -543,9 +537,9 @@ def test_contiguous_maps_come_back_unchanged():
 
 
 def check_gelu(dtype: torch.dtype, tolerance: float) -> None:
-    """GELU and its derivative: the residual convolution with a kernel of zeros."""
-    x = torch.linspace(-12, 12, 1000 * 101, dtype=torch.float64).view(1, 1, 1000, 101).to(dtype).requires_grad_()
-    out = residual_depthwise_conv2d(x, torch.zeros(1, 1, 3, 3, dtype=dtype), None, gelu=True)
+    """GELU and its derivative."""
+    x = torch.linspace(-12, 12, 100001, dtype=torch.float64).to(dtype).requires_grad_()
+    out = gelu(x)
     (slope,) = torch.autograd.grad(out, x, torch.ones_like(out))
     exact = x.detach().double().requires_grad_()
     expected = F.gelu(exact)
@@ -564,17 +558,54 @@ def test_gelu_of_huge_numbers(dtype):
     """Large numbers are copied, numbers far below 0 become 0, without an overflow. NaN stays NaN."""
     most = torch.finfo(dtype).max
     large = torch.tensor([20.0, 40.0, 1e3, 1e10, 1e19, 1e30, most / 2, most], dtype=dtype)
-    x = torch.cat([large, -large, torch.full((1,), torch.nan, dtype=dtype)]).view(-1, 1, 1, 1).requires_grad_()
-    out = residual_gelu(x, torch.zeros(1, 1, 3, 3, dtype=dtype), None)
+    x = torch.cat([large, -large, torch.full((1,), torch.nan, dtype=dtype)]).requires_grad_()
+    out = gelu(x)
     (slope,) = torch.autograd.grad(out, x, torch.ones_like(out))
     n = len(large)
-    out, slope = out.detach().flatten(), slope.flatten()
+    out = out.detach()
     assert torch.equal(out[:n], large)
     assert torch.equal(slope[:n], torch.ones_like(large))
     assert out[n : 2 * n].abs().max().item() < 1e-80
     assert slope[n : 2 * n].abs().max().item() < 1e-80
     assert out[-1].isnan()
     assert slope[-1].isnan()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda x: x[0, 0, 0],
+        lambda x: x.flatten()[3],
+        lambda x: x.transpose(0, 2),
+        lambda x: x[:, ::2, :, 1::3],
+        lambda x: x[:, :1].expand(-1, 6, -1, -1),
+        lambda x: x[:0],
+    ],
+    ids=['vector', 'number', 'transposed', 'strided', 'expanded', 'empty'],
+)
+def test_gelu_of_any_shape_and_layout(make, dtype):
+    x = make(torch.randn(3, 4, 37, 131, dtype=dtype)).detach().requires_grad_()
+    grad_output = make(torch.randn(3, 4, 37, 131, dtype=dtype))
+    out = gelu(x)
+    (grad,) = torch.autograd.grad(out, x, grad_output)
+    exact = x.detach().double().requires_grad_()
+    expected = F.gelu(exact)
+    (expected_grad,) = torch.autograd.grad(expected, exact, grad_output.double())
+    assert (out.dtype, out.shape, grad.dtype) == (dtype, x.shape, dtype)
+    assert out.stride() == torch.empty_like(x).stride()
+    tolerance = 4 * torch.finfo(dtype).eps
+    for got, value in ((out, expected), (grad, expected_grad)):
+        assert torch.allclose(got.detach().double(), value.detach(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=str)
+def test_scale_and_shift(dtype):
+    x, scale, shift = random(2, 5, 6, 9).to(dtype), random(5), random(5, 1, 1, 1)
+    out = scale_and_shift(x, scale, shift)
+    expected = x * scale.to(dtype).view(5, 1, 1) + shift.to(dtype).view(5, 1, 1)
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < 4 * torch.finfo(dtype).eps
 
 
 def bits_with_threads(function: Callable, numbers=(1, 2, 3)) -> list[dict]:
@@ -648,11 +679,15 @@ def operator_arguments(name: str, dtype=torch.float32, layout='contiguous') -> l
         return [grad_output, x, weights, norm_weights, mean, variance, dilations, 1e-5]
     weight, bias, gamma, beta = (arguments[each] for each in ('weight', 'bias', 'gamma', 'beta'))
     if name == 'depthwise_conv2d':
-        return [x, weight, bias, 1, True, True]
+        return [x, weight, bias, 1, True]
     if name == '_depthwise_conv2d_backward':
-        return [grad_output, x, weight, 1, True, True, [True, False, True]]
+        return [grad_output, x, weight, 1, True, [True, False, True]]
     if name.startswith('residual_depthwise_norm'):
-        return [x, weight, bias, gamma, beta, 1e-6, True]
+        return [x, weight, bias, gamma, beta, 1e-6]
+    if name == 'gelu':
+        return [x]
+    if name == '_gelu_backward':
+        return [grad_output, x]
     if name == 'transpose':
         return [x.contiguous().to(x.dtype if x.dtype == torch.float64 else torch.float32)]
     if name == '_response_norm_backward':
@@ -660,8 +695,8 @@ def operator_arguments(name: str, dtype=torch.float32, layout='contiguous') -> l
     return [x, gamma, beta, 1e-6]
 
 
-FORWARDS = ['depthwise_conv2d', 'branch_norms', 'global_response_norm']
-BACKWARDS = ['_depthwise_conv2d_backward', '_branch_norms_backward', '_response_norm_backward']
+FORWARDS = ['depthwise_conv2d', 'gelu', 'branch_norms', 'global_response_norm']
+BACKWARDS = ['_depthwise_conv2d_backward', '_gelu_backward', '_branch_norms_backward', '_response_norm_backward']
 FOR_INFERENCE = ['residual_depthwise_norm', 'residual_depthwise_norm_']
 INTERNAL = ['_response_norm']
 
@@ -847,7 +882,7 @@ class Functions(TorchFunctionMode):
     [
         ('convolution', 'depthwise_conv2d'),
         ('residual', 'depthwise_conv2d'),
-        ('gelu', 'depthwise_conv2d'),
+        ('gelu', 'gelu'),
         ('response_norm', 'global_response_norm'),
         ('branches', 'branch_norms'),
     ],
@@ -922,7 +957,7 @@ def test_autocast(dtype, name, settings, layout):
     for each, error in errors(got, expected, 0.1 * grad_output.norm().item()).items():
         assert error < tolerance, (each, error)
     for out in (got['output'], inference):
-        assert out.dtype == (torch.float32 if name == 'response_norm' else dtype)
+        assert out.dtype == (torch.float32 if name in ('gelu', 'response_norm') else dtype)
         assert relative_error(out, expected['output']) < tolerance
     assert all(got[each].dtype == torch.float32 for each in got if each != 'output')
 
@@ -989,8 +1024,8 @@ def test_nan_spreads_as_in_plain_operators(name, settings, dtype, channels):
 def test_nan_in_a_kernel_stays_in_its_channel(name, settings, channels):
     operator = OPERATORS[name]
     arguments = to(operator.make(channels=channels, height=12, width=30, **settings), torch.float32)
-    if name in ('response_norm', 'gelu_norm', 'norm'):
-        pytest.skip('the norm goes over the channels')
+    if name in ('gelu', 'response_norm', 'norm'):
+        pytest.skip('there is no kernel, or the norm goes over the channels')
     weight = 'weight1' if name == 'branches' else 'weight'
     arguments[weight][1, 0, 0, 0] = torch.nan
     got = with_gradients(operator.run, arguments, torch.randn_like(arguments['x']))
@@ -1128,7 +1163,8 @@ BRANCHES = (call_branches, make_lists)
         (CONVOLUTION, replaced(dilation=lambda x: 0), ValueError, 'dilation must be an int of at least 1, got 0'),
         (CONVOLUTION, replaced(dilation=lambda x: True), ValueError, 'dilation must be an int of at least 1, got True'),
         (CONVOLUTION, replaced(dilation=lambda x: 1.5), ValueError, 'dilation must be an int of at least 1, got 1.5'),
-        ((residual_gelu, make_convolution), replaced(weight=lambda x: x[..., :1, :1]), ValueError, r'weight must have shape \(5, 1, 3, 3\) with gelu, got \(5, 1, 1, 1\)'),
+        ((gelu, make_map), replaced(x=lambda x: x.int()), TypeError, 'x must be float16, bfloat16, float32 or float64, got torch.int32'),
+        ((gelu, make_map), replaced(x=lambda x: None), TypeError, 'x must be a Tensor, got NoneType'),
         (MIXED_NORM, replaced(weight=lambda x: x[..., :1, :1]), ValueError, r'weight must have shape \(5, 1, 3, 3\), got \(5, 1, 1, 1\)'),
         *(
             (operator, change, error, message)
@@ -1182,8 +1218,9 @@ def test_bad_operator_arguments(name):
     inputs = operator_arguments(name)
     operator = getattr(torch.ops.overlock_mm, name)
     position = 1 if name in BACKWARDS else 0
-    with pytest.raises(ValueError, match=r'must have 4 dimensions, got shape \(5, 6, 9\)'):
-        operator(*inputs[:position], inputs[position][0], *inputs[position + 1 :])
+    if 'gelu' not in name:  # it takes all shapes
+        with pytest.raises(ValueError, match=r'must have 4 dimensions, got shape \(5, 6, 9\)'):
+            operator(*inputs[:position], inputs[position][0], *inputs[position + 1 :])
     if name not in BACKWARDS:
         return
     for change, error, message in (
@@ -1197,16 +1234,15 @@ def test_bad_operator_arguments(name):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('gelu', [True, False])
-def test_inplace(gelu, layout, dtype):
+def test_inplace(layout, dtype):
     """The result overwrites x, and is the same to the last digit, also at the borders between strips of a map."""
     for batch, channels, height, width in ((1, 64, 70, 5), (2, 20, 37, 11), (3, 5, 3, 4), (1, 8, 1, 1), (2, 33, 200, 3)):
         arguments = to(make_norm(batch=batch, channels=channels, height=height, width=width), dtype)
         x = arguments['x'] = LAYOUTS[layout](arguments['x'])
         with torch.no_grad():
-            expected = residual_depthwise_norm(**arguments, gelu=gelu)
+            expected = residual_depthwise_norm(**arguments)
             version = x._version
-            out = residual_depthwise_norm(**arguments, gelu=gelu, inplace=True)
+            out = residual_depthwise_norm(**arguments, inplace=True)
         assert out is x
         assert x._version > version
         assert torch.equal(out, expected)
@@ -1228,11 +1264,11 @@ def test_inplace_has_no_derivative():
     arguments = list(to(make_norm(), torch.float32).values())
     operator = torch.ops.overlock_mm.residual_depthwise_norm_
     with pytest.raises(NotImplementedError, match='derivative for overlock_mm::residual_depthwise_norm_'):
-        operator(arguments[0], arguments[1].requires_grad_(), *arguments[2:], 1e-6, False)
+        operator(arguments[0], arguments[1].requires_grad_(), *arguments[2:], 1e-6)
     with torch.no_grad(), torch.autograd.forward_ad.dual_level():
         x = torch.autograd.forward_ad.make_dual(arguments[0], torch.ones_like(arguments[0]))
         with pytest.raises(NotImplementedError, match='derivative for overlock_mm::residual_depthwise_norm_'):
-            operator(x, *arguments[1:], 1e-6, False)
+            operator(x, *arguments[1:], 1e-6)
 
 
 def test_inplace_under_inference_mode():

@@ -59,12 +59,6 @@ void check_parameter_dtype(const char* name, const Tensor& tensor, const Tensor&
 
 namespace {
 
-void check_floating(const char* name, const Tensor& map) {
-  const at::ScalarType dtype = map.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16, name,
-                   " must be float16, bfloat16, float32 or float64, got ", name_of(dtype));
-}
-
 // ----------------------------------------------------------------------------------------------------------- ContMix
 
 int64_t slots_of(int64_t small_kernel_size, int64_t large_kernel_size) {
@@ -183,6 +177,12 @@ void check_contmix_backward(const Tensor& grad_output, const Tensor& value, cons
 
 // ----------------------------------------------------------------------------------------------- the other operators
 
+void check_floating(const char* name, const Tensor& tensor) {
+  const at::ScalarType dtype = tensor.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16, name,
+                   " must be float16, bfloat16, float32 or float64, got ", name_of(dtype));
+}
+
 void check_map(const Tensor& x) {
   check_floating("x", x);
   TORCH_CHECK_VALUE(x.dim() == 4, "x must have 4 dimensions, got shape ", shape_of(x));
@@ -212,14 +212,10 @@ void check_kernel(const char* name, const Tensor& weight, const Tensor& x) {
   check_parameter_dtype(name, weight, x, "x");
 }
 
-void check_depthwise_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t dilation,
-                            bool gelu) {
+void check_depthwise_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t dilation) {
   check_map(x);
   check_kernel("weight", weight, x);
   TORCH_CHECK_VALUE(dilation >= 1, "dilation must be at least 1, got ", dilation);
-  TORCH_CHECK_VALUE(!gelu || weight.sym_size(2) == 3, "weight must have shape (", x.sym_size(1),
-                    ", 1, 3, 3) with gelu, got ", shape_of(weight));
-  TORCH_CHECK_VALUE(!gelu || dilation == 1, "dilation must be 1 with gelu, got ", dilation);
   if (bias) check_parameter("bias", *bias, x, {x.sym_size(1)});
 }
 
@@ -277,7 +273,7 @@ void check_response_norm_backward(const Tensor& grad_output, const Tensor& x, co
 
 void check_residual_depthwise_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                    const Tensor& gamma, const Tensor& beta) {
-  check_depthwise_conv2d(x, weight, bias, /*dilation=*/1, /*gelu=*/false);
+  check_depthwise_conv2d(x, weight, bias, /*dilation=*/1);
   TORCH_CHECK_VALUE(weight.sym_size(2) == 3, "weight must have shape (", x.sym_size(1), ", 1, 3, 3), got ",
                     shape_of(weight));
   check_response_norm(x, gamma, beta);

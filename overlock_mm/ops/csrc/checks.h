@@ -20,6 +20,8 @@ void check_same_dtype(const char* name, const Tensor& tensor, const Tensor& refe
 /// The dtype of the reference, or float32 beside half types.
 void check_parameter_dtype(const char* name, const Tensor& tensor, const Tensor& reference, const char* reference_name);
 
+void check_floating(const char* name, const Tensor& tensor);
+
 // ContMix.
 
 /// All arguments of `contmix`.
@@ -43,8 +45,7 @@ void check_parameter(const char* name, const Tensor& parameter, const Tensor& x,
 /// A depth-wise kernel (C, 1, k, k) with k odd.
 void check_kernel(const char* name, const Tensor& weight, const Tensor& x);
 
-void check_depthwise_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t dilation,
-                            bool gelu);
+void check_depthwise_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t dilation);
 /// All arguments but norm_biases, which the backward does not have.
 void check_branch_norms(const Tensor& x, at::TensorList weights, at::TensorList norm_weights,
                         at::IntArrayRef dilations);

@@ -8,12 +8,12 @@
 
 namespace overlock_mm {
 
-/// output = conv(f(input)) + bias, and + f(input) if residual, where f is GELU or the identity.
+/// output = conv(input) + bias, and + input if residual.
 struct DepthwiseConv2dParams {
   int64_t batch, channels, height, width;
   int64_t kernel_size, dilation;  ///< kernel_size odd
-  bool residual, gelu;            ///< gelu, and the fused backward: only for kernel size 3 without dilation
-  int64_t strips;                 ///< parts of an image, of whole lines: a work item each
+  bool residual;
+  int64_t strips;  ///< parts of an image, of whole lines: a work item each
 
   const void* input;   ///< map
   const void* weight;  ///< (C, k, k) contiguous

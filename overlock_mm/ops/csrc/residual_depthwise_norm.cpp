@@ -7,28 +7,28 @@ namespace overlock_mm {
 namespace {
 
 Tensor residual_depthwise_norm_meta(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                    const Tensor& gamma, const Tensor& beta, double, bool) {
+                                    const Tensor& gamma, const Tensor& beta, double) {
   check_residual_depthwise_norm(x, weight, bias, gamma, beta);
   return empty_like_map(x);
 }
 
 void residual_depthwise_norm_inplace_meta(Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                          const Tensor& gamma, const Tensor& beta, double, bool) {
+                                          const Tensor& gamma, const Tensor& beta, double) {
   check_residual_depthwise_norm(x, weight, bias, gamma, beta);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(overlock_mm, m) {
-  // global_response_norm(f(x) + conv(f(x), weight) + bias), where f is GELU or the identity and the kernel is 3 x 3.
+  // global_response_norm(x + conv(x, weight) + bias), with a 3 x 3 kernel.
   // The compiled operator has no derivative.
   m.def(
-      "residual_depthwise_norm(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps, bool gelu) "
+      "residual_depthwise_norm(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) "
       "-> Tensor");
   // It returns nothing: torch.compile refuses operators that return what they change.
   m.def(
-      "residual_depthwise_norm_(Tensor(a!) x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps, "
-      "bool gelu) -> ()");
+      "residual_depthwise_norm_(Tensor(a!) x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) "
+      "-> ()");
 }
 
 TORCH_LIBRARY_IMPL(overlock_mm, Meta, m) {

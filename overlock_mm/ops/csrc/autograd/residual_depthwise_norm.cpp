@@ -5,7 +5,7 @@
 namespace overlock_mm {
 namespace {
 
-using NormInPlace = void(Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, double, bool);
+using NormInPlace = void(Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, double);
 
 auto norm_in_place() {
   static const auto op = operator_named<NormInPlace>("overlock_mm::residual_depthwise_norm_");
@@ -13,19 +13,19 @@ auto norm_in_place() {
 }
 
 void inplace_autograd(Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& gamma,
-                      const Tensor& beta, double eps, bool gelu) {
+                      const Tensor& beta, double eps) {
   TORCH_CHECK_NOT_IMPLEMENTED(!wants_gradient(x, weight, bias.value_or(Tensor()), gamma, beta),
                               "derivative for overlock_mm::residual_depthwise_norm_ is not implemented");
   const at::AutoDispatchBelowAutograd below_autograd;
-  norm_in_place().call(x, weight, bias, gamma, beta, eps, gelu);
+  norm_in_place().call(x, weight, bias, gamma, beta, eps);
 }
 
 /// Tells autograd that x has changed. (The fallback of torch does so only for operators that return what they change.)
 void inplace_version(Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& gamma,
-                     const Tensor& beta, double eps, bool gelu) {
+                     const Tensor& beta, double eps) {
   {
     const at::AutoDispatchBelowADInplaceOrView below;
-    norm_in_place().call(x, weight, bias, gamma, beta, eps, gelu);
+    norm_in_place().call(x, weight, bias, gamma, beta, eps);
   }
   x.unsafeGetTensorImpl()->bump_version();
 }

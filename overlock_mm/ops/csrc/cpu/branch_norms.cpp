@@ -121,8 +121,7 @@ std::tuple<Tensor, Tensor, Tensor> branch_norms_cpu(const Tensor& x, at::TensorL
                   betas.const_data_ptr<double>(), eps, kernel.mutable_data_ptr<scalar_t>(),
                   bias.mutable_data_ptr<scalar_t>());
   });
-  const Tensor output =
-      launch_depthwise_conv2d(input, kernel, bias, /*dilation=*/1, /*residual=*/false, /*gelu=*/false);
+  const Tensor output = launch_depthwise_conv2d(input, kernel, bias, /*dilation=*/1, /*residual=*/false);
   return {as_output(output, x), mean, variance};
 }
 

@@ -47,7 +47,7 @@ Tensor convolve_by_onednn(const Tensor& input, const Tensor& weight, const Tenso
 namespace cpu {
 
 DepthwiseConv2dParams depthwise_conv2d_params(const Tensor& input, const Tensor& weight, int64_t dilation,
-                                              bool residual, bool gelu) {
+                                              bool residual) {
   DepthwiseConv2dParams p{};
   p.batch = input.size(0);
   p.channels = input.size(1);
@@ -56,7 +56,6 @@ DepthwiseConv2dParams depthwise_conv2d_params(const Tensor& input, const Tensor&
   p.kernel_size = weight.size(2);
   p.dilation = dilation;
   p.residual = residual;
-  p.gelu = gelu;
   p.bfloat16 = input.scalar_type() == at::kBFloat16;
   p.input = input.const_data_ptr();
   p.weight = weight.const_data_ptr();
@@ -64,10 +63,10 @@ DepthwiseConv2dParams depthwise_conv2d_params(const Tensor& input, const Tensor&
 }
 
 Tensor launch_depthwise_conv2d(const Tensor& input, const Tensor& weight, const Tensor& bias, int64_t dilation,
-                               bool residual, bool gelu) {
+                               bool residual) {
   if (input.numel() == 0) return empty_output(input);
-  DepthwiseConv2dParams p = depthwise_conv2d_params(input, weight, dilation, residual, gelu);
-  if (!gelu && onednn_is_fast(input, p.kernel_size, p.dilation))
+  DepthwiseConv2dParams p = depthwise_conv2d_params(input, weight, dilation, residual);
+  if (onednn_is_fast(input, p.kernel_size, p.dilation))
     return convolve_by_onednn(input, weight, bias, dilation, residual);
   const Tensor output = empty_output(input);
   p.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
@@ -91,9 +90,9 @@ Tensor launch_depthwise_conv2d(const Tensor& input, const Tensor& weight, const 
 namespace {
 
 Tensor depthwise_conv2d_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t dilation,
-                            bool residual, bool gelu) {
-  check_depthwise_conv2d(x, weight, bias, dilation, gelu);
-  const bool plain = !residual && !gelu && x.numel() > 0;
+                            bool residual) {
+  check_depthwise_conv2d(x, weight, bias, dilation);
+  const bool plain = !residual && x.numel() > 0;
   // Inference mode skips autograd's kernel, which otherwise makes this choice, with and without gradients.
   if (plain && c10::InferenceMode::is_enabled() &&
       onednn_is_fast_for_contiguous(x, weight, dilation, /*differentiates=*/false))
@@ -102,7 +101,7 @@ Tensor depthwise_conv2d_cpu(const Tensor& x, const Tensor& weight, const Optiona
     return convolve_by_onednn(x, weight, bias.value_or(Tensor()), dilation, /*residual=*/false);
   const Tensor input = streams_bfloat16(x, weight, dilation) ? x : as_input(x);
   const Tensor shift = bias ? as_parameter(*bias, x) : Tensor();
-  return as_output(launch_depthwise_conv2d(input, as_parameter(weight, x), shift, dilation, residual, gelu), x);
+  return as_output(launch_depthwise_conv2d(input, as_parameter(weight, x), shift, dilation, residual), x);
 }
 
 struct Gradients {
@@ -111,8 +110,8 @@ struct Gradients {
 
 /// All gradients in one pass over the input and grad_output.
 Gradients stream_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight, bool residual,
-                          bool gelu, std::array<bool, 3> wanted) {
-  DepthwiseConv2dParams p = depthwise_conv2d_params(input, weight, /*dilation=*/1, residual, gelu);
+                          std::array<bool, 3> wanted) {
+  DepthwiseConv2dParams p = depthwise_conv2d_params(input, weight, /*dilation=*/1, residual);
   p.grad_output = grad_output.const_data_ptr();
   p.strips = strips_for_sums(p.batch, p.height, 8);
   Gradients gradients;
@@ -139,7 +138,7 @@ Gradients stream_backward(const Tensor& grad_output, const Tensor& input, const 
 
 /// Gradient of a kernel, (C, 1, k, k).
 Tensor weight_gradient(const Tensor& grad_output, const Tensor& input, const Tensor& weight, int64_t dilation) {
-  DepthwiseConv2dParams p = depthwise_conv2d_params(input, weight, dilation, /*residual=*/false, /*gelu=*/false);
+  DepthwiseConv2dParams p = depthwise_conv2d_params(input, weight, dilation, /*residual=*/false);
   p.grad_output = grad_output.const_data_ptr();
   // As for 16 lanes, whatever the instruction set.
   p.strips = strips_for_sums(p.batch * divide_up(p.channels, 16), p.height, p.kernel_size / 2 * p.dilation + 1);
@@ -157,8 +156,7 @@ Gradients convolve_backward(const Tensor& grad_output, const Tensor& input, cons
   Gradients gradients;
   // The gradient of the input is the convolution with the kernel turned round.
   if (wanted[0])
-    gradients.input = launch_depthwise_conv2d(grad_output, weight.flip({2, 3}), Tensor(), dilation, residual,
-                                              /*gelu=*/false);
+    gradients.input = launch_depthwise_conv2d(grad_output, weight.flip({2, 3}), Tensor(), dilation, residual);
   if (wanted[1]) gradients.weight = weight_gradient(grad_output, input, weight, dilation);
   if (wanted[2]) gradients.bias = launch_channel_sums(grad_output);
   return gradients;
@@ -171,8 +169,8 @@ Gradients gradients_of_nothing(const Tensor& input, const Tensor& weight, std::a
 
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward_cpu(const Tensor& grad_output, const Tensor& x,
                                                                  const Tensor& weight, int64_t dilation, bool residual,
-                                                                 bool gelu, std::array<bool, 3> output_mask) {
-  check_depthwise_conv2d(x, weight, OptionalTensor(), dilation, gelu);
+                                                                 std::array<bool, 3> output_mask) {
+  check_depthwise_conv2d(x, weight, OptionalTensor(), dilation);
   check_grad_output(grad_output, x);
   const bool as_they_are = streams_bfloat16(x, weight, dilation) && streams_bfloat16(grad_output, weight, dilation);
   const Tensor input = as_they_are ? x : as_input(x), grad = as_they_are ? grad_output : as_input(grad_output),
@@ -181,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward_cpu(const Tensor& g
   if (x.numel() == 0) {
     gradients = gradients_of_nothing(input, kernel, output_mask);
   } else if (streams(weight.size(2), dilation)) {
-    gradients = stream_backward(grad, input, kernel, residual, gelu, output_mask);
+    gradients = stream_backward(grad, input, kernel, residual, output_mask);
   } else {
     gradients = convolve_backward(grad, input, kernel, dilation, residual, output_mask);
   }

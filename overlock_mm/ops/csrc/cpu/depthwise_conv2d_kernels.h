@@ -4,7 +4,7 @@
 // The lanes of a vector are channels. Two forms of a convolution:
 // - streamed (3 x 3, bound by memory): line by line with all channels, read where they lie, three lines of which stay
 // in
-//   the L2 cache. Lines that go through GELU first, or that are overwritten, pass through a ring of three lines.
+//   the L2 cache. Lines that are overwritten pass through a ring of three lines.
 // - by blocks (large kernels, bound by multiply-adds): one vector of channels of a strip is packed with a border of
 //   zeros, so that no tap needs a check for borders, and a tile of positions is accumulated in registers over all taps.
 
@@ -13,49 +13,6 @@
 
 namespace overlock_mm::cpu::OVERLOCK_MM_NAMESPACE {
 namespace {
-
-// -------------------------------------------------------------------------------------------------------------- GELU
-
-/// The cumulative distribution function of the normal distribution.
-template <typename T>
-OVERLOCK_MM_INLINE Vector<T> normal_below(Vector<T> x) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    // erf(z) / z over z², rational, minimax on |z| < 3.95, from where on a float's erf is 1: relative error 2e-8.
-    constexpr float limit = 3.95f;
-    const Vector<T> z = x * T(0.7071067811865476);
-    const Vector<T> inside = z > limit ? Vector<T>{} + limit : (z < -limit ? Vector<T>{} - limit : z);
-    const Vector<T> u = inside * inside;
-    Vector<T> p = u * 2.0259068455440413e-06f + 0.0002846884509476973f;
-    p = p * u + 0.0038081843889094f;
-    p = p * u + 0.0528755168876133f;
-    p = p * u + 0.1915508156954838f;
-    p = p * u + 1.1283791437320914f;
-    Vector<T> q = u * 3.783182662903132e-05f + 0.0011707316964231116f;
-    q = q * u + 0.015055135052424248f;
-    q = q * u + 0.1145598358480844f;
-    q = q * u + 0.5030901659239503f;
-    q = q * u + 1.0f;
-    const Vector<T> erf = inside * p / q;
-    const Vector<T> bounded = erf > 1.0f ? Vector<T>{} + 1.0f : (erf < -1.0f ? Vector<T>{} - 1.0f : erf);
-    return bounded * 0.5f + 0.5f;
-  } else {
-    Vector<T> out;
-    for (int i = 0; i < Simd<T>::lanes; ++i) out[i] = T(0.5) * std::erfc(x[i] * T(-0.7071067811865476));
-    return out;
-  }
-}
-
-/// GELU and its derivative.
-template <typename T>
-OVERLOCK_MM_INLINE Vector<T> gelu(Vector<T> x) {
-  return x * normal_below<T>(x);
-}
-
-template <typename T>
-OVERLOCK_MM_INLINE Vector<T> gelu_slope(Vector<T> x, Vector<T> below) {
-  constexpr double density_at_0 = 0.3989422804014327;  // 1 / sqrt(2 pi)
-  return below + x * exp2<T>(x * x * T(-0.5 * kLog2E)) * T(density_at_0);
-}
 
 // ---------------------------------------------------------------------------------------------------------- streamed
 
@@ -119,16 +76,16 @@ class Ring {
     return {{y > 0 ? line(y - 1) : nullptr, line(y), y + 1 < p_.height ? line(y + 1) : nullptr}, stride_, p_.width};
   }
 
-  /// Take in line y, (W, C) at `from`: function(vector) of it. Nothing for a line outside the map, which is null.
-  template <typename E, typename Function>
-  OVERLOCK_MM_INLINE void push(const E* from, int64_t y, Function function) {
+  /// Take in line y, (W, C) at `from`. Nothing for a line outside the map, which is null.
+  template <typename E>
+  OVERLOCK_MM_INLINE void push(const E* from, int64_t y) {
     if (!from) return;
     T* to = line(y);
     const int64_t blocks = number_of_blocks<T>(p_.channels);
     for (int64_t x = 0; x < p_.width; ++x, from += p_.channels, to += stride_) {
       for (int64_t b = 0; b < blocks; ++b) {
         const ChannelBlock block = block_of<T>(p_.channels, b);
-        store(to + block.first, function(load_block(from, block), x, block));
+        store(to + block.first, load_block(from, block));
       }
     }
   }
@@ -223,7 +180,7 @@ void stream_maps(const DepthwiseConv2dParams& p, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<T>::lanes, taps = kStreamed * kStreamed;
   const int64_t blocks = number_of_blocks<T>(p.channels);
   // In place, and with too few channels for a vector, lines cannot be read from the map itself.
-  const bool pushes = p.gelu || p.input == p.output || p.channels < lanes;
+  const bool pushes = p.input == p.output || p.channels < lanes;
   const int64_t ring_size = pushes ? Ring<T>::size(p.channels, p.width) : 0;
   Scratch<T> scratch(ring_size + blocks * (taps + 1) * lanes);
   Ring<T> ring(p, scratch.take(ring_size));
@@ -244,12 +201,7 @@ void stream_maps(const DepthwiseConv2dParams& p, int64_t begin, int64_t end) {
         const int64_t border = pushed < lines.begin ? 2 * strip - 2 : 2 * strip + 1;
         from = const_data<E>(p.borders) + (image * 2 * (p.strips - 1) + border) * p.width * p.channels;
       }
-      if (p.gelu) {
-        ring.push(from, pushed,
-                  [](Vector<T> x, int64_t, const ChannelBlock&) OVERLOCK_MM_INLINE_LAMBDA { return gelu<T>(x); });
-      } else {
-        ring.push(from, pushed, [](Vector<T> x, int64_t, const ChannelBlock&) OVERLOCK_MM_INLINE_LAMBDA { return x; });
-      }
+      ring.push(from, pushed);
       const int64_t y = pushed - 1;
       if (y < lines.begin) continue;
       E* const to = output + y * p.width * p.channels;
@@ -335,17 +287,13 @@ void stream_maps_backward(const DepthwiseConv2dParams& p, int64_t begin, int64_t
   const int64_t blocks = number_of_blocks<T>(p.channels);
   const int64_t ring_size = Ring<T>::size(p.channels, p.width), sums_size = blocks * (taps + 1) * lanes;
   // Too few channels for a vector cannot be read from the map itself.
-  const bool pushes_grads = p.channels < lanes, pushes_inputs = p.gelu || pushes_grads;
-  Scratch<T> scratch((pushes_grads + pushes_inputs + p.gelu) * ring_size + blocks * taps * lanes + sums_size);
-  Ring<T> grads(p, pushes_grads ? scratch.take(ring_size) : nullptr);
-  Ring<T> inputs(p, pushes_inputs ? scratch.take(ring_size) : nullptr);
-  // gelu'(input), line by line as the inputs.
-  T* const slopes = p.gelu ? scratch.take(ring_size) : nullptr;
+  const bool pushes = p.channels < lanes;
+  Scratch<T> scratch(2 * pushes * ring_size + blocks * taps * lanes + sums_size);
+  Ring<T> grads(p, pushes ? scratch.take(ring_size) : nullptr);
+  Ring<T> inputs(p, pushes ? scratch.take(ring_size) : nullptr);
   T* const weights = scratch.take(blocks * taps * lanes);
   T* const sums = scratch.take(sums_size);
   pack_streamed_weights(p, /*flipped=*/true, weights);
-  const int64_t stride = inputs.stride();
-  const auto slopes_of = [&](int64_t y) { return slopes + (y + kStreamed) % kStreamed * p.width * stride; };
   const int64_t image_size = p.height * p.width * p.channels;
 
   for (int64_t item = begin; item < end; ++item) {
@@ -353,44 +301,26 @@ void stream_maps_backward(const DepthwiseConv2dParams& p, int64_t begin, int64_t
     const Lines lines(p.height, p.strips, item % p.strips);
     for (int64_t i = 0; i < sums_size; ++i) sums[i] = T(0);
     for (int64_t pushed = lines.begin - 1; pushed <= lines.end; ++pushed) {
-      if (pushes_grads) {
-        grads.push(line_of<E>(p, p.grad_output, image, pushed), pushed,
-                   [](Vector<T> g, int64_t, const ChannelBlock&) OVERLOCK_MM_INLINE_LAMBDA { return g; });
-      }
-      const E* const input = pushes_inputs ? line_of<E>(p, p.input, image, pushed) : nullptr;
-      if (p.gelu) {
-        T* const to = slopes_of(pushed);
-        inputs.push(input, pushed,
-                    [&](Vector<T> x, int64_t column, const ChannelBlock& block) OVERLOCK_MM_INLINE_LAMBDA {
-                      const Vector<T> below = normal_below<T>(x);
-                      store(to + column * stride + block.first, gelu_slope<T>(x, below));
-                      return x * below;
-                    });
-      } else {
-        inputs.push(input, pushed,
-                    [](Vector<T> x, int64_t, const ChannelBlock&) OVERLOCK_MM_INLINE_LAMBDA { return x; });
+      if (pushes) {
+        grads.push(line_of<E>(p, p.grad_output, image, pushed), pushed);
+        inputs.push(line_of<E>(p, p.input, image, pushed), pushed);
       }
       const int64_t y = pushed - 1;
       if (y < lines.begin) continue;
       const auto differentiate = [&](const auto& around_input, const auto& around_grad) OVERLOCK_MM_INLINE_LAMBDA {
         if (p.grad_input) {
           E* const to = static_cast<E*>(p.grad_input) + image * image_size + y * p.width * p.channels;
-          const T* const slope = p.gelu ? slopes_of(y) : nullptr;
           convolve_line<T>(
               around_grad, p.channels, weights,
               [](const ChannelBlock&) OVERLOCK_MM_INLINE_LAMBDA { return Vector<T>{}; },
-              [&](int64_t x, const ChannelBlock& block, Vector<T> sum) OVERLOCK_MM_INLINE_LAMBDA {
-                if (slope) sum *= load(slope + x * stride + block.first);
-                store_repeated(to + x * p.channels, block, sum);
-              });
+              [&](int64_t x, const ChannelBlock& block, Vector<T> sum)
+                  OVERLOCK_MM_INLINE_LAMBDA { store_repeated(to + x * p.channels, block, sum); });
         }
         if (p.grad_weight || p.grad_bias)
           in_tiles<kGradientTile>(0, p.width, streamed_gradient<T>(around_input, around_grad, p.channels, sums));
       };
-      if (pushes_grads) {
+      if (pushes) {
         differentiate(inputs.around(y), grads.around(y));
-      } else if (pushes_inputs) {
-        differentiate(inputs.around(y), around_line<E>(p, p.grad_output, image, y));
       } else {
         differentiate(around_line<E>(p, p.input, image, y), around_line<E>(p, p.grad_output, image, y));
       }

@@ -11,5 +11,6 @@
 #include "branch_norms_kernels.h"
 #include "contmix_kernels.h"
 #include "depthwise_conv2d_kernels.h"
+#include "gelu_kernels.h"
 #include "response_norm_kernels.h"
 #include "transpose_kernels.h"

@@ -52,9 +52,9 @@ Tensor as_output(const Tensor& map, const Tensor& like);
 // Launchers that other operators use. Maps and parameters are as the kernels take them.
 
 DepthwiseConv2dParams depthwise_conv2d_params(const Tensor& input, const Tensor& weight, int64_t dilation,
-                                              bool residual, bool gelu);
+                                              bool residual);
 Tensor launch_depthwise_conv2d(const Tensor& input, const Tensor& weight, const Tensor& bias, int64_t dilation,
-                               bool residual, bool gelu);
+                               bool residual);
 
 /// Sums over images and positions, (C). (Those of ATen depend on the number of threads.)
 Tensor launch_channel_sums(const Tensor& map);

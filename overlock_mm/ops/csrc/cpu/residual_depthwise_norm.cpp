@@ -24,11 +24,10 @@ Tensor borders_of_strips(const Tensor& input, int64_t strips) {
 /// From `input`, as the kernels take it, to `output`, which may be the input. The convolution sums the squares of its
 /// output for the norm, which takes place in the output.
 void launch_residual_depthwise_norm(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                                    const Tensor& gamma, const Tensor& beta, double eps, bool gelu,
-                                    const Tensor& output) {
+                                    const Tensor& gamma, const Tensor& beta, double eps, const Tensor& output) {
   if (input.numel() == 0) return;
   const Tensor kernel = as_parameter(weight, input), shift = bias ? as_parameter(*bias, input) : Tensor();
-  DepthwiseConv2dParams p = depthwise_conv2d_params(input, kernel, /*dilation=*/1, /*residual=*/true, gelu);
+  DepthwiseConv2dParams p = depthwise_conv2d_params(input, kernel, /*dilation=*/1, /*residual=*/true);
   p.strips = strips_for_sums(p.batch, p.height, 8);
   const Tensor squares = at::empty({p.batch, p.strips, p.channels}, kernel.options());
   p.output = output.mutable_data_ptr();
@@ -47,19 +46,19 @@ void launch_residual_depthwise_norm(const Tensor& input, const Tensor& weight, c
 }
 
 Tensor residual_depthwise_norm_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                   const Tensor& gamma, const Tensor& beta, double eps, bool gelu) {
+                                   const Tensor& gamma, const Tensor& beta, double eps) {
   check_residual_depthwise_norm(x, weight, bias, gamma, beta);
   const Tensor input = as_input(x), output = empty_output(input);
-  launch_residual_depthwise_norm(input, weight, bias, gamma, beta, eps, gelu, output);
+  launch_residual_depthwise_norm(input, weight, bias, gamma, beta, eps, output);
   return as_output(output, x);
 }
 
 void residual_depthwise_norm_inplace_cpu(Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                         const Tensor& gamma, const Tensor& beta, double eps, bool gelu) {
+                                         const Tensor& gamma, const Tensor& beta, double eps) {
   check_residual_depthwise_norm(x, weight, bias, gamma, beta);
   x.mutable_data_ptr();  // a copy-on-write tensor becomes one of its own before its input is read
   const Tensor input = as_input(x);
-  launch_residual_depthwise_norm(input, weight, bias, gamma, beta, eps, gelu, input);
+  launch_residual_depthwise_norm(input, weight, bias, gamma, beta, eps, input);
   if (input.is_same(x)) return;
   if (x.is_contiguous() && x.scalar_type() == input.scalar_type() && x.numel() > 0) {
     launch_transpose(input, x, x.size(0), x.size(2) * x.size(3), x.size(1));

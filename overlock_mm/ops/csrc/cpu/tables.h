@@ -1,13 +1,14 @@
 // Where the kernels of an instruction set are found: in tables of functions, for float and double.
 //
-// The kernels work in float32 or float64; half types are converted before, but for streamed maps, which may be bfloat16
-// in memory. Each function does the items [begin, end) of its phase. The items of a phase are independent, and how they
-// are shared out between threads changes no result.
+// The kernels work in float32 or float64; half types are converted before, but for streamed maps and GELU, which take
+// bfloat16 in memory. Each function does the items [begin, end) of its phase. The items of a phase are independent, and
+// how they are shared out between threads changes no result.
 #pragma once
 
 #include "branch_norms.h"
 #include "contmix.h"
 #include "depthwise_conv2d.h"
+#include "gelu.h"
 #include "response_norm.h"
 #include "transpose.h"
 
@@ -26,6 +27,7 @@ namespace overlock_mm::cpu {
   OVERLOCK_MM_TABLE(ContMixKernels)         \
   OVERLOCK_MM_TABLE(TransposeKernels)       \
   OVERLOCK_MM_TABLE(DepthwiseConv2dKernels) \
+  OVERLOCK_MM_TABLE(GeluKernels)            \
   OVERLOCK_MM_TABLE(BranchNormsKernels)     \
   OVERLOCK_MM_TABLE(ResponseNormKernels)    \
   }

@@ -15,7 +15,6 @@ cheap map was made, and hooks of saved tensors keep the note in place of the map
 from __future__ import annotations
 
 import contextlib
-import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +29,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ..ops._autocast import autocast_disabled, autocast_dtype, is_autocast_enabled
-from ..ops._library import is_compiling, is_exporting, operator, using_references
+from ..ops._library import operator, using_references
+from ..ops._modes import is_compiling, is_exporting, unseen_by_modes
 
 #: What ``OverLoCK(memory=...)`` takes.
 POLICIES = ('lean', 'fast')
@@ -127,7 +127,7 @@ def _batch_norm_again(function: Callable, args: tuple, kwargs: dict) -> Optional
 def _small_kernel_again(function: Callable, args: tuple, kwargs: dict) -> Optional[Call]:
     """Residual 3x3 kernels and the branches beside a large kernel are cheap. Large kernels are not, and a plain 3x3 one
     stands before a batch norm, where keeping its output costs little."""
-    _, weight, _, dilation, residual, _ = args
+    _, weight, _, dilation, residual = args
     size = weight.shape[-1]
     return (function, args, kwargs) if residual or (size <= 9 and (size > 3 or dilation > 1)) else None
 
@@ -136,7 +136,7 @@ def _small_kernel_again(function: Callable, args: tuple, kwargs: dict) -> Option
 _CHEAP: dict[Callable, Callable[[Callable, tuple, dict], Optional[Call]]] = {
     **dict.fromkeys(
         (
-            F.layer_norm, F.gelu, F.silu, operator('global_response_norm'), torch.addcmul, Tensor.mul,
+            F.layer_norm, operator('gelu'), F.gelu, F.silu, operator('global_response_norm'), torch.addcmul, Tensor.mul,
             Tensor.split, Tensor.permute, Tensor.contiguous, Tensor.to, Tensor.__getitem__,
         ),
         _same_call,
@@ -172,10 +172,11 @@ class _Notebook(TorchFunctionMode):
         return out
 
     def pack(self, tensor: Tensor) -> Union[_Note, _Kept]:
-        kept = self.source(tensor)
-        if type(kept) is _Note:
-            kept.add_user()
-        return kept
+        with unseen_by_modes():
+            kept = self.source(tensor)
+            if type(kept) is _Note:
+                kept.add_user()
+            return kept
 
     def source(self, tensor: Tensor, before: Optional[int] = None) -> Union[_Note, _Kept]:
         """What stands for a tensor: a note, of the first ``before`` ones, or the tensor itself."""
@@ -184,7 +185,7 @@ class _Notebook(TorchFunctionMode):
 
     def find(self, tensor: Tensor, before: Optional[int] = None) -> Optional[_Note]:
         # Most tensors have no note. They are passed over first.
-        if type(tensor) is Tensor and tensor.layout is torch.strided:
+        if type(tensor) is Tensor and not tensor.is_leaf and tensor.layout is torch.strided:
             notes = self._notes.get(tensor.data_ptr())
             if notes is not None and not tensor.is_complex():
                 for note in reversed(notes):
@@ -273,8 +274,8 @@ class _Note:
             if self._versions != [each._version for each in self._tensors]:
                 return False
             self._sources = [notebook.source(each, before=self.number) for each in self._tensors]
-            function, args, kwargs = self._call
-            self._call = function, _with_tensors(args, _placeholders), _with_tensors(kwargs, _placeholders)
+            sources = iter(self._sources)
+            self._call = _replaced(self._call, Tensor, lambda _: next(sources))
         return True
 
     def close(self) -> None:
@@ -294,9 +295,7 @@ class _Note:
     def value(self) -> Tensor:
         """The tensor. It is made for the first user in a backward, and freed after the last."""
         if self._value is None:
-            values = iter([source.value() for source in self._sources])
-            function, args, kwargs = self._call
-            args, kwargs = _with_tensors(args, values), _with_tensors(kwargs, values)
+            function, args, kwargs = _replaced(self._call, (_Note, _Kept), _unpack)
             with torch.no_grad(), self._autocast():
                 out = function(*args, **kwargs)
             self._value = out if self._index is None else out[self._index]
@@ -313,13 +312,6 @@ class _Note:
         return torch.autocast(self._device_type, dtype=self._autocast_dtype)
 
 
-class _Placeholder:
-    """Stands where a tensor stood in a call."""
-
-
-_placeholders = itertools.repeat(_Placeholder())
-
-
 def _tensors_in(values: Sequence[Any]) -> list[Tensor]:
     """The tensors among arguments, and in lists and tuples among them, in their order."""
     found = []
@@ -331,14 +323,14 @@ def _tensors_in(values: Sequence[Any]) -> list[Tensor]:
     return found
 
 
-def _with_tensors(values: Any, others: Iterator[Any]) -> Any:
-    """Arguments with the next ones of others in the places of their tensors."""
-    if isinstance(values, (Tensor, _Placeholder)):
-        return next(others)
-    if type(values) is dict:
-        return {name: _with_tensors(each, others) for name, each in values.items()}
+def _replaced(values: Any, kind: Union[type, tuple[type, ...]], function: Callable[[Any], Any]) -> Any:
+    """Arguments with function(each) in the place of each one of a kind."""
+    if isinstance(values, kind):
+        return function(values)
     if type(values) in (list, tuple):
-        return type(values)([_with_tensors(each, others) for each in values])
+        return type(values)([_replaced(each, kind, function) for each in values])
+    if type(values) is dict:
+        return {name: _replaced(each, kind, function) for name, each in values.items()}
     return values
 
 
@@ -371,23 +363,15 @@ def _inside_checkpoint() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _second_run(block: nn.Module) -> Iterator[None]:
-    with _inside_checkpoint(), _statistics_at_rest(block):
-        yield
-
-
-@contextlib.contextmanager
-def _statistics_at_rest(block: nn.Module) -> Iterator[None]:
     """Let batch norms update copies of their running statistics, which are thrown away."""
-    kept = [
-        (norm, name, buffer)
-        for norm in block.modules()
-        if isinstance(norm, _BatchNorm)
-        for name, buffer in norm.named_buffers(recurse=False)
-    ]
-    for norm, name, buffer in kept:
-        setattr(norm, name, buffer.clone())
+    # The dictionaries themselves: Module.__setattr__ takes ten times as long, for hundreds of buffers.
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.training]
+    kept = [dict(norm._buffers) for norm in norms]
+    for norm, buffers in zip(norms, kept):
+        norm._buffers.update({name: buffer.clone() for name, buffer in buffers.items() if buffer is not None})
     try:
-        yield
+        with _inside_checkpoint():
+            yield
     finally:
-        for norm, name, buffer in kept:
-            setattr(norm, name, buffer)
+        for norm, buffers in zip(norms, kept):
+            norm._buffers.update(buffers)

@@ -185,7 +185,7 @@ def _update_running_statistics(norms: Sequence[nn.BatchNorm2d], means: Tensor, v
                 old.mul_(1 - 1 / count).add_(each.to(old.dtype) / count)
         else:
             torch._foreach_mul_(running, 1 - momentum)
-            torch._foreach_add_(running, [each.to(old.dtype) for old, each in zip(running, new)], alpha=momentum)
+            torch._foreach_add_(running, new, alpha=momentum)
 
 
 def fold_branches(state_dict: dict[str, Tensor], prefix: str, kernel_size: int, eps: float = 1e-5) -> tuple[Tensor, Tensor]:

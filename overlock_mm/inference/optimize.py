@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..models.blocks import BasicBlock, DynamicBlock
-from ..models.layers import GELU, Conv2d, DepthwiseConv, ResidualDepthwiseConv, has_hooks
+from ..models.layers import GELU, AdaptiveAvgPool2d, Conv2d, DepthwiseConv, ResidualDepthwiseConv, has_hooks
 from ..models.overlock import OverLoCK
 from .blocks import FoldedBasicBlock, FoldedDynamicBlock
 from .convolution import FoldedConv2d, fold_sequence
@@ -113,7 +113,7 @@ def _signature(part: nn.Module) -> object:
     return layers, {name: tensor.shape for name, tensor in part.state_dict().items()}
 
 
-_WITH_SETTINGS = (nn.Conv2d, Conv2d, DepthwiseConv, ResidualDepthwiseConv, GELU, nn.AdaptiveAvgPool2d)
+_WITH_SETTINGS = (nn.Conv2d, Conv2d, DepthwiseConv, ResidualDepthwiseConv, GELU, nn.AdaptiveAvgPool2d, AdaptiveAvgPool2d)
 
 
 def _kind(module: nn.Module) -> type:

@@ -14,9 +14,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import contmix
+from ..ops import adaptive_avg_pool2d, contmix
 from .layers import (
     GELU,
+    AdaptiveAvgPool2d,
     Conv2d,
     DepthwiseConv,
     DropPath,
@@ -127,7 +128,7 @@ class DynamicBlock(nn.Module):
         )
         self.weight_query = nn.Sequential(Conv2d(channels, inner, kernel_size=1, bias=False), nn.BatchNorm2d(inner))
         self.weight_key = nn.Sequential(
-            nn.AdaptiveAvgPool2d(self.context_size),
+            AdaptiveAvgPool2d(self.context_size),
             Conv2d(context_channels, inner, kernel_size=1, bias=False),
             nn.BatchNorm2d(inner),
         )
@@ -210,7 +211,7 @@ def mix_at_fitting_size(mix: Callable[..., Tensor], kernel_size: int, *maps: Ten
         return mix(*maps)
     enlarged = _size_that_holds(kernel_size, *size)
     mixed = mix(*(F.interpolate(each, enlarged, mode='bilinear', align_corners=False) for each in maps))
-    return F.adaptive_avg_pool2d(mixed, size)
+    return adaptive_avg_pool2d(mixed, size)
 
 
 def _size_that_holds(kernel_size: int, height: int, width: int) -> tuple[int, int]:

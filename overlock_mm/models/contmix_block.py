@@ -15,7 +15,7 @@ from ..ops import contmix
 from ..registry import MODELS
 from .arguments import positive_int
 from .blocks import mix_at_fitting_size
-from .layers import Conv2d, LayerNorm2d, LayerScale, as_matrix
+from .layers import AdaptiveAvgPool2d, Conv2d, LayerNorm2d, LayerScale, as_matrix
 
 #: Channels of a group in each branch, about; the released networks have 8 to 16.
 _CHANNELS_PER_GROUP = 16
@@ -100,7 +100,7 @@ class ContMixBlock(BaseModule):
         self.norm = LayerNorm2d(in_channels) if norm_cfg is None else _build_norm(norm_cfg, in_channels)
         self.value = Conv2d(in_channels, channels, kernel_size=1)
         self.query = Conv2d(in_channels, inner, kernel_size=1, bias=False)
-        self.key = nn.Sequential(nn.AdaptiveAvgPool2d(context_size), Conv2d(in_channels, inner, kernel_size=1, bias=False))
+        self.key = nn.Sequential(AdaptiveAvgPool2d(context_size), Conv2d(in_channels, inner, kernel_size=1, bias=False))
         self.kernel_proj = nn.Linear(context_size**2, small_kernel_size**2 + kernel_size**2)  # the paper's W_d
         self.rpb_small = nn.Parameter(torch.zeros(num_groups, 2 * small_kernel_size - 1, 2 * small_kernel_size - 1))
         self.rpb_large = nn.Parameter(torch.zeros(num_groups, 2 * kernel_size - 1, 2 * kernel_size - 1))

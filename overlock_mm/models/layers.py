@@ -10,7 +10,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import conv2d, depthwise_conv2d, gelu, global_response_norm, residual_depthwise_conv2d, scale_and_shift
+from ..ops import (
+    adaptive_avg_pool2d,
+    conv2d,
+    depthwise_conv2d,
+    gelu,
+    global_response_norm,
+    residual_depthwise_conv2d,
+    scale_and_shift,
+)
 from ..ops._autocast import autocast_disabled, cast_as_autocast
 
 
@@ -71,6 +79,20 @@ class LayerNorm2d(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         return cast_as_autocast(x.permute(0, 3, 1, 2))
+
+
+class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
+    """The means over S x S windows that cover a map (B, C, H, W): (B, C, S, S).
+
+    Args:
+        size: S.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__((size, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return adaptive_avg_pool2d(x, self.output_size)
 
 
 class GELU(nn.GELU):

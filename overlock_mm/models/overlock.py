@@ -174,15 +174,14 @@ class OverLoCK(TakesReleasedCheckpoints):
         self.out_channels = tuple(all_channels[i] for i in self.out_indices)
 
         depths = (*settings['depths'], *settings['sub_depths'])
-        # On the CPU also where the network is built on another device, as 'meta'.
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device='cpu').split(depths)
+        rates = iter([drop_path_rate * i / (sum(depths) - 1) for i in range(sum(depths))])
         basic = dict(mlp_ratio=settings['mlp_ratio'], deploy=deploy)
         dynamic = dict(mlp_ratio=settings['sub_mlp_ratio'], context_channels=context, deploy=deploy)
 
         def basic_stage(stage: int, channels: int, kernel_size: int) -> nn.ModuleList:
             return nn.ModuleList(
-                BasicBlock(channels, kernel_size, drop_path=rate, layer_scale=stage >= 3, **basic)
-                for rate in rates[stage - 1].tolist()
+                BasicBlock(channels, kernel_size, drop_path=next(rates), layer_scale=stage >= 3, **basic)
+                for _ in range(depths[stage - 1])
             )
 
         self.patch_embed1 = _stem(in_channels, c1)
@@ -197,14 +196,14 @@ class OverLoCK(TakesReleasedCheckpoints):
         self.blocks4 = basic_stage(4, c4, k4)
         groups3, groups4 = settings['num_groups']
         self.sub_blocks3 = nn.ModuleList(
-            DynamicBlock(c3, num_groups=groups3, kernel_size=k3, drop_path=rate, mix_context=i > 0, **dynamic)
-            for i, rate in enumerate(rates[4].tolist())
+            DynamicBlock(c3, num_groups=groups3, kernel_size=k3, drop_path=next(rates), mix_context=i > 0, **dynamic)
+            for i in range(depths[4])
         )
         self.sub_blocks4 = nn.ModuleList(
             DynamicBlock(
-                c4, num_groups=groups4, kernel_size=k4, drop_path=rate, mix_context=True, last=i == depths[5] - 1, **dynamic
+                c4, num_groups=groups4, kernel_size=k4, drop_path=next(rates), mix_context=True, last=last, **dynamic
             )
-            for i, rate in enumerate(rates[5].tolist())
+            for last in [*[False] * (depths[5] - 1), True]
         )
 
         if out_type != 'features':

@@ -8,8 +8,10 @@ from .conv2d import conv2d
 from .depthwise import depthwise_conv2d, residual_depthwise_conv2d
 from .elementwise import gelu, scale_and_shift
 from .norms import branch_norms, global_response_norm, residual_depthwise_norm
+from .pooling import adaptive_avg_pool2d
 
 __all__ = [
+    'adaptive_avg_pool2d',
     'branch_norms',
     'contmix',
     'contmix_reference',

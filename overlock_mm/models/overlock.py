@@ -94,7 +94,7 @@ class OverLoCK(TakesReleasedCheckpoints):
             - kernel_sizes: large kernels of stages 1..4, by default (17, 15, 13, 7).
             - mlp_ratio, sub_mlp_ratio: hidden channels of the MLPs in basic and dynamic blocks, by default 4 and 3 times C.
         in_channels: channels of the input image. With other than 3, the first convolution does not take its weights from a
-            pre-trained file; all other layers do.
+            pre-trained file (unless ``init_cfg`` has ``adapt_channels=True``); all other layers do.
         out_type: one of the three flavours of the released checkpoints:
 
             - 'features': plain features, for classification.
@@ -222,6 +222,7 @@ class OverLoCK(TakesReleasedCheckpoints):
         cls,
         arch: Union[str, dict[str, Any]] = 't',
         checkpoint: Union[str, os.PathLike, None] = None,
+        adapt_channels: bool = False,
         **kwargs,
     ) -> OverLoCK:
         """Build a backbone and load its weights. A backbone that is only built is not loaded before ``init_weights()``.
@@ -230,6 +231,8 @@ class OverLoCK(TakesReleasedCheckpoints):
             arch: as in the constructor.
             checkpoint: a path, an address or ``overlock_mm://NAME``. The default is the variant's released ImageNet file,
                 which is downloaded once.
+            adapt_channels: with ``in_channels`` other than 3, make the first convolution of the file's, and do not start it
+                afresh. See :func:`overlock_mm.checkpoints.loading.load_pretrained`.
             kwargs: other arguments of the constructor.
 
         Raises:
@@ -241,7 +244,7 @@ class OverLoCK(TakesReleasedCheckpoints):
                 raise ValueError(f'checkpoint must be given, because there is none for arch={arch!r}')
             checkpoint = f'{SCHEME}overlock_{_resolve_name(arch)}_in1k_224.pth'
         backbone = cls(arch, **kwargs)
-        load_pretrained(backbone, checkpoint)
+        load_pretrained(backbone, checkpoint, adapt_channels=adapt_channels)
         return backbone
 
     @property
@@ -369,6 +372,12 @@ class OverLoCK(TakesReleasedCheckpoints):
         return out
 
     def _check_input(self, x: Tensor) -> None:
+        if isinstance(x, torch.fx.Proxy):
+            raise TypeError(
+                'the input must be a Tensor, got a Proxy: torch.fx.symbolic_trace and create_feature_extractor cannot trace '
+                'OverLoCK, whose steps depend on the size of the map. torch.export.export(model, (images,)) gives a graph of '
+                'torch.fx, and the outputs are chosen by out_indices'
+            )
         if not isinstance(x, Tensor):
             raise TypeError(f'the input must be a Tensor, got {type(x).__name__}')
         if x.ndim != 4 or x.shape[1] != self.in_channels:

@@ -18,6 +18,7 @@ from overlock_mm.models.blocks import BasicBlock, DynamicBlock
 from overlock_mm.models.economy import run_block
 from overlock_mm.models.layers import as_matrix
 from overlock_mm.models.reparam import DilatedReparamConv
+from overlock_mm.ops import use_references
 
 conv2d_module = importlib.import_module('overlock_mm.ops.conv2d')
 needs_products = pytest.mark.skipif(not conv2d_module.has_products(), reason='this PyTorch has no products of oneDNN')
@@ -459,3 +460,35 @@ def test_the_matrix_of_a_layer_beside_a_large_bias(dtype, tolerance):
             weight, bias = as_matrix(layer, 49, like=layer.weight)
         assert relative_error(weight, layer.weight.flatten(1)) < tolerance
         assert torch.equal(bias, layer.bias)
+
+
+def test_symbolic_trace_is_refused_with_the_way_out(small_arch):
+    """The way out works: torch.export gives a graph of torch.fx."""
+    model = OverLoCK(small_arch).eval()
+    with pytest.raises(TypeError, match=r'cannot trace OverLoCK.* torch\.export\.export'):
+        torch.fx.symbolic_trace(model)
+    x = torch.randn(1, 3, 64, 64)
+    graph = torch.export.export(model, (x,)).module()
+    assert isinstance(graph, torch.fx.GraphModule)
+    with torch.no_grad():
+        assert relative_error(graph(x)[0], model(x)[0]) < 1e-5
+
+
+def test_second_derivatives(small_arch):
+    """A gradient penalty: refused with the way out, which is right."""
+    model = OverLoCK(small_arch).double().eval()
+    x, direction = torch.randn(1, 3, 64, 64).double().requires_grad_(), torch.randn(1, 3, 64, 64).double()
+
+    def slope(at):
+        """d/dt of the network's sum at ``at + t * direction``, by the first derivative."""
+        (grad,) = torch.autograd.grad(model(at)[-1].square().sum(), at, create_graph=True)
+        return (grad * direction).sum()
+
+    with pytest.raises(RuntimeError, match=r'no second derivative.*with overlock_mm\.ops\.use_references\(\)'):
+        torch.autograd.grad(slope(x), x)
+    with use_references():
+        (second,) = torch.autograd.grad(slope(x), x)
+        step = 1e-4
+        ahead, behind = (slope((x + t * direction).detach().requires_grad_()).item() for t in (step, -step))
+    expected = (ahead - behind) / (2 * step)
+    assert abs((second * direction).sum().item() - expected) < 1e-5 * abs(expected)

@@ -8,6 +8,8 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include "../tensors.h"
@@ -24,6 +26,35 @@ bool wants_gradient(const Tensors&... tensors) {
   // A tangent of forward mode goes to autograd, which refuses it.
   return (tensors._fw_grad(/*level=*/0).defined() || ...) ||
          (at::GradMode::is_enabled() && (tensors.requires_grad() || ...));
+}
+
+/// For backward operators. Their results have no derivative, and say so if one is asked for.
+inline void call_without_derivative(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  variable_list differentiated;
+  for (const c10::IValue& input : torch::jit::last(*stack, op.schema().arguments().size())) {
+    const bool is_list = input.isTensorList();
+    if (!is_list && !input.isTensor()) continue;
+    for (const Tensor& tensor : is_list ? input.toTensorVector() : variable_list{input.toTensor()}) {
+      if (tensor.requires_grad()) differentiated.push_back(tensor);
+    }
+  }
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    op.callBoxed(stack);
+  }
+  if (!at::GradMode::is_enabled() || differentiated.empty()) return;
+  const auto error = std::make_shared<torch::autograd::Error>(
+      "the compiled operators of overlock_mm have no second derivative, and their references in plain PyTorch have "
+      "one: run forward and backward in `with overlock_mm.ops.use_references():`",
+      torch::autograd::collect_next_edges(differentiated));
+  for (const c10::IValue& output : torch::jit::last(*stack, op.schema().returns().size())) {
+    Tensor tensor = output.isTensor() ? output.toTensor() : Tensor();
+    if (tensor.defined()) torch::autograd::set_history(tensor, error);
+  }
+}
+
+inline torch::CppFunction without_derivative() {
+  return torch::CppFunction::makeFromBoxedFunction<&call_without_derivative>();
 }
 
 }  // namespace overlock_mm

@@ -69,9 +69,6 @@ std::tuple<Tensor, Tensor, Tensor> branch_norms_autograd(const Tensor& x, at::Te
 TORCH_LIBRARY_IMPL(overlock_mm, AutogradCPU, m) { m.impl("branch_norms", &branch_norms_autograd); }
 TORCH_LIBRARY_IMPL(overlock_mm, AutogradMeta, m) { m.impl("branch_norms", &branch_norms_autograd); }
 
-// It has no derivative, and says so if one is asked for.
-TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) {
-  m.impl("_branch_norms_backward", torch::autograd::autogradNotImplementedFallback());
-}
+TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) { m.impl("_branch_norms_backward", without_derivative()); }
 
 }  // namespace overlock_mm

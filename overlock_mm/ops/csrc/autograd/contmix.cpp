@@ -1,15 +1,9 @@
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
-
+// Derivatives of ContMix.
 #include "../contmix_tensors.h"
+#include "autograd.h"
 
 namespace overlock_mm {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
-using torch::autograd::variable_list;
 
 OptionalTensor if_defined(const Variable& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor();
@@ -50,28 +44,6 @@ class ContMix : public torch::autograd::Function<ContMix> {
   }
 };
 
-class ContMixBackward : public torch::autograd::Function<ContMixBackward> {
- public:
-  static variable_list forward(AutogradContext*, const Variable& grad_output, const Variable& value,
-                               const Variable& query, const Variable& keys, const OptionalTensor& bias,
-                               const OptionalTensor& rpb_small, const OptionalTensor& rpb_large, const Variable& output,
-                               const Variable& logsumexp, int64_t small_kernel_size, int64_t large_kernel_size,
-                               std::array<bool, 6> output_mask) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const auto [grad_value, grad_query, grad_keys, grad_bias, grad_rpb_small, grad_rpb_large] =
-        call_contmix_backward(grad_output, value, query, keys, bias, rpb_small, rpb_large, output, logsumexp,
-                              small_kernel_size, large_kernel_size, output_mask);
-    return {grad_value, grad_query, grad_keys, grad_bias, grad_rpb_small, grad_rpb_large};
-  }
-
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false,
-                "contmix: the compiled operator has no second derivative; overlock_mm.ops.contmix_reference, which "
-                "takes the same "
-                "arguments, has one");
-  }
-};
-
 std::tuple<Tensor, Tensor> contmix_autograd(const Tensor& value, const Tensor& query, const Tensor& keys,
                                             const OptionalTensor& bias, const OptionalTensor& rpb_small,
                                             const OptionalTensor& rpb_large, int64_t small_kernel_size,
@@ -81,21 +53,11 @@ std::tuple<Tensor, Tensor> contmix_autograd(const Tensor& value, const Tensor& q
   return {out[0], out[1]};
 }
 
-ContMixGradients contmix_backward_autograd(const Tensor& grad_output, const Tensor& value, const Tensor& query,
-                                           const Tensor& keys, const OptionalTensor& bias,
-                                           const OptionalTensor& rpb_small, const OptionalTensor& rpb_large,
-                                           const Tensor& output, const Tensor& logsumexp, int64_t small_kernel_size,
-                                           int64_t large_kernel_size, std::array<bool, 6> output_mask) {
-  const variable_list out = ContMixBackward::apply(grad_output, value, query, keys, bias, rpb_small, rpb_large, output,
-                                                   logsumexp, small_kernel_size, large_kernel_size, output_mask);
-  return {out[0], out[1], out[2], out[3], out[4], out[5]};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) {
   m.impl("_contmix", &contmix_autograd);
-  m.impl("_contmix_backward", &contmix_backward_autograd);
+  m.impl("_contmix_backward", without_derivative());
 }
 
 }  // namespace overlock_mm

@@ -60,9 +60,6 @@ Tensor depthwise_conv2d_autograd(const Tensor& x, const Tensor& weight, const Op
 TORCH_LIBRARY_IMPL(overlock_mm, AutogradCPU, m) { m.impl("depthwise_conv2d", &depthwise_conv2d_autograd); }
 TORCH_LIBRARY_IMPL(overlock_mm, AutogradMeta, m) { m.impl("depthwise_conv2d", &depthwise_conv2d_autograd); }
 
-// It has no derivative, and says so if one is asked for.
-TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) {
-  m.impl("_depthwise_conv2d_backward", torch::autograd::autogradNotImplementedFallback());
-}
+TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) { m.impl("_depthwise_conv2d_backward", without_derivative()); }
 
 }  // namespace overlock_mm

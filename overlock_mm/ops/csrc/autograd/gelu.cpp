@@ -33,9 +33,6 @@ Tensor gelu_autograd(const Tensor& x) { return wants_gradient(x) ? Gelu::apply(x
 TORCH_LIBRARY_IMPL(overlock_mm, AutogradCPU, m) { m.impl("gelu", &gelu_autograd); }
 TORCH_LIBRARY_IMPL(overlock_mm, AutogradMeta, m) { m.impl("gelu", &gelu_autograd); }
 
-// It has no derivative, and says so if one is asked for.
-TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) {
-  m.impl("_gelu_backward", torch::autograd::autogradNotImplementedFallback());
-}
+TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) { m.impl("_gelu_backward", without_derivative()); }
 
 }  // namespace overlock_mm

@@ -46,7 +46,7 @@ TORCH_LIBRARY_IMPL(overlock_mm, AutogradMeta, m) { m.impl("global_response_norm"
 // These have no derivative, and say so if one is asked for.
 TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) {
   m.impl("_response_norm", torch::autograd::autogradNotImplementedFallback());
-  m.impl("_response_norm_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("_response_norm_backward", without_derivative());
 }
 
 }  // namespace overlock_mm

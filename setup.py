@@ -147,12 +147,27 @@ def choose_cuda(torch, force: Optional[str]) -> Optional[Path]:
     return None
 
 
+def import_cpp_extension(torch):
+    """PyTorch's extension of setuptools. It reads CUDA_HOME now."""
+    try:
+        from torch.utils import cpp_extension
+    except ModuleNotFoundError as error:
+        if error.name != 'pkg_resources':
+            raise
+        raise BuildError(
+            f'torch {torch.__version__} builds with setuptools < 81 only, which has pkg_resources. Run\n'
+            '    pip install "setuptools<81" wheel\n'
+            '    pip install --no-build-isolation --no-deps .'
+        ) from None
+    return cpp_extension
+
+
 def default_architectures(torch, toolkit: Path) -> str:
     """Architectures of the GPUs in this machine, or, if it has none, ARCHITECTURES. The last as PTX too, for later GPUs.
 
     Only architectures that the toolkit compiles for and that torch knows.
     """
-    from torch.utils import cpp_extension
+    cpp_extension = import_cpp_extension(torch)
 
     command = [toolkit / 'bin' / 'nvcc', '--list-gpu-arch']
     of_toolkit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
@@ -189,7 +204,7 @@ def operator_extension() -> dict:
         os.environ['CUDA_HOME'] = str(toolkit)  # cpp_extension reads it when it is imported
         if not os.environ.get('TORCH_CUDA_ARCH_LIST'):
             os.environ['TORCH_CUDA_ARCH_LIST'] = default_architectures(torch, toolkit)
-    from torch.utils import cpp_extension
+    cpp_extension = import_cpp_extension(torch)
 
     sources = [path for part in ('.', 'autograd', 'autocast', 'cpu') for path in (SOURCES / part).glob('*.cpp')]
     flags = {'cxx': ['-O3', '-g0', '-ffp-contract=fast'], 'nvcc': ['-O3']}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import subprocess
 import sys
@@ -154,6 +155,20 @@ def test_without_torch_it_says_what_to_do(setup, monkeypatch):
         match='this build sees none(.|\n)*uv pip install --no-build-isolation(.|\n)*OVERLOCK_MM_WITH_OPS=0 pip install',
     ):
         setup.import_torch()
+
+
+def test_an_old_torch_beside_new_setuptools_says_what_to_do(setup, monkeypatch):
+    """torch.utils.cpp_extension of torch 2.1 imports pkg_resources, which setuptools 81 no longer has."""
+
+    def import_module(name, *args, **kwargs):
+        if name == 'torch.utils' and args[2:] and 'cpp_extension' in args[2]:
+            raise ModuleNotFoundError("No module named 'pkg_resources'", name='pkg_resources')
+        return original(name, *args, **kwargs)
+
+    original = builtins.__import__
+    monkeypatch.setattr(builtins, '__import__', import_module)
+    with pytest.raises(SystemExit, match=r'torch 2\.1\.2 builds with setuptools < 81 only(.|\n)*"setuptools<81"'):
+        setup.import_cpp_extension(SimpleNamespace(__version__='2.1.2'))
 
 
 def test_clang_is_told_from_gcc(setup, tmp_path, monkeypatch):

@@ -72,7 +72,11 @@ def _as_list(init_cfg: Union[dict, list[dict], None]) -> list[dict]:
 
 
 def load_pretrained(
-    module: TakesReleasedCheckpoints, checkpoint: str, prefix: Optional[str] = None, map_location: str = 'cpu'
+    module: TakesReleasedCheckpoints,
+    checkpoint: str,
+    prefix: Optional[str] = None,
+    map_location: str = 'cpu',
+    adapt_channels: bool = False,
 ) -> None:
     """Load a checkpoint with the names of the release, and log the weights that were left out.
 
@@ -85,6 +89,9 @@ def load_pretrained(
         checkpoint: path, address or ``overlock_mm://NAME``.
         prefix: load only the names with this prefix, as mmengine's ``Pretrained`` does. None finds the prefix.
         map_location: as in :func:`torch.load`.
+        adapt_channels: whether a first convolution of an image with other channels takes the checkpoint's weights, repeated
+            over the channels and scaled by old over new channels; one channel takes their sum. So a grey image gives the
+            same features in any number of channels that is 1 or a multiple of the old one, and about the same in others.
 
     Raises:
         ValueError: the checkpoint has no weights for the module, or those of another variant.
@@ -99,6 +106,7 @@ def load_pretrained(
         found = _top_levels([*state_dict, *left_out]) or 'nothing'
         raise ValueError(f'{checkpoint} has no weights for {type(module).__name__}, got {found}')
     check_variant(module, state_dict, prefix='')
+    adapted = _adapt_channels(state_dict, own, module.layers_of_data) if adapt_channels else []
     fresh = set()
     for name, tensor in state_dict.items():
         if name in own and own[name].shape != tensor.shape:
@@ -126,7 +134,25 @@ def load_pretrained(
         message += f' Not in the checkpoint, so kept as initialised: {_top_levels(initialised)}.'
     if fresh:
         message += f' Of another shape in the checkpoint, so kept as initialised: {", ".join(sorted(fresh))}.'
+    if adapted:
+        message += f' Adapted to other channels: {", ".join(adapted)}.'
     print_log(message, logger='current')
+
+
+def _adapt_channels(state_dict: dict[str, Tensor], own: Mapping[str, Tensor], layers: tuple[str, ...]) -> list[str]:
+    """Bring kernels (C_out, C_in, k, k) of layers to the input channels of their own; return those layers."""
+    adapted = []
+    for name, tensor in state_dict.items():
+        channels = own[name].shape[1] if name in own and own[name].ndim == 4 else None
+        fits = channels is not None and own[name][:, :1].shape == tensor[:, :1].shape
+        if _layer(name) in layers and fits and channels != tensor.shape[1]:
+            old = tensor.shape[1]
+            if channels == 1:
+                state_dict[name] = tensor.sum(1, keepdim=True)
+            else:
+                state_dict[name] = tensor[:, [i % old for i in range(channels)]] * (old / channels)
+            adapted.append(_layer(name))
+    return adapted
 
 
 def openmmlab_name(name: str) -> str:

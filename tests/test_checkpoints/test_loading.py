@@ -273,6 +273,34 @@ def test_weight_of_another_shape_is_named(small_arch, classifier, tmp_path):
         build(small_arch, tmp_path / 'other.pth')
 
 
+@pytest.mark.parametrize('in_channels', [1, 4, 6])
+def test_first_convolution_is_adapted_if_asked(small_arch, classifier, tmp_path, log, in_channels):
+    """1 or a multiple of 3 channels that are equal give what three give."""
+    torch.save(classifier, tmp_path / 'rgb.pth')
+    grey = torch.randn(2, 1, 32, 40)
+    rgb = OverLoCK.from_pretrained(small_arch, tmp_path / 'rgb.pth').eval()
+    backbone = OverLoCK.from_pretrained(
+        small_arch, tmp_path / 'rgb.pth', adapt_channels=True, in_channels=in_channels
+    ).eval()
+    assert 'Adapted to other channels: patch_embed1.0.' in log.text
+    assert 'kept as initialised' not in log.text
+    weight, of_rgb = backbone.patch_embed1[0].weight, rgb.patch_embed1[0].weight
+    expected = {
+        1: of_rgb.sum(1, keepdim=True),
+        4: torch.cat([of_rgb, of_rgb[:, :1]], dim=1) * 3 / 4,
+        6: torch.cat([of_rgb, of_rgb], dim=1) / 2,
+    }
+    assert torch.allclose(weight, expected[in_channels])
+    if in_channels != 4:
+        with torch.no_grad():
+            out, expected = (net(grey.expand(-1, n, -1, -1))[-1] for net, n in ((backbone, in_channels), (rgb, 3)))
+        assert torch.allclose(out, expected, atol=1e-5)
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'rgb.pth'), adapt_channels=True)
+    configured = OverLoCK(small_arch, in_channels=in_channels, init_cfg=init_cfg)
+    configured.init_weights()
+    assert torch.equal(configured.patch_embed1[0].weight, weight)
+
+
 @pytest.mark.parametrize('in_channels', [1, 4])
 def test_first_convolution_starts_fresh_with_other_images(small_arch, classifier, tmp_path, log, in_channels):
     torch.save(classifier, tmp_path / 'rgb.pth')

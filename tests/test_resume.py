@@ -1,0 +1,181 @@
+"""Runs that are killed with SIGKILL and resumed end with the weights of an undisturbed run, bit for bit."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from mmengine.evaluator import BaseMetric
+from mmengine.fileio import LocalBackend
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, MODELS
+from mmengine.runner import Runner
+
+from overlock_mm.models import OverLoCK
+from overlock_mm.resume import RandomStateHook, get_random_states, set_random_states
+
+ARCH = dict(channels=(8, 12, 24, 40), depths=(1, 1, 1, 1), sub_depths=(2, 2), num_groups=(2, 4), kernel_sizes=(9, 7, 7, 5))
+
+
+@MODELS.register_module(force=True)
+class Classifier(BaseModel):
+    """Draws random numbers of torch: drop path."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = OverLoCK(ARCH, drop_path_rate=0.5)
+        self.head = nn.Linear(self.backbone.out_channels[-1], 1)
+
+    def forward(self, inputs, mode):
+        out = self.head(self.backbone(torch.stack(inputs))[-1].mean((2, 3)))
+        return dict(loss=(out - 1).square().mean()) if mode == 'loss' else out
+
+
+@DATASETS.register_module(force=True)
+class NoisyPictures(torch.utils.data.Dataset):
+    """Draws random numbers of all three libraries, in the workers if there are some."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        noise = torch.rand(3, 1, 1) + np.random.uniform() + random.random()
+        return dict(inputs=torch.full((3, 32, 32), float(index)) + noise)
+
+
+class Growing(BaseMetric):
+    """Every score is the best one, so every validation writes the latest checkpoint a second time."""
+
+    def process(self, data_batch, data_samples):
+        self.results += [torch.rand(1).item(), random.random(), np.random.uniform()]
+
+    def compute_metrics(self, results):
+        return dict(growing=time.time())
+
+
+class Kill(Hook):
+    """Kills the process in an iteration of training."""
+
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter == self.iteration:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in_write(number):
+    """Let the process be killed when half of its checkpoint with this number is written."""
+    written = []
+
+    def put(self, obj, filepath):
+        written.append(filepath)
+        if len(written) < number:
+            return original(self, obj, filepath)
+        original(self, obj[: len(obj) // 2], filepath)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    original, LocalBackend.put = LocalBackend.put, put
+
+
+def train(work_dir, by_epoch, workers, seed=None, resume=False, hook=True, kill=None, write=None):
+    """Train for 12 iterations, 3 epochs, with a checkpoint and a validation after every 4."""
+    torch.set_num_threads(1)
+    Runner._log_env = lambda self, env: None  # it runs compilers, for seconds
+    if write is not None:
+        kill_in_write(write)
+    data = dict(batch_size=2, num_workers=workers, persistent_workers=workers > 0)
+    sampler = dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True)
+    Runner(
+        dict(type='Classifier'),
+        str(work_dir),
+        train_dataloader=dict(data, dataset=dict(type='NoisyPictures', length=8), sampler=sampler),
+        train_cfg=dict(by_epoch=True, max_epochs=3) if by_epoch else dict(by_epoch=False, max_iters=12, val_interval=4),
+        val_dataloader=dict(
+            data, dataset=dict(type='NoisyPictures', length=4), sampler=dict(type='DefaultSampler', shuffle=False)
+        ),
+        val_cfg=dict(),
+        val_evaluator=[Growing()],
+        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01)),
+        param_scheduler=dict(type='LinearLR', begin=0, end=9, by_epoch=False),
+        default_hooks=dict(
+            checkpoint=dict(
+                type='CheckpointHook', interval=1 if by_epoch else 4, by_epoch=by_epoch, save_best='growing', rule='greater'
+            ),
+            **(dict(random_state=dict(type='overlock_mm.RandomStateHook')) if hook else {}),
+        ),
+        custom_hooks=[dict(type='EMAHook'), *([kill] if kill else [])],
+        randomness=dict(seed=seed),
+        resume=resume,
+        default_scope='mmengine',
+        experiment_name=str(random.random()),
+        log_level='WARNING',
+    ).train()
+
+
+@pytest.fixture(scope='module')
+def processes():
+    """Processes that start with this file imported."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def run(processes, *args, **kwargs):
+    """Return the exit code of a run in a process of its own."""
+    process = processes.Process(target=train, args=args, kwargs=kwargs)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def different_tensors(folder: Path, other: Path, last: str) -> list[str]:
+    """Names of the tensors that differ between two checkpoints, of weights, averaged weights and optimizers."""
+
+    def tensors(value, name):
+        if isinstance(value, torch.Tensor):
+            return {name: value}
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        return {key: each for inner, found in items for key, each in tensors(found, f'{name}.{inner}').items()}
+
+    states = []
+    for each in (folder, other):
+        checkpoint = torch.load(each / last, weights_only=True)
+        states.append(tensors({part: checkpoint[part] for part in ('state_dict', 'ema_state_dict', 'optimizer')}, ''))
+    assert states[0].keys() == states[1].keys()
+    assert len(states[0]) > 500
+    return [name for name, value in states[0].items() if not torch.equal(value, states[1][name])]
+
+
+SECOND, LAST = {True: 'epoch_2.pth', False: 'iter_8.pth'}, {True: 'epoch_3.pth', False: 'iter_12.pth'}
+KILLED = -signal.SIGKILL
+
+
+@pytest.mark.parametrize('by_epoch, workers', [(True, 2), (False, 0), (False, 2)])
+def test_a_killed_run_is_resumed_exactly(processes, tmp_path, by_epoch, workers):
+    """The first kill is in an epoch. The second one is in a validation, which writes the latest checkpoint again.
+
+    The resumed runs have no seed in their configs: they take that of the checkpoint.
+    """
+    train = functools.partial(run, processes, by_epoch=by_epoch, workers=workers)
+    assert train(tmp_path / 'undisturbed', seed=3) == 0
+    folder = tmp_path / 'killed'
+    assert train(folder, seed=3, kill=Kill(5)) == KILLED
+    assert train(folder, resume=True, write=3) == KILLED
+    assert (folder / 'last_checkpoint').read_text() == str(folder / SECOND[by_epoch])
+    assert not (folder / LAST[by_epoch]).exists()
+    assert train(folder, resume=True) == 0
+    assert different_tensors(folder, tmp_path / 'undisturbed', LAST[by_epoch]) == []

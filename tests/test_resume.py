@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -126,11 +127,18 @@ def train(work_dir, by_epoch, workers, seed=None, resume=False, hook=True, kill=
     ).train()
 
 
+#: What a run imports, which takes longer than the run.
+IMPORTED_LATER = ['matplotlib.pyplot', 'mmcv.ops', 'overlock_mm.inference', 'torch._dynamo']
+
+
 @pytest.fixture(scope='module')
 def processes():
-    """Processes that start with this file imported."""
+    """Processes that start with this file imported, from a server that nobody else uses."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, *IMPORTED_LATER])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', os.pathsep.join(sys.path))  # the server takes it from here
+        context.Process(target=int).start()
     return context
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 from mmengine.evaluator import BaseMetric
 from mmengine.fileio import LocalBackend
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner
@@ -92,12 +92,15 @@ def kill_in_write(number):
     original, LocalBackend.put = LocalBackend.put, put
 
 
-def train(work_dir, by_epoch, workers, seed=None, resume=False, hook=True, kill=None, write=None):
+def train(work_dir, by_epoch=True, workers=0, seed=None, resume=False, kill=None, write=None, rank=None, **settings):
     """Train for 12 iterations, 3 epochs, with a checkpoint and a validation after every 4."""
     torch.set_num_threads(1)
     Runner._log_env = lambda self, env: None  # it runs compilers, for seconds
     if write is not None:
         kill_in_write(write)
+    if rank is not None:
+        store = f'file://{work_dir}-{resume}-store'
+        torch.distributed.init_process_group('gloo', init_method=store, rank=rank, world_size=2)
     data = dict(batch_size=2, num_workers=workers, persistent_workers=workers > 0)
     sampler = dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True)
     Runner(
@@ -116,11 +119,12 @@ def train(work_dir, by_epoch, workers, seed=None, resume=False, hook=True, kill=
             checkpoint=dict(
                 type='CheckpointHook', interval=1 if by_epoch else 4, by_epoch=by_epoch, save_best='growing', rule='greater'
             ),
-            **(dict(random_state=dict(type='overlock_mm.RandomStateHook')) if hook else {}),
+            random_state=dict(type='overlock_mm.RandomStateHook'),
         ),
         custom_hooks=[dict(type='EMAHook'), *([kill] if kill else [])],
-        randomness=dict(seed=seed),
+        randomness=dict(seed=seed, diff_rank_seed=rank is not None),
         resume=resume,
+        **settings,
         default_scope='mmengine',
         experiment_name=str(random.random()),
         log_level='WARNING',
@@ -142,12 +146,15 @@ def processes():
     return context
 
 
-def run(processes, *args, **kwargs):
-    """Return the exit code of a run in a process of its own."""
-    process = processes.Process(target=train, args=args, kwargs=kwargs)
-    process.start()
-    process.join()
-    return process.exitcode
+def run(processes, *args, ranks=(None,), **kwargs):
+    """Return the exit code of a run in a process of its own, or in several."""
+    started = [processes.Process(target=train, args=args, kwargs=dict(kwargs, rank=rank)) for rank in ranks]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    (code,) = {process.exitcode for process in started}
+    return code
 
 
 def different_tensors(folder: Path, other: Path, last: str) -> list[str]:
@@ -187,3 +194,118 @@ def test_a_killed_run_is_resumed_exactly(processes, tmp_path, by_epoch, workers)
     assert not (folder / LAST[by_epoch]).exists()
     assert train(folder, resume=True) == 0
     assert different_tensors(folder, tmp_path / 'undisturbed', LAST[by_epoch]) == []
+
+
+def test_each_process_has_its_states(processes, tmp_path):
+    """The first process writes the states of both. They have other seeds, so their states differ."""
+    train = functools.partial(run, processes, ranks=(0, 1), seed=3)
+    assert train(tmp_path / 'undisturbed') == 0
+    assert train(tmp_path / 'killed', kill=Kill(3)) == KILLED
+    assert train(tmp_path / 'killed', resume=True) == 0
+    expected, got = (torch.load(tmp_path / name / 'epoch_3.pth')['random_states'] for name in ('undisturbed', 'killed'))
+    assert len(expected) == len(got) == 2
+    assert not same(expected[0], expected[1])
+    for rank in (0, 1):
+        assert same(got[rank], expected[rank])
+
+
+def same(states, others):
+    return all(
+        torch.equal(states[name], others[name]) if name == 'torch' else states[name] == others[name] for name in states
+    )
+
+
+def draw():
+    return torch.rand(1).item(), random.random(), random.gauss(0, 1), np.random.uniform(), np.random.normal()
+
+
+def test_states_are_plain_and_whole(tmp_path):
+    """Also in the middle of a pair of normal numbers, of which Python and numpy keep the second one."""
+    draw()
+    torch.save(get_random_states(), tmp_path / 'states.pth')
+    expected = draw()
+    with torch.serialization.safe_globals([]):
+        allowed = torch.serialization.get_safe_globals()
+        torch.serialization.clear_safe_globals()
+        try:
+            states = torch.load(tmp_path / 'states.pth', weights_only=True)
+        finally:
+            torch.serialization.add_safe_globals(allowed)
+    assert draw() != expected
+    set_random_states(states)
+    assert draw() == expected
+
+
+def test_states_of_gpus(monkeypatch):
+    """A checkpoint may be loaded to a GPU, and setters take tensors of the CPU. No GPU runs here."""
+    set_to = []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_rng_state_all', lambda: [torch.ones(16), torch.zeros(16)])
+    monkeypatch.setattr(torch.cuda, 'set_rng_state_all', set_to.extend)
+    states = get_random_states()
+    assert len(states['cuda']) == 2
+    set_random_states(states)
+    assert [state.sum() for state in set_to] == [16, 0]
+
+
+class FakeRunner:
+    """What the hook reads when it resumes."""
+
+    iter, seed, hooks = 8, 3, ()
+
+    def __init__(self):
+        self.logger = self
+        self.messages = []
+        self.train_loop = self
+        self.dataloader = [None] * 4
+
+    def warning(self, message):
+        self.messages.append(message)
+
+
+def resumed(checkpoint, **settings):
+    """Messages of a resumed run, and the random numbers that come first in it."""
+    hook, runner = RandomStateHook(), FakeRunner()
+    vars(runner).update(settings)
+    hook.before_run(runner)
+    hook.after_load_checkpoint(runner, checkpoint)
+    hook.before_train(runner)
+    if hook._to_set is not None:
+        set_random_states(hook._to_set)
+    return runner.messages, draw()
+
+
+def test_warnings():
+    states = get_random_states()
+    expected = draw()
+    assert resumed(dict(random_states=[states])) == ([], expected)
+    assert resumed(dict(random_states=[states]), iter=0)[1] != expected  # weights only were loaded
+
+    (message,), numbers = resumed({})
+    assert 'The checkpoint has no random states' in message
+    assert numbers != expected
+    (message,), numbers = resumed(dict(random_states=[states] * 8))
+    assert 'random states of 8 processes, but this run has 1' in message
+    assert numbers != expected
+    gpus = torch.cuda.device_count() + 1
+    (message,), numbers = resumed(dict(random_states=[{**states, 'cuda': [torch.zeros(16)] * gpus}]))
+    assert f'random states of {gpus} GPUs, but this process has {gpus - 1}' in message
+    assert numbers == expected
+    (message,), _ = resumed(dict(random_states=[states]), iter=7)
+    assert 'in the middle of an epoch' in message
+    (message,), _ = resumed(dict(random_states=[states]), hooks=[CheckpointHook(max_keep_ckpts=1)])
+    assert 'set max_keep_ckpts=2' in message
+
+
+def test_without_a_local_folder():
+    """A remote backend writes a file under its final name."""
+    saved = []
+
+    class Remote(FakeRunner):
+        def save_checkpoint(self, out_dir, filename, **kwargs):
+            saved.append((out_dir, filename))
+
+    runner = Remote()
+    RandomStateHook().before_train(runner)
+    runner.save_checkpoint('http://somewhere', 'epoch_1.pth')
+    assert saved == [('http://somewhere', 'epoch_1.pth')]

@@ -28,7 +28,7 @@ def get_random_states() -> dict[str, Any]:
 
     They are made of tensors, numbers and strings, which ``torch.load(weights_only=True)`` reads.
     """
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 (transforms draw from the global generator)
     return dict(
         python=random.getstate(),
         numpy=(name, keys.tolist(), *rest),
@@ -40,7 +40,7 @@ def get_random_states() -> dict[str, Any]:
 def set_random_states(states: dict[str, Any]) -> None:
     """Set the states of :func:`get_random_states`. Tensors may be on any device, as a checkpoint was loaded to it."""
     random.setstate(states['python'])
-    np.random.set_state(states['numpy'])
+    np.random.set_state(states['numpy'])  # noqa: NPY002
     torch.set_rng_state(states['torch'].cpu())
     if states['cuda']:
         torch.cuda.set_rng_state_all([state.cpu() for state in states['cuda']])
@@ -61,8 +61,8 @@ class RandomStateHook(Hook):
       checkpoint,
     - writes a checkpoint under another name and renames it then: a kill leaves no file that is cut under the final name.
 
-    A checkpoint without states, or with those of another number of processes, is resumed with a warning. What cannot be
-    exact is in docs/resume.md.
+    A checkpoint without states, or with those of another number of processes, is resumed with a warning. docs/configs.md
+    says what cannot be exact.
     """
 
     # At the start of an epoch, states are set before other hooks draw random numbers.

@@ -25,7 +25,13 @@ from mmengine.runner import Runner
 from overlock_mm.models import OverLoCK
 from overlock_mm.resume import RandomStateHook, get_random_states, set_random_states
 
-ARCH = dict(channels=(8, 12, 24, 40), depths=(1, 1, 1, 1), sub_depths=(2, 2), num_groups=(2, 4), kernel_sizes=(9, 7, 7, 5))
+ARCH = dict(channels=(8, 12, 24, 40), depths=(1, 1, 1, 1), sub_depths=(1, 1), num_groups=(2, 4), kernel_sizes=(9, 7, 7, 5))
+
+
+def draw():
+    """Random numbers of every library, and of every kind that it keeps one of."""
+    normal = np.random.normal()  # noqa: NPY002 (of the global generator)
+    return torch.rand(1).item(), random.random(), random.gauss(0, 1), normal
 
 
 @MODELS.register_module(force=True)
@@ -53,15 +59,14 @@ class NoisyPictures(torch.utils.data.Dataset):
         return self.length
 
     def __getitem__(self, index):
-        noise = torch.rand(3, 1, 1) + np.random.uniform() + random.random()
-        return dict(inputs=torch.full((3, 32, 32), float(index)) + noise)
+        return dict(inputs=torch.full((3, 32, 32), float(index)) + sum(draw()))
 
 
 class Growing(BaseMetric):
     """Every score is the best one, so every validation writes the latest checkpoint a second time."""
 
     def process(self, data_batch, data_samples):
-        self.results += [torch.rand(1).item(), random.random(), np.random.uniform()]
+        self.results += [draw()]
 
     def compute_metrics(self, results):
         return dict(growing=time.time())
@@ -84,10 +89,10 @@ def kill_in_write(number):
 
     def put(self, obj, filepath):
         written.append(filepath)
-        if len(written) < number:
-            return original(self, obj, filepath)
-        original(self, obj[: len(obj) // 2], filepath)
-        os.kill(os.getpid(), signal.SIGKILL)
+        if len(written) == number:
+            original(self, obj[: len(obj) // 2], filepath)
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, obj, filepath)
 
     original, LocalBackend.put = LocalBackend.put, put
 
@@ -171,7 +176,7 @@ def different_tensors(folder: Path, other: Path, last: str) -> list[str]:
         checkpoint = torch.load(each / last, weights_only=True)
         states.append(tensors({part: checkpoint[part] for part in ('state_dict', 'ema_state_dict', 'optimizer')}, ''))
     assert states[0].keys() == states[1].keys()
-    assert len(states[0]) > 500
+    assert len(states[0]) > 300
     return [name for name, value in states[0].items() if not torch.equal(value, states[1][name])]
 
 
@@ -215,22 +220,18 @@ def same(states, others):
     )
 
 
-def draw():
-    return torch.rand(1).item(), random.random(), random.gauss(0, 1), np.random.uniform(), np.random.normal()
-
-
+@pytest.mark.skipif(not hasattr(torch.serialization, 'clear_safe_globals'), reason='torch < 2.5 has no safe globals')
 def test_states_are_plain_and_whole(tmp_path):
     """Also in the middle of a pair of normal numbers, of which Python and numpy keep the second one."""
     draw()
     torch.save(get_random_states(), tmp_path / 'states.pth')
     expected = draw()
-    with torch.serialization.safe_globals([]):
-        allowed = torch.serialization.get_safe_globals()
-        torch.serialization.clear_safe_globals()
-        try:
-            states = torch.load(tmp_path / 'states.pth', weights_only=True)
-        finally:
-            torch.serialization.add_safe_globals(allowed)
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        states = torch.load(tmp_path / 'states.pth', weights_only=True)
+    finally:
+        torch.serialization.add_safe_globals(allowed)
     assert draw() != expected
     set_random_states(states)
     assert draw() == expected

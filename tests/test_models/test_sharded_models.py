@@ -117,8 +117,8 @@ def test_a_wrapped_model_is_not_optimized(small_arch, one_process):
 
 # --------------------------------------------------------------------------------------------------------- two processes
 
-# Batch norms are at rest: the statistics of a half batch are others, and torch's SyncBatchNorm needs a GPU. Drop path is off.
-# So the loss of a batch is the mean of those of its halves, in exact arithmetic, and so are the gradients.
+# Batch norms are at rest: half a batch has other statistics, and torch's SyncBatchNorm needs a GPU. Drop path is off. So
+# the loss of a batch is the mean of those of its halves, in exact arithmetic, and so are the gradients.
 SETTINGS = dict(
     plain=dict(),
     frozen=dict(frozen_stages=2),

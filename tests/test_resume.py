@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from mmengine.dataset import worker_init_fn
 from mmengine.evaluator import BaseMetric
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook, Hook
@@ -296,6 +297,25 @@ def test_warnings():
     assert 'in the middle of an epoch' in message
     (message,), _ = resumed(dict(random_states=[states]), hooks=[CheckpointHook(max_keep_ckpts=1)])
     assert 'set max_keep_ckpts=2' in message
+
+
+def test_workers_have_other_seeds_in_each_epoch():
+    """mmengine gives new workers the same seeds again. Those of an epoch are the same in every run."""
+
+    def epochs(numbers):
+        seeds = functools.partial(worker_init_fn, num_workers=2, rank=0, seed=3)
+        loader = torch.utils.data.DataLoader(
+            NoisyPictures(2), num_workers=2, persistent_workers=True, worker_init_fn=seeds, collate_fn=list
+        )
+        hook, runner = RandomStateHook(), FakeRunner()
+        runner.dataloader = loader
+        for runner.epoch in numbers:
+            hook.before_train_epoch(runner)
+            yield [(picture['inputs'] - index)[0, 0, 0].item() for index, (picture,) in enumerate(loader)]
+
+    first, second, third = epochs([0, 1, 2])
+    assert len({*first, *second, *third}) == 6
+    assert list(epochs([2, 1])) == [third, second]
 
 
 def test_without_a_local_folder():

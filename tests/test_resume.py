@@ -98,7 +98,7 @@ def kill_in_write(number):
     original, LocalBackend.put = LocalBackend.put, put
 
 
-def train(work_dir, by_epoch=True, workers=0, seed=None, resume=False, kill=None, write=None, rank=None, **settings):
+def train(work_dir, by_epoch=True, workers=0, seed=None, resume=False, kill=None, write=None, rank=None):
     """Train for 12 iterations, 3 epochs, with a checkpoint and a validation after every 4."""
     torch.set_num_threads(1)
     Runner._log_env = lambda self, env: None  # it runs compilers, for seconds
@@ -130,7 +130,6 @@ def train(work_dir, by_epoch=True, workers=0, seed=None, resume=False, kill=None
         custom_hooks=[dict(type='EMAHook'), *([kill] if kill else [])],
         randomness=dict(seed=seed, diff_rank_seed=rank is not None),
         resume=resume,
-        **settings,
         default_scope='mmengine',
         experiment_name=str(random.random()),
         log_level='WARNING',

@@ -125,9 +125,7 @@ class RandomStateHook(Hook):
             return  # nothing was loaded, or weights only
         loop = runner.train_loop
         if not isinstance(loop, IterBasedTrainLoop) and runner.iter % len(loop.dataloader):
-            runner.logger.warning(
-                'The checkpoint was saved in the middle of an epoch, and mmengine begins this epoch again.'
-            )
+            runner.logger.warning('The checkpoint was saved in the middle of an epoch. mmengine begins this epoch again.')
         self._to_set = _own_states(runner, loaded)
         if runner.seed != self._seed:
             diff_rank_seed = runner._randomness_cfg.get('diff_rank_seed', False)

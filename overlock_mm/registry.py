@@ -12,7 +12,10 @@ import mmengine.registry as mmengine  # noqa: E402
 
 MODELS = mmengine.Registry('model', parent=mmengine.MODELS, scope='overlock_mm', locations=['overlock_mm.models'])
 HOOKS = mmengine.Registry(
-    'hook', parent=mmengine.HOOKS, scope='overlock_mm', locations=['overlock_mm.memory', 'overlock_mm.inference']
+    'hook',
+    parent=mmengine.HOOKS,
+    scope='overlock_mm',
+    locations=['overlock_mm.memory', 'overlock_mm.resume', 'overlock_mm.inference'],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = mmengine.Registry(
     'optimizer wrapper constructor',

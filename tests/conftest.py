@@ -28,7 +28,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def small_arch():
     """A network with every kind of block and odd numbers of channels per group. It runs in milliseconds."""
     return dict(

@@ -36,4 +36,6 @@ param_scheduler = [
     dict(type='MultiStepLR', by_epoch=True, begin=0, end=36, milestones=[27, 33], gamma=0.1),
 ]
 
+default_hooks = dict(random_state=dict(type='overlock_mm.RandomStateHook'))
+
 sync_bn = 'torch'

@@ -16,4 +16,6 @@ model = dict(
     neck=dict(in_channels=[128, 384, 640]),
 )
 
+default_hooks = dict(random_state=dict(type='overlock_mm.RandomStateHook'))
+
 sync_bn = 'torch'

@@ -33,5 +33,7 @@ optim_wrapper = dict(
     ),
 )
 
+default_hooks = dict(random_state=dict(type='overlock_mm.RandomStateHook'))
+
 # Batch norms need statistics of the whole batch: each GPU has only 2 images.
 sync_bn = 'torch'

@@ -15,3 +15,5 @@ model = dict(
         ],
     ),
 )
+
+default_hooks = dict(random_state=dict(type='overlock_mm.RandomStateHook'))

@@ -21,4 +21,6 @@ optim_wrapper = dict(
     paramwise_cfg=dict(custom_keys={'norm': dict(decay_mult=0.0)}),
 )
 
+default_hooks = dict(random_state=dict(type='overlock_mm.RandomStateHook'))
+
 sync_bn = 'torch'

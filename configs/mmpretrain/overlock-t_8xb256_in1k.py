@@ -47,6 +47,9 @@ auto_scale_lr = dict(base_batch_size=2048)
 
 # As in timm, running statistics are averaged too: averaged weights need averaged statistics.
 custom_hooks = [dict(type='EMAHook', momentum=1e-4, update_buffers=True, priority='ABOVE_NORMAL')]
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=3, save_best='auto'))
+default_hooks = dict(
+    checkpoint=dict(max_keep_ckpts=3, save_best='auto'),
+    random_state=dict(type='overlock_mm.RandomStateHook'),
+)
 
 sync_bn = 'torch'

@@ -25,4 +25,7 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=5.0),
 )
 
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=3, save_best='auto'))
+default_hooks = dict(
+    checkpoint=dict(max_keep_ckpts=3, save_best='auto'),
+    random_state=dict(type='overlock_mm.RandomStateHook'),
+)

@@ -15,4 +15,6 @@ model = dict(
     decode_head=dict(in_channels=[64, 128, 384, 640]),
 )
 
+default_hooks = dict(random_state=dict(type='overlock_mm.RandomStateHook'))
+
 sync_bn = 'torch'

@@ -30,7 +30,10 @@ val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 train_cfg = dict(val_interval=8000)
-default_hooks = dict(checkpoint=dict(interval=8000, save_best='mIoU', max_keep_ckpts=2))
+default_hooks = dict(
+    checkpoint=dict(interval=8000, save_best='mIoU', max_keep_ckpts=2),
+    random_state=dict(type='overlock_mm.RandomStateHook'),
+)
 auto_scale_lr = dict(enable=False, base_batch_size=16)
 
 # Batch norms need statistics of the whole batch: each GPU has only 2 images.

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from ..ops._autocast import autocast_disabled, autocast_dtype, is_autocast_enabled
 from ..ops._library import operator, using_references
 from ..ops._modes import is_compiling, is_exporting, unseen_by_modes
+from .layers import is_sharded
 
 #: What ``OverLoCK(memory=...)`` takes.
 POLICIES = ('lean', 'fast')
@@ -82,14 +83,10 @@ def _has_hooks() -> bool:
 def _has_layers_of_others(block: nn.Module) -> bool:
     """Whether a part of the block was compiled, or sharded by FSDP."""
     compiled = getattr(sys.modules.get('torch._dynamo.eval_frame'), 'OptimizedModule', ())
-    sharded: tuple = ()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        fsdp = sys.modules.get('torch.distributed.fsdp')
-        sharded = tuple(getattr(fsdp, name) for name in ('FullyShardedDataParallel', 'FSDPModule') if hasattr(fsdp, name))
     return any(
         isinstance(module, compiled)
         or module.__dict__.get('_compiled_call_impl') is not None
-        or (sharded and module is not block and isinstance(module, sharded))
+        or (module is not block and is_sharded(module))
         for module in block.modules()
     )
 

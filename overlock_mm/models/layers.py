@@ -5,6 +5,8 @@ B images, C channels, maps of H x W positions.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -183,6 +185,17 @@ def has_hooks(module: nn.Module) -> bool:
         or attributes['_backward_pre_hooks']
         or 'forward' in attributes
     )
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP shards a module, by a wrapper (``FullyShardedDataParallel``) or in its place (``fully_shard``)."""
+    return _is_of_fsdp(type(module))
+
+
+@functools.cache  # this, too, is asked for hundreds of layers in a forward
+def _is_of_fsdp(kind: type) -> bool:
+    # By name: versions of torch have the classes in different places.
+    return any(base.__name__ in ('FullyShardedDataParallel', 'FSDPModule') for base in kind.__mro__)
 
 
 def as_matrix(layer: nn.Module, num_features: int, like: Tensor, size: tuple[int, ...] = (1, 1)) -> tuple[Tensor, Tensor]:

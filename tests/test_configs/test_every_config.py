@@ -13,6 +13,7 @@ from typing import Callable, Optional
 import pytest
 import torch
 from config_checks import build, flat, load, parameter_settings
+from mmengine.registry import HOOKS
 
 pytest.importorskip('mmdet', reason='some configs are for it')
 pytest.importorskip('mmseg', reason='some configs are for it')
@@ -184,6 +185,13 @@ def test_batches_and_batch_norms(name):
 def test_dumped_config_imports_the_package(name):
     """Inferencers read a checkpoint before they build the model, so the config must import what allows its objects."""
     assert 'overlock_mm' in load(name).custom_imports.imports
+
+
+@pytest.mark.parametrize('name', [*RECIPES, *sorted(OTHER_CONFIGS)])
+def test_killed_runs_are_resumed_exactly(name):
+    hooks = load(name).default_hooks
+    assert type(HOOKS.build(hooks.random_state)) is overlock_mm.RandomStateHook
+    assert hooks.checkpoint.get('max_keep_ckpts', -1) != 1  # mmengine would remove the last one before it writes the next
 
 
 @pytest.mark.parametrize('name', [name for name in RECIPES if '-t_' not in name and not name.endswith('_demo')])

@@ -7,7 +7,7 @@ from typing import Optional
 from torch import Tensor
 
 from ._autocast import cast_as_autocast
-from ._checks import check_dilation, check_optional_tensor, check_tensor
+from ._checks import check_dilation, check_flag, check_optional_tensor, check_tensor
 from ._library import operator
 
 
@@ -53,6 +53,7 @@ def residual_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] 
         TypeError, ValueError: as :func:`depthwise_conv2d`.
     """
     _check_tensors(x, weight, bias)
+    check_flag('gelu', gelu)
     return operator('depthwise_conv2d')(cast_as_autocast(x), weight, bias, 1, True, gelu)
 
 

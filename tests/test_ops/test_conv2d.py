@@ -116,7 +116,7 @@ def test_second_derivatives():
 
 def takes(x, weight, bias=None):
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-    return _fits(x, weight, padding, (1, 1), 1) and is_faster_as_product(x, weight, bias, (1, 1))
+    return _fits(x, weight, bias, (1, 1), padding, (1, 1), 1) and is_faster_as_product(x, weight, bias, (1, 1))
 
 
 def test_which_it_takes():
@@ -198,6 +198,28 @@ def test_one_position_is_a_linear_layer_in_every_dtype():
         out = conv2d(x, weight, bias)
         assert out.shape == (3, 8, 1, 1)
         assert relative_error(out, F.conv2d(x.double(), weight.double(), bias.double())) < 1e-2
+
+
+@pytest.mark.parametrize('size', [1, 2])
+@pytest.mark.parametrize(
+    'wrong',
+    [*(dict(bias=torch.ones(shape)) for shape in ((), (1,), (3,), (1, 64))), dict(stride=(0, 1)), dict(stride=(1, 1, 1))],
+    ids=lambda wrong: str({name: getattr(value, 'shape', value) for name, value in wrong.items()}),
+)
+def test_what_a_convolution_refuses(wrong, size):
+    """With the same error, and where a product or a linear layer would take it."""
+    x, weight = torch.randn(1, 64, size, size), torch.randn(64, 64, 1, 1)
+    with pytest.raises(RuntimeError) as expected:
+        F.conv2d(x, weight, **wrong)
+    with pytest.raises(RuntimeError) as raised:
+        conv2d(x, weight, **wrong)
+    assert str(raised.value) == str(expected.value)
+
+
+@pytest.mark.parametrize('stride', [1, 2, (2,), [2, 1]], ids=str)
+def test_strides_in_other_forms(stride):
+    x, weight = torch.randn(1, 64, 3, 2), torch.randn(64, 64, 1, 1)
+    assert torch.equal(conv2d(x, weight, stride=stride), F.conv2d(x, weight, stride=stride))
 
 
 @pytest.mark.parametrize('bad', ['channels', 'dtype'])

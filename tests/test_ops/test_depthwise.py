@@ -270,6 +270,37 @@ def test_every_kernel_size(kernel_size):
         check('convolution', make_convolution(kernel_size=kernel_size, **settings), torch.float64, 1e-12, 'channels_last')
 
 
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+@pytest.mark.parametrize('size', [1, 6, 40])
+def test_any_dilation(size, layout):
+    """Taps beyond the map read zeros, however far away they are: nothing is as large as the dilation."""
+    for kernel_size in (1, 3, 5):
+        arguments = make_convolution(height=size, width=size, kernel_size=kernel_size, bias=False)
+        x = arguments['x'] = LAYOUTS[layout](arguments['x'])
+        middle = arguments['weight'][:, 0, kernel_size // 2, kernel_size // 2].view(1, -1, 1, 1)
+        for dilation in (size, 10**6, 2**31 - 1):
+            got = with_gradients(partial(depthwise_conv2d, dilation=dilation), arguments, x)
+            assert relative_error(got['output'], x * middle) < 1e-15
+            assert relative_error(got['x'], x * middle) < 1e-15
+            assert relative_error(got['weight'].sum(dim=(1, 2, 3)), x.square().sum(dim=(0, 2, 3))) < 1e-14
+        # The operator itself has no limit.
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                out = torch.ops.overlock_mm.depthwise_conv2d(x, arguments['weight'], None, 2**62, False, False)
+                assert relative_error(out, x * middle) < 1e-15
+
+
+def test_no_dilation_makes_a_branch_reach_further_than_the_first():
+    """A product of sizes that does not fit into 64 bits is not taken for a small one."""
+    x, weight, parameter = random(1, 5, 6, 7), random(5, 1, 5, 5), random(5)
+    with pytest.raises(ValueError, match='the first branch must reach as far as any'):
+        torch.ops.overlock_mm.branch_norms(x, [weight] * 2, [parameter] * 2, [parameter] * 2, [1, 2**62], 1e-5)
+    taps = [weight, weight[..., :1, :1]]
+    expected = branch_norms(x, taps, [parameter] * 2, [parameter] * 2, [1, 1])
+    got = torch.ops.overlock_mm.branch_norms(x, taps, [parameter] * 2, [parameter] * 2, [1, 2**62], 1e-5)
+    assert all(torch.equal(*pair) for pair in zip(got, expected))
+
+
 @cases
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_layouts(name, settings, layout):
@@ -951,7 +982,7 @@ def test_empty_batch(name, settings):
     operator = OPERATORS[name]
     arguments = operator.make(batch=0, **settings)
     if name == 'branches':
-        with pytest.raises(ValueError, match=r'must not be empty, got shape \(0, 5, 6, 9\)'):
+        with pytest.raises(ValueError, match=r'must have more than one value for each channel, got shape \(0, 5, 6, 9\)'):
             operator.run(**arguments)
         return
     got = with_gradients(operator.run, arguments, arguments['x'])
@@ -1128,6 +1159,14 @@ BRANCHES = (call_branches, make_lists)
         (CONVOLUTION, replaced(dilation=lambda x: 0), ValueError, 'dilation must be an int of at least 1, got 0'),
         (CONVOLUTION, replaced(dilation=lambda x: True), ValueError, 'dilation must be an int of at least 1, got True'),
         (CONVOLUTION, replaced(dilation=lambda x: 1.5), ValueError, 'dilation must be an int of at least 1, got 1.5'),
+        (CONVOLUTION, replaced(dilation=lambda x: 2**31), ValueError, 'dilation must be at most 2147483647, got 2147483648'),
+        ((residual_depthwise_conv2d, lambda: make_convolution(gelu=False)), replaced(gelu=lambda x: 1), TypeError, 'gelu must be True or False, got 1'),
+        ((residual_depthwise_norm, lambda: dict(make_norm(), gelu=False)), replaced(gelu=lambda x: 'yes'), TypeError, "gelu must be True or False, got 'yes'"),
+        ((residual_depthwise_norm, lambda: dict(make_norm(), inplace=False)), replaced(inplace=lambda x: None), TypeError, 'inplace must be True or False, got None'),
+        *(
+            ((operator, lambda make=make: dict(make(), eps=1e-6)), replaced(eps=lambda x: '1e-6'), TypeError, "eps must be a number, got '1e-6'")
+            for operator, make in (NORM, MIXED_NORM, (branch_norms, make_lists))
+        ),
         ((residual_gelu, make_convolution), replaced(weight=lambda x: x[..., :1, :1]), ValueError, r'weight must have shape \(5, 1, 3, 3\) with gelu, got \(5, 1, 1, 1\)'),
         (MIXED_NORM, replaced(weight=lambda x: x[..., :1, :1]), ValueError, r'weight must have shape \(5, 1, 3, 3\), got \(5, 1, 1, 1\)'),
         *(
@@ -1149,9 +1188,16 @@ BRANCHES = (call_branches, make_lists)
         (BRANCHES, replaced(weights=lambda x: [x[0], x[1][1:], x[2]]), ValueError, r'weight.* must have shape \(5, 1, k, k\) .* got \(4, 1, 3, 3\)'),
         (BRANCHES, replaced(weights=lambda x: [x[1], x[0], x[2]]), ValueError, r'the first branch must reach as far as any, got kernel sizes \[3, 5, 3\] and dilations \[1, 1, 2\]'),
         (BRANCHES, replaced(weights=lambda x: x[1:], norm_weights=lambda x: x[1:], norm_biases=lambda x: x[1:], dilations=lambda x: [2, 2]), ValueError, r'the first branch must have no dilation, got dilations \[2, 2\]'),
-        (BRANCHES, replaced(dilations=lambda x: [1, 0, 2]), ValueError, 'dilation.* must be .* at least 1, got 0'),
+        (BRANCHES, replaced(dilations=lambda x: [1, 0, 2]), ValueError, 'dilations must be ints of at least 1, got 0'),
         (BRANCHES, replaced(dilations=lambda x: x[:2]), ValueError, r'dilations must be a number for each of 3 weights, got \[1, 1\]'),
         (BRANCHES, replaced(weights=lambda x: x[:2]), ValueError, r'dilations must be a number for each of 2 weights, got \[1, 1, 2\]'),
+        (BRANCHES, replaced(dilations=lambda x: [1, 1, 2**31]), ValueError, 'dilations must be at most 2147483647, got 2147483648'),
+        (BRANCHES, replaced(dilations=lambda x: 1), TypeError, 'dilations must be a sequence of ints, got int'),
+        *(
+            (BRANCHES, replaced(**{name: lambda x: None}), TypeError, f'{name} must be a sequence of tensors, got NoneType')
+            for name in ('weights', 'norm_weights', 'norm_biases')
+        ),
+        (BRANCHES, replaced(x=lambda x: x[:1, :, :1, :1]), ValueError, r'x must have more than one value for each channel, got shape \(1, 5, 1, 1\)'),
         (BRANCHES, replaced(weights=lambda x: x[:1] * 9, norm_weights=lambda x: x[:1] * 9, norm_biases=lambda x: x[:1] * 9, dilations=lambda x: [1] * 9), ValueError, r'weights must be 1 to 8 kernels, got 9'),
         (BRANCHES, replaced(weights=lambda x: [], norm_weights=lambda x: [], norm_biases=lambda x: [], dilations=lambda x: []), ValueError, r'weights must be 1 to 8 kernels, got 0'),
         (BRANCHES, replaced(norm_weights=lambda x: x[:2]), ValueError, r'norm_weights must be a tensor for each of 3 weights, got 2'),

@@ -157,6 +157,7 @@ class _Window:
 
 def _product(a: Tensor, b: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """``a @ b.t() + bias``, of dense matrices or transposed ones."""
+    bias = None if bias is None else bias.contiguous()  # oneDNN takes any for a dense one
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, 'none', [], '')
 
 

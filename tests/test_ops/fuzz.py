@@ -279,11 +279,11 @@ def wrong_list(draw: Draw, name: str, values: list, dtype: torch.dtype) -> Any:
     if choice == 'no list':
         return draw.choice([None, 1, 1.5, object()])
     if name == 'dilations':
-        wrong = [*WRONG_DILATIONS, 2]
+        # The first branch may have none. For the others, the first one's reach decides.
+        element = draw.choice([*WRONG_DILATIONS, 2] if at == 0 else WRONG_DILATIONS)
     else:
-        wrong = [wrong_tensor(draw, values[at], dtype, range(values[at].ndim), optional=False)]
-    # The first branch may have no dilation; no other may reach further than the first.
-    return [*values[:at], draw.choice(wrong if at == 0 else [each for each in wrong if each != 2]), *values[at + 1 :]]
+        element = wrong_tensor(draw, values[at], dtype, range(values[at].ndim), optional=False)
+    return [*values[:at], element, *values[at + 1 :]]
 
 
 def wrong_input(draw: Draw, x: Tensor) -> Any:
@@ -392,11 +392,14 @@ def call(name: str, number: int) -> None:
     with threads(draw.choice([1, 1, 2, 3])):
         if not draw.happens(WRONG_CALLS):
             check_results(operator, draw, arguments)
-        elif name == 'conv2d':
-            spoil_conv2d(draw, arguments)
+            return
+        names = operator.spoil(draw, arguments)
+        if draw.happens(0.5) and arguments.get('inplace') is not True:
+            arguments = replace_leaves(arguments, lambda _, x: x.detach().requires_grad_(x.is_floating_point()))
+        if name == 'conv2d':
             check_as_pytorch(arguments)
         else:
-            check_error(operator, arguments, operator.spoil(draw, arguments))
+            check_error(operator, arguments, names)
 
 
 @contextlib.contextmanager

@@ -63,6 +63,15 @@ def test_results_and_gradients(kernel_size, stride, size, bias, layout):
     assert got['out'].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize('outputs', [10, 32])
+@pytest.mark.parametrize('layout', ['expanded', 'strided'])
+def test_layouts_of_the_bias(layout, outputs):
+    tensors = make(outputs=outputs)
+    bias = torch.randn(2 * outputs)
+    tensors['bias'] = bias[:1].expand(outputs) if layout == 'expanded' else bias[::2]
+    assert relative_error(conv2d_as_product(**tensors), plain(**tensors)) < 1e-6
+
+
 def test_without_the_compiled_operator():
     """PyTorch's own copies do, and give the same bits."""
     tensors = make()

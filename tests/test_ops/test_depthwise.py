@@ -26,6 +26,7 @@ from overlock_mm.ops import (
     branch_norms,
     depthwise_conv2d,
     global_response_norm,
+    norms,
     residual_depthwise_conv2d,
     residual_depthwise_norm,
     use_references,
@@ -320,6 +321,21 @@ def test_strided_parameters():
                 arguments[each] = torch.stack([value, value], dim=-1)[..., 0]
         least = grad_output.norm().item()
         assert max(errors(with_gradients(operator.run, arguments, grad_output), expected, least).values()) < 1e-12
+
+
+@pytest.mark.parametrize('implementation', ['references', 'fallbacks'])
+def test_strided_parameters_of_branch_norms_without_the_binary(implementation, monkeypatch):
+    """In channels_last, where the gradient of PyTorch's batch norm takes them for dense ones."""
+    monkeypatch.setattr(norms, 'operator', getattr(_library, implementation).__getitem__)
+    arguments = make_branches()
+    arguments['x'] = LAYOUTS['channels_last'](arguments['x'])
+    grad_output = torch.randn_like(arguments['x'])
+    expected = with_gradients(plain_branches, arguments, grad_output)
+    for each, value in arguments.items():
+        if each.startswith('norm_'):
+            arguments[each] = torch.stack([value, value], dim=-1)[..., 0]
+    got = with_gradients(compiled_branches, arguments, grad_output)
+    assert max(errors(got, expected, grad_output.norm().item()).values()) < 1e-12
 
 
 @cases

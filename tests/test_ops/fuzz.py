@@ -561,7 +561,7 @@ def describe(value: Any) -> str:
     return f'{value!r:.200}'
 
 
-def run(name: str, first: int, end: int, at_call: Callable[[int], None]) -> Iterator[tuple[int, str]]:
+def run(name: str, first: int, end: int, at_call: Callable[[int], None] = lambda number: None) -> Iterator[tuple[int, str]]:
     """The calls from `first` on, before `end`: numbers and tracebacks of those that go wrong."""
     for number in range(first, end):
         at_call(number)
@@ -580,6 +580,7 @@ def main() -> None:
     options = parser.parse_args()
     end = options.number + 1 if options.end is None else options.end
     at_call = (lambda number: None) if options.at is None else recorder(options.at)
+    at_call = recorder(options.at) if options.at else lambda number: None
     found = False
     for number, message in run(options.operator, options.number, end, at_call):
         found = True

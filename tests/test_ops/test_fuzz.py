@@ -50,7 +50,7 @@ def spoil(monkeypatch, name, change):
         return out if _library.using_references() else change(out)
 
     monkeypatch.setitem(fuzz.OPERATORS, name, dataclasses.replace(operator, function=spoiled))
-    return list(fuzz.run(name, 0, 40, at_call=lambda number: None))
+    return list(fuzz.run(name, 0, 40))
 
 
 def test_wrong_numbers_are_found(monkeypatch):
@@ -77,7 +77,7 @@ def test_wrong_calls_that_return_are_found(monkeypatch):
 
     operator = dataclasses.replace(fuzz.OPERATORS['global_response_norm'], function=lenient)
     monkeypatch.setitem(fuzz.OPERATORS, 'global_response_norm', operator)
-    findings = list(fuzz.run('global_response_norm', 0, 40, at_call=lambda number: None))
+    findings = list(fuzz.run('global_response_norm', 0, 40))
     assert 5 < len(findings) < 35
     assert all('a wrong call returned' in text for _, text in findings)
 

@@ -580,7 +580,6 @@ def main() -> None:
     options = parser.parse_args()
     end = options.number + 1 if options.end is None else options.end
     at_call = (lambda number: None) if options.at is None else recorder(options.at)
-    at_call = recorder(options.at) if options.at else lambda number: None
     found = False
     for number, message in run(options.operator, options.number, end, at_call):
         found = True

@@ -15,6 +15,7 @@ exits with 1 if there are findings.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -90,7 +91,9 @@ def build(folder: Path) -> Path:
     command = [sys.executable, 'setup.py', '-q', 'build', '--build-base', folder, '--build-lib', package]
     print('building with sanitizers, some ten minutes of one core the first time', flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / 'log', 'w') as log:
+    with open(folder / 'log', 'a') as log:
+        fcntl.flock(log, fcntl.LOCK_EX)  # wait for compilers that an interrupted run has left: they have it too
+        log.truncate(0)
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, **flags}, stdout=log, stderr=subprocess.STDOUT)
     if done.returncode:
         sys.exit(f'the build failed: {folder / "log"}')

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import signal
+
 import pytest
 from conftest import ROOT, import_file
 
@@ -96,3 +100,17 @@ def test_a_change_of_the_sources_changes_the_fingerprint(sanitize, tmp_path):
     assert sanitize.fingerprint() == first
     (tmp_path / 'fuzz.py').write_text('b')
     assert sanitize.fingerprint() != first
+
+
+def test_a_build_waits_for_compilers_that_an_interrupted_one_left(sanitize, tmp_path, monkeypatch):
+    monkeypatch.setattr(sanitize, 'ROOT', tmp_path)
+    leave = "import subprocess; print(subprocess.Popen(['sleep', '60'], stderr=subprocess.DEVNULL).pid, flush=True)"
+    (tmp_path / 'setup.py').write_text(leave)
+    sanitize.build(tmp_path / 'build')
+    with open(tmp_path / 'build' / 'log', 'r+') as log:
+        try:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.kill(int(log.read()), signal.SIGKILL)
+        fcntl.flock(log, fcntl.LOCK_EX)

@@ -121,7 +121,7 @@ def expanded(x: Tensor) -> Tensor:
 
 def negated(x: Tensor) -> Tensor:
     """With a sign that is not in memory."""
-    return torch.complex(x, x).conj().imag.neg() if x.dtype in (torch.float32, torch.float64) else x
+    return torch.complex(x, -x).conj().imag if x.dtype in (torch.float32, torch.float64) else x
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -82,6 +82,16 @@ def test_wrong_calls_that_return_are_found(monkeypatch):
     assert all('a wrong call returned' in text for _, text in findings)
 
 
+def test_layouts_keep_the_numbers():
+    x = torch.randn(2, 3, 4, 5)
+    layouts = (fuzz.channels_last, fuzz.transposed, fuzz.sliced, fuzz.strided, fuzz.unaligned, fuzz.negated)
+    laid_out = [layout(x) for layout in layouts]
+    assert all(torch.equal(each, x) for each in laid_out)
+    assert all(each.stride() != x.stride() or each.storage_offset() > 0 for each in laid_out)
+    assert laid_out[-1].is_neg()
+    assert torch.equal(fuzz.expanded(x)[1], x[0])
+
+
 def test_a_call_is_made_again_by_its_number():
     for name, operator in fuzz.OPERATORS.items():
         first, second = (operator.draw(fuzz.Draw(f'{name} 7')) for _ in range(2))

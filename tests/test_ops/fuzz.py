@@ -153,11 +153,8 @@ def draw_contmix(draw: Draw) -> dict[str, Any]:
     small, large = draw.choice([1, 3, 5, 7]), draw.choice([1, 3, 5, 7, 9, 13, 15])
     batch, height, width = draw.batch(), draw.side(max(small, large)), draw.side(max(small, large))
     groups, per_group, tokens = draw.randint(1, 3), draw.choice([1, 2, 8, 16, 19]), (draw.randint(1, 3), draw.randint(1, 3))
-    channels, slots, keys = (
-        2 * groups * draw.choice([1, 3, 8, 10, 14, 16, 17, 33]),
-        small**2 + large**2,
-        tokens[0] * tokens[1],
-    )
+    channels = 2 * groups * draw.choice([1, 3, 8, 10, 14, 16, 17, 33])
+    slots, keys = small**2 + large**2, tokens[0] * tokens[1]
     # Logits for which a softmax has more than one slot of weight, for a kernel of any size.
     scale = 1 / (per_group * keys) ** 0.5
     return dict(
@@ -189,7 +186,7 @@ def spoil_contmix(draw: Draw, arguments: dict[str, Any]) -> list[str]:
     fixed = [2, 3, 0] if name == 'query' else [0, 1] if name in ('key', 'proj_weight') else range(value.ndim)
     same_dtype = name in ('query', 'key')
     arguments[name] = wrong_tensor(draw, value, arguments['value'].dtype, fixed, optional, same_dtype)
-    return [name, 'proj_weight' if name == 'key' else name]
+    return [name, 'proj_weight'] if name == 'key' else [name]
 
 
 def draw_map(draw: Draw) -> Tensor:
@@ -275,7 +272,7 @@ def spoil_depthwise(draw: Draw, arguments: dict[str, Any]) -> list[str]:
         arguments[name] = draw.choice(WRONG_DILATIONS)
     else:
         arguments[name] = wrong_list(draw, name, value, arguments['x'].dtype)
-    return ['weights' if name == 'dilations' else name, name]
+    return [name, 'weights'] if name == 'dilations' else [name]
 
 
 WRONG_DILATIONS = [0, -1, -(2**63), 2**31, 2**62, 2**63, 2**70, True, 1.5, '1', None, [1]]

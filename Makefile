@@ -1,5 +1,5 @@
-# make env | demo | test | sanitize | lint. Each finished step leaves a stamp. Finished steps are skipped, interrupted ones resume,
-# and a changed pin repeats the steps that depend on it.
+# make env | demo | test | sanitize | lint. Each finished step leaves a stamp. Finished steps are skipped, interrupted ones
+# resume, and a changed pin repeats the steps that depend on it.
 PYTHON ?= python3
 VENV ?= .venv
 WORK_DIR ?= work_dirs/demo
@@ -61,6 +61,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 test: env
 	OMP_NUM_THREADS=$$((($(CORES) + 1) / 2)) $(PY) -m pytest tests -n 2 --dist loadfile $(ARGS)
 
+# It resumes too. Its results are in work_dirs/sanitize.
 sanitize: env
 	$(PY) tools/sanitize.py $(ARGS)
 

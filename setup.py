@@ -29,7 +29,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 SOURCES = Path('overlock_mm/ops/csrc')
 #: Tools that need a checkout, and write into it.
-CHECKOUT_ONLY = ('demo', 'install_mmcv.py')
+CHECKOUT_ONLY = ('demo', 'install_mmcv.py', 'sanitize.py')
 ARCHITECTURES = ('7.0', '7.5', '8.0', '8.6', '8.9', '9.0', '10.0', '12.0')
 
 

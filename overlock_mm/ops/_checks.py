@@ -212,14 +212,14 @@ def check_branch_norms(
     for weight, dilation in zip(weights, dilations):
         _check_kernel('weights', weight, x)
         check_dilation(dilation)
+    if dilations[0] != 1:
+        raise ValueError(f'the first branch must have no dilation, got dilations {list(dilations)}')
     kernel_sizes = [weight.shape[-1] for weight in weights]
     reaches = [(kernel_size - 1) * dilation for kernel_size, dilation in zip(kernel_sizes, dilations)]
     if max(reaches) > reaches[0]:
         raise ValueError(
             f'the first branch must reach as far as any, got kernel sizes {kernel_sizes} and dilations {list(dilations)}'
         )
-    if dilations[0] != 1:
-        raise ValueError(f'the first branch must have no dilation, got dilations {list(dilations)}')
     for name, parameters in (('norm_weights', norm_weights), ('norm_biases', norm_biases)):
         if len(parameters) != branches:
             raise ValueError(f'{name} must be a tensor for each of {branches} weights, got {len(parameters)}')

@@ -66,7 +66,7 @@ def _fits(x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: Any, paddin
         return False
     if not (type(stride) is tuple and len(stride) == 2 and all(type(step) is int and step > 0 for step in stride)):
         return False
-    return bias is None or bias.shape == weight.shape[:1]
+    return bias is None or (isinstance(bias, Tensor) and bias.shape == weight.shape[:1])
 
 
 def is_faster_as_product(x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: tuple[int, int]) -> bool:

@@ -130,7 +130,8 @@ def negated(x: Tensor) -> Tensor:
 
 @dataclass
 class Operator:
-    """
+    """A public operator, and how to call it.
+
     Args:
         function: the public operator.
         draw: arguments that it takes.
@@ -393,7 +394,8 @@ OPERATORS = {
 
 
 def call(name: str, number: int) -> None:
-    """
+    """Make a call of the operator and check what it does.
+
     Raises:
         AssertionError: the operator does something else than its contract says.
     """

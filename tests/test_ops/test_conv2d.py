@@ -225,6 +225,11 @@ def test_what_a_convolution_refuses(wrong, size):
     assert str(raised.value) == str(expected.value)
 
 
+def test_a_bias_that_is_no_tensor():
+    with pytest.raises(TypeError, match='bias'):
+        conv2d(torch.randn(1, 64, 2, 2), torch.randn(64, 64, 1, 1), 1.0)
+
+
 @pytest.mark.parametrize('stride', [1, 2, (2,), [2, 1]], ids=str)
 def test_strides_in_other_forms(stride):
     x, weight = torch.randn(1, 64, 3, 2), torch.randn(64, 64, 1, 1)

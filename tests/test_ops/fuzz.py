@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import os
 import random
 import re
@@ -16,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -560,10 +562,11 @@ def describe(value: Any) -> str:
     return f'{value!r:.200}'
 
 
-def run(name: str, first: int, end: int, at_call: Callable[[int], None] = lambda number: None) -> Iterator[tuple[int, str]]:
+def run(name: str, first: int, end: int, at_call: Optional[Callable] = None) -> Iterator[tuple[int, str]]:
     """The calls from `first` on, before `end`: numbers and tracebacks of those that go wrong."""
     for number in range(first, end):
-        at_call(number)
+        if at_call:
+            at_call(number)
         try:
             call(name, number)
         except Exception:
@@ -575,28 +578,26 @@ def main() -> None:
     parser.add_argument('operator', choices=OPERATORS)
     parser.add_argument('number', type=int, help='of the call, or of the first one')
     parser.add_argument('end', type=int, nargs='?', help='number after the last call (default: one call)')
-    parser.add_argument('--at', type=Path, help='a file for the number of the call that runs')
+    parser.add_argument('--at', type=Path, help='a file for the number of the call that runs, where a later run goes on')
     options = parser.parse_args()
-    end = options.number + 1 if options.end is None else options.end
-    at_call = (lambda number: None) if options.at is None else recorder(options.at)
+    first, end = options.number, options.number + 1 if options.end is None else options.end
+    at_call = None
+    if options.at:
+        file = os.open(options.at, os.O_RDWR | os.O_CREAT)
+        fcntl.flock(file, fcntl.LOCK_EX)  # an interrupted run may have left a process that still makes these calls
+        first = max(first, int(os.read(file, 20) or first))
+        at_call = partial(write_number, file)
     found = False
-    for number, message in run(options.operator, options.number, end, at_call):
+    for number, message in run(options.operator, first, end, at_call):
         found = True
         print(f'{options.operator} {number}\n{message}', flush=True)
-    at_call(end)
+    if at_call:
+        at_call(end)
     sys.exit(found)
 
 
-def recorder(path: Path) -> Callable[[int], None]:
-    """Writes numbers over one another. Ends this process when the one that waits for it is gone."""
-    file, parent = os.open(path, os.O_RDWR | os.O_CREAT), os.getppid()
-
-    def record(number: int) -> None:
-        os.pwrite(file, f'{number:<20}'.encode(), 0)
-        if os.getppid() != parent:
-            sys.exit('the process that started the calls is gone')
-
-    return record
+def write_number(file: int, number: int) -> None:
+    os.pwrite(file, f'{number:<20}'.encode(), 0)
 
 
 if __name__ == '__main__':

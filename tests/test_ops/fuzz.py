@@ -343,6 +343,9 @@ def other_ranks(x: Tensor) -> list[Tensor]:
 
 
 def draw_conv2d(draw: Draw) -> dict[str, Any]:
+    if draw.dtype == torch.bfloat16:
+        # Half types are PyTorch's convolution. Its gradients in bfloat16 are wrong for some strides and dilations (2.11).
+        draw.dtype = torch.float32
     k, groups = draw.choice([1, 1, 1, 3, 3, 5]), draw.choice([1, 1, 1, 2])
     # Weights of which some are large for the map.
     height, width = draw.choice([(1, 1), (draw.randint(1, 3), draw.randint(1, 3)), (draw.side(), draw.side())])

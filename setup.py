@@ -9,6 +9,7 @@ Environment variables:
     CUDA_HOME               the CUDA toolkit; without it, the one of the nvcc on PATH
     TORCH_CUDA_ARCH_LIST    GPU architectures, e.g. "8.0;9.0+PTX"; without it those of the GPUs in this machine, or, if it
                             has none, those of 7.0, 7.5, 8.0, 8.6, 8.9, 9.0, 10.0 and 12.0 that the toolkit knows
+    CXXFLAGS                more flags for the C++ compiler. They come last, so that they override those of this file
     MAX_JOBS                number of compilers that run at the same time
 """
 
@@ -28,7 +29,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 SOURCES = Path('overlock_mm/ops/csrc')
 #: Tools that need a checkout, and write into it.
-CHECKOUT_ONLY = ('demo', 'install_mmcv.py')
+CHECKOUT_ONLY = ('demo', 'install_mmcv.py', 'sanitize.py')
 ARCHITECTURES = ('7.0', '7.5', '8.0', '8.6', '8.9', '9.0', '10.0', '12.0')
 
 
@@ -214,6 +215,7 @@ def operator_extension() -> dict:
         # For at::parallel_for. Only for compilation: linking it would load the system's OpenMP, with a second pool of
         # threads beside that of torch.
         flags['cxx'].append('-fopenmp')
+    flags['cxx'] += os.environ.get('CXXFLAGS', '').split()
     macros = []
     if toolkit:
         sources += [*(SOURCES / 'cuda').glob('*.cpp'), *(SOURCES / 'cuda').glob('*.cu')]

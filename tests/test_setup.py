@@ -182,6 +182,15 @@ def test_clang_is_told_from_gcc(setup, tmp_path, monkeypatch):
     assert not setup.compiler_is_clang()
 
 
+def test_flags_of_the_user_come_last(setup, monkeypatch):
+    monkeypatch.setenv('FORCE_CUDA', '0')
+    monkeypatch.setenv('CXXFLAGS', '-O1 -fsanitize=address')
+    (extension,) = setup.operator_extension()['ext_modules']
+    flags = extension.extra_compile_args
+    assert flags[-2:] == ['-O1', '-fsanitize=address']
+    assert '-O3' in flags
+
+
 def test_the_operator_can_be_left_out(setup, monkeypatch, capsys):
     monkeypatch.setenv('OVERLOCK_MM_WITH_OPS', '0')
     assert setup.operator_extension() == {}

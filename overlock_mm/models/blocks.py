@@ -14,7 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import adaptive_avg_pool2d, contmix
+from ..ops import contmix
+from ..ops.pooling import adaptive_avg_pool2d
 from .layers import (
     GELU,
     AdaptiveAvgPool2d,

@@ -12,16 +12,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import (
-    adaptive_avg_pool2d,
-    conv2d,
-    depthwise_conv2d,
-    gelu,
-    global_response_norm,
-    residual_depthwise_conv2d,
-    scale_and_shift,
-)
+from ..ops import conv2d, depthwise_conv2d, gelu, global_response_norm, residual_depthwise_conv2d
 from ..ops._autocast import autocast_disabled, cast_as_autocast
+from ..ops.elementwise import scale_and_shift
+from ..ops.pooling import adaptive_avg_pool2d
 
 
 class Conv2d(nn.Conv2d):

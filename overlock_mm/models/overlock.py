@@ -374,9 +374,9 @@ class OverLoCK(TakesReleasedCheckpoints):
     def _check_input(self, x: Tensor) -> None:
         if isinstance(x, torch.fx.Proxy):
             raise TypeError(
-                'the input must be a Tensor, got a Proxy: torch.fx.symbolic_trace and create_feature_extractor cannot trace '
-                'OverLoCK, whose steps depend on the size of the map. torch.export.export(model, (images,)) gives a graph of '
-                'torch.fx, and the outputs are chosen by out_indices'
+                'the input must be a Tensor, got a Proxy: torch.fx.symbolic_trace cannot trace OverLoCK, because its '
+                'steps depend on the size of the map. torch.export.export(model, (images,)) gives a graph, and out_indices '
+                'chooses the outputs'
             )
         if not isinstance(x, Tensor):
             raise TypeError(f'the input must be a Tensor, got {type(x).__name__}')

@@ -6,12 +6,10 @@ from ._reference import contmix_reference
 from .contmix import contmix
 from .conv2d import conv2d
 from .depthwise import depthwise_conv2d, residual_depthwise_conv2d
-from .elementwise import gelu, scale_and_shift
+from .elementwise import gelu
 from .norms import branch_norms, global_response_norm, residual_depthwise_norm
-from .pooling import adaptive_avg_pool2d
 
 __all__ = [
-    'adaptive_avg_pool2d',
     'branch_norms',
     'contmix',
     'contmix_reference',
@@ -21,7 +19,6 @@ __all__ = [
     'global_response_norm',
     'residual_depthwise_conv2d',
     'residual_depthwise_norm',
-    'scale_and_shift',
     'use_references',
 ]
 

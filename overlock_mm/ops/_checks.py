@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Optional
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 _MOST_BRANCHES = 8
+_LARGEST_SIZE = 2**31 - 1  # products of two sizes have 64 bits
 
 
 # What the dispatcher would refuse with messages of its own: checked before every call of an operator.
@@ -26,9 +27,32 @@ def check_optional_tensor(name: str, tensor: Any) -> None:
         raise TypeError(f'{name} must be a Tensor or None, got {type(tensor).__name__}')
 
 
-def check_dilation(dilation: Any) -> None:
+def check_tensors(name: str, tensors: Any) -> list[Tensor]:
+    tensors = _check_sequence(name, tensors, 'tensors')
+    for tensor in tensors:
+        check_tensor(name, tensor)
+    return tensors
+
+
+def check_dilations(dilations: Any) -> list[int]:
+    dilations = _check_sequence('dilations', dilations, 'ints')
+    for dilation in dilations:
+        check_dilation(dilation, 'dilations')
+    return dilations
+
+
+def _check_sequence(name: str, values: Any, kind: str) -> list:
+    if not isinstance(values, Iterable):
+        raise TypeError(f'{name} must be a sequence of {kind}, got {type(values).__name__}')
+    return list(values)
+
+
+def check_dilation(dilation: Any, name: str = 'dilation') -> None:
     if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
-        raise ValueError(f'dilation must be an int of at least 1, got {dilation!r}')
+        kind = 'an int' if name == 'dilation' else 'ints'
+        raise ValueError(f'{name} must be {kind} of at least 1, got {dilation!r}')
+    if dilation > _LARGEST_SIZE:
+        raise ValueError(f'{name} must be at most {_LARGEST_SIZE}, got {dilation}')
 
 
 def check_size(name: str, size: Any) -> None:
@@ -37,6 +61,18 @@ def check_size(name: str, size: Any) -> None:
         raise TypeError(f'{name} must be an int, got {size!r}')
     if size < 1:
         raise ValueError(f'{name} must be at least 1, got {size}')
+    if size > _LARGEST_SIZE:
+        raise ValueError(f'{name} must be at most {_LARGEST_SIZE}, got {size}')
+
+
+def check_number(name: str, number: Any) -> None:
+    if not isinstance(number, (int, float, torch.SymFloat)):
+        raise TypeError(f'{name} must be a number, got {number!r}')
+
+
+def check_flag(name: str, flag: Any) -> None:
+    if not isinstance(flag, bool):
+        raise TypeError(f'{name} must be True or False, got {flag!r}')
 
 
 # What all operators have.
@@ -174,21 +210,21 @@ def check_branch_norms(
     for weight, dilation in zip(weights, dilations):
         _check_kernel('weights', weight, x)
         check_dilation(dilation)
+    if dilations[0] != 1:
+        raise ValueError(f'the first branch must have no dilation, got dilations {list(dilations)}')
     kernel_sizes = [weight.shape[-1] for weight in weights]
     reaches = [(kernel_size - 1) * dilation for kernel_size, dilation in zip(kernel_sizes, dilations)]
     if max(reaches) > reaches[0]:
         raise ValueError(
             f'the first branch must reach as far as any, got kernel sizes {kernel_sizes} and dilations {list(dilations)}'
         )
-    if dilations[0] != 1:
-        raise ValueError(f'the first branch must have no dilation, got dilations {list(dilations)}')
     for name, parameters in (('norm_weights', norm_weights), ('norm_biases', norm_biases)):
         if len(parameters) != branches:
             raise ValueError(f'{name} must be a tensor for each of {branches} weights, got {len(parameters)}')
         for parameter in parameters:
             _check_parameter(name, parameter, x)
-    if x.numel() == 0:
-        raise ValueError(f'x must not be empty, got shape {tuple(x.shape)}')
+    if x.numel() <= x.shape[1]:
+        raise ValueError(f'x must have more than one value for each channel, got shape {tuple(x.shape)}')
 
 
 def check_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> None:

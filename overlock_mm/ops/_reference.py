@@ -225,9 +225,9 @@ class _LeanBranchNorms(torch.autograd.Function):
         grad_x, grad_weights, grad_norm_weights, grad_norm_biases = None, [], [], []
         for i, (weight, norm_weight, dilation) in enumerate(zip(weights, norm_weights, ctx.dilations)):
             y = depthwise_conv2d(x, weight, None, dilation, False) if i else first
+            scale = _dense(norm_weight, means.dtype)
             grad_y, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_batch_norm_backward(
-                grad_output, y, norm_weight.to(means.dtype), None, None, means[i], inverse_deviations[i], True, ctx.eps,
-                [True, True, True],
+                grad_output, y, scale, None, None, means[i], inverse_deviations[i], True, ctx.eps, [True, True, True],
             )  # fmt: skip
             padding, kernel = dilation * (weight.shape[-1] // 2), weight.to(x.dtype)
             grad_of_branch, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -246,5 +246,11 @@ def _batch_norm(y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Te
     dtype, channels, count = accumulation_type(y), y.shape[1], y.numel() // y.shape[1]
     # With a momentum of 1, running statistics are those of the batch.
     mean, variance = y.new_zeros(channels, dtype=dtype), y.new_zeros(channels, dtype=dtype)
-    out = F.batch_norm(y, mean, variance, weight.to(dtype), bias.to(dtype), training=True, momentum=1.0, eps=eps)
+    weight, bias = _dense(weight, dtype), _dense(bias, dtype)
+    out = F.batch_norm(y, mean, variance, weight, bias, training=True, momentum=1.0, eps=eps)
     return out, mean, variance * ((count - 1) / count)
+
+
+def _dense(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """PyTorch's gradient of a batch norm in channels_last takes a strided weight for a dense one (torch 2.11)."""
+    return parameter.to(dtype).contiguous()

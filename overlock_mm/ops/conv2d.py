@@ -46,7 +46,7 @@ def conv2d(
     """
     if not is_compiling() and not is_exporting() and not using_references():
         with unseen_by_modes():
-            fits = _fits(x, weight, padding, dilation, groups)
+            fits = _fits(x, weight, bias, stride, padding, dilation, groups)
             is_linear = fits and x.shape[2:] == weight.shape[2:] == (1, 1)
             is_product = fits and not is_linear and is_faster_as_product(x, weight, bias, stride)
         if is_linear:
@@ -56,11 +56,18 @@ def conv2d(
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
-def _fits(x: Tensor, weight: Tensor, padding: tuple[int, int], dilation: tuple[int, int], groups: int) -> bool:
-    """Whether it is a plain convolution with a padding of k // 2, and its weight fits the map."""
+def _fits(x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
+    """Whether it is a plain convolution with a padding of k // 2, and its arguments fit together.
+
+    PyTorch takes some settings in other forms, such as an int for two, and refuses wrong ones.
+    """
     if not (type(x) is Tensor and type(weight) in _PLAIN and dilation == (1, 1) and groups == 1):
         return False
-    return x.ndim == weight.ndim == 4 and weight.shape[1] == x.shape[1] and padding == _padding(weight)
+    if not (x.ndim == weight.ndim == 4 and weight.shape[1] == x.shape[1] and padding == _padding(weight)):
+        return False
+    if not (type(stride) is tuple and len(stride) == 2 and all(type(step) is int and step > 0 for step in stride)):
+        return False
+    return bias is None or (isinstance(bias, Tensor) and bias.shape == weight.shape[:1])
 
 
 def is_faster_as_product(x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: tuple[int, int]) -> bool:
@@ -151,6 +158,7 @@ class _Window:
 
 def _product(a: Tensor, b: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """``a @ b.t() + bias``, of dense matrices or transposed ones."""
+    bias = None if bias is None else bias.contiguous()  # oneDNN takes any for a dense one
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, 'none', [], '')
 
 

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from ._autocast import cast_as_autocast
-from ._checks import check_dilation, check_optional_tensor, check_residual_depthwise_norm, check_tensor
+from ._checks import (
+    check_dilations,
+    check_flag,
+    check_number,
+    check_optional_tensor,
+    check_residual_depthwise_norm,
+    check_tensor,
+    check_tensors,
+)
 from ._library import operator
 from .depthwise import residual_depthwise_conv2d
 
@@ -41,15 +49,14 @@ def branch_norms(
         and the biased variance, which have no gradient.
 
     Raises:
-        TypeError, ValueError: as :func:`depthwise_conv2d`; ``x`` is empty.
+        TypeError, ValueError: as :func:`depthwise_conv2d`; ``x`` has no more than one value for each channel.
     """
     check_tensor('x', x)
-    weights, norm_weights, norm_biases, dilations = map(list, (weights, norm_weights, norm_biases, dilations))
-    for name, tensors in (('weights', weights), ('norm_weights', norm_weights), ('norm_biases', norm_biases)):
-        for tensor in tensors:
-            check_tensor(name, tensor)
-    for dilation in dilations:
-        check_dilation(dilation)
+    weights = check_tensors('weights', weights)
+    norm_weights = check_tensors('norm_weights', norm_weights)
+    norm_biases = check_tensors('norm_biases', norm_biases)
+    dilations = check_dilations(dilations)
+    check_number('eps', eps)
     return operator('branch_norms')(cast_as_autocast(x), weights, norm_weights, norm_biases, dilations, eps)
 
 
@@ -72,6 +79,7 @@ def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e
     check_tensor('x', x)
     check_tensor('gamma', gamma)
     check_tensor('beta', beta)
+    check_number('eps', eps)
     return operator('global_response_norm')(x, gamma, beta, eps)
 
 
@@ -105,6 +113,8 @@ def residual_depthwise_norm(
     for name, tensor in (('x', x), ('weight', weight), ('gamma', gamma), ('beta', beta)):
         check_tensor(name, tensor)
     check_optional_tensor('bias', bias)
+    check_number('eps', eps)
+    check_flag('inplace', inplace)
     given, x = x, cast_as_autocast(x)
     tensors = [each for each in (x, weight, bias, gamma, beta) if each is not None]
     wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)

@@ -231,6 +231,7 @@ def replaced(name, change):
         (replaced('proj_bias', lambda x: 1.0), TypeError, 'proj_bias must be a Tensor or None, got float'),
         (replaced('num_groups', float), TypeError, 'num_groups must be an int, got 2.0'),
         (replaced('num_groups', lambda x: 0), ValueError, 'num_groups must be at least 1, got 0'),
+        (replaced('num_groups', lambda x: 2**31), ValueError, 'num_groups must be at most 2147483647, got 2147483648'),
         (replaced('num_groups', lambda x: 5), ValueError, 'value must have channels divisible by .* 10, got 12'),
         (replaced('value', lambda x: x[0]), ValueError, r'value must have 4 dimensions, got shape \(12, 6, 9\)'),
         (replaced('value', lambda x: x.int()), TypeError, 'value must be float16, .* got torch.int32'),

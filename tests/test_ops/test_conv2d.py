@@ -63,6 +63,15 @@ def test_results_and_gradients(kernel_size, stride, size, bias, layout):
     assert got['out'].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize('outputs', [10, 32])
+@pytest.mark.parametrize('layout', ['expanded', 'strided'])
+def test_layouts_of_the_bias(layout, outputs):
+    tensors = make(outputs=outputs)
+    bias = torch.randn(2 * outputs)
+    tensors['bias'] = bias[:1].expand(outputs) if layout == 'expanded' else bias[::2]
+    assert relative_error(conv2d_as_product(**tensors), plain(**tensors)) < 1e-6
+
+
 def test_without_the_compiled_operator():
     """PyTorch's own copies do, and give the same bits."""
     tensors = make()
@@ -116,7 +125,7 @@ def test_second_derivatives():
 
 def takes(x, weight, bias=None):
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-    return _fits(x, weight, padding, (1, 1), 1) and is_faster_as_product(x, weight, bias, (1, 1))
+    return _fits(x, weight, bias, (1, 1), padding, (1, 1), 1) and is_faster_as_product(x, weight, bias, (1, 1))
 
 
 def test_which_it_takes():
@@ -198,6 +207,33 @@ def test_one_position_is_a_linear_layer_in_every_dtype():
         out = conv2d(x, weight, bias)
         assert out.shape == (3, 8, 1, 1)
         assert relative_error(out, F.conv2d(x.double(), weight.double(), bias.double())) < 1e-2
+
+
+@pytest.mark.parametrize('size', [1, 2])
+@pytest.mark.parametrize(
+    'wrong',
+    [*(dict(bias=torch.ones(shape)) for shape in ((), (1,), (3,), (1, 64))), dict(stride=(0, 1)), dict(stride=(1, 1, 1))],
+    ids=lambda wrong: str({name: getattr(value, 'shape', value) for name, value in wrong.items()}),
+)
+def test_what_a_convolution_refuses(wrong, size):
+    """With the same error, and where a product or a linear layer would take it."""
+    x, weight = torch.randn(1, 64, size, size), torch.randn(64, 64, 1, 1)
+    with pytest.raises(RuntimeError) as expected:
+        F.conv2d(x, weight, **wrong)
+    with pytest.raises(RuntimeError) as raised:
+        conv2d(x, weight, **wrong)
+    assert str(raised.value) == str(expected.value)
+
+
+def test_a_bias_that_is_no_tensor():
+    with pytest.raises(TypeError, match='bias'):
+        conv2d(torch.randn(1, 64, 2, 2), torch.randn(64, 64, 1, 1), 1.0)
+
+
+@pytest.mark.parametrize('stride', [1, 2, (2,), [2, 1]], ids=str)
+def test_strides_in_other_forms(stride):
+    x, weight = torch.randn(1, 64, 3, 2), torch.randn(64, 64, 1, 1)
+    assert torch.equal(conv2d(x, weight, stride=stride), F.conv2d(x, weight, stride=stride))
 
 
 @pytest.mark.parametrize('bad', ['channels', 'dtype'])

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple, Optional
 
 import pytest
@@ -26,11 +27,12 @@ from overlock_mm.ops import (
     depthwise_conv2d,
     gelu,
     global_response_norm,
+    norms,
     residual_depthwise_conv2d,
     residual_depthwise_norm,
-    scale_and_shift,
     use_references,
 )
+from overlock_mm.ops.elementwise import scale_and_shift
 
 pytestmark = pytest.mark.skipif(
     os.environ.get('OVERLOCK_MM_WITH_OPS') == '0', reason='OVERLOCK_MM_WITH_OPS=0: built without the compiled operator'
@@ -264,6 +266,37 @@ def test_every_kernel_size(kernel_size):
         check('convolution', make_convolution(kernel_size=kernel_size, **settings), torch.float64, 1e-12, 'channels_last')
 
 
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+@pytest.mark.parametrize('size', [1, 6, 40])
+def test_any_dilation(size, layout):
+    """Taps beyond the map read zeros, however far away they are: nothing is as large as the dilation."""
+    for kernel_size in (1, 3, 5):
+        arguments = make_convolution(height=size, width=size, kernel_size=kernel_size, bias=False)
+        x = arguments['x'] = LAYOUTS[layout](arguments['x'])
+        middle = arguments['weight'][:, 0, kernel_size // 2, kernel_size // 2].view(1, -1, 1, 1)
+        for dilation in (size, 10**6, 2**31 - 1):
+            got = with_gradients(partial(depthwise_conv2d, dilation=dilation), arguments, x)
+            assert relative_error(got['output'], x * middle) < 1e-15
+            assert relative_error(got['x'], x * middle) < 1e-15
+            assert relative_error(got['weight'].sum(dim=(1, 2, 3)), x.square().sum(dim=(0, 2, 3))) < 1e-14
+        # The operator itself has no limit.
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                out = torch.ops.overlock_mm.depthwise_conv2d(x, arguments['weight'], None, 2**62, False)
+                assert relative_error(out, x * middle) < 1e-15
+
+
+def test_no_dilation_makes_a_branch_reach_further_than_the_first():
+    """A product of sizes that does not fit into 64 bits is not taken for a small one."""
+    x, weight, parameter = random(1, 5, 6, 7), random(5, 1, 5, 5), random(5)
+    with pytest.raises(ValueError, match='the first branch must reach as far as any'):
+        torch.ops.overlock_mm.branch_norms(x, [weight] * 2, [parameter] * 2, [parameter] * 2, [1, 2**62], 1e-5)
+    taps = [weight, weight[..., :1, :1]]
+    expected = branch_norms(x, taps, [parameter] * 2, [parameter] * 2, [1, 1])
+    got = torch.ops.overlock_mm.branch_norms(x, taps, [parameter] * 2, [parameter] * 2, [1, 2**62], 1e-5)
+    assert all(torch.equal(*pair) for pair in zip(got, expected))
+
+
 @cases
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_layouts(name, settings, layout):
@@ -283,6 +316,21 @@ def test_strided_parameters():
                 arguments[each] = torch.stack([value, value], dim=-1)[..., 0]
         least = grad_output.norm().item()
         assert max(errors(with_gradients(operator.run, arguments, grad_output), expected, least).values()) < 1e-12
+
+
+@pytest.mark.parametrize('implementation', ['references', 'fallbacks'])
+def test_strided_parameters_of_branch_norms_without_the_binary(implementation, monkeypatch):
+    """In channels_last, where the gradient of PyTorch's batch norm takes them for dense ones."""
+    monkeypatch.setattr(norms, 'operator', getattr(_library, implementation).__getitem__)
+    arguments = make_branches()
+    arguments['x'] = LAYOUTS['channels_last'](arguments['x'])
+    grad_output = torch.randn_like(arguments['x'])
+    expected = with_gradients(plain_branches, arguments, grad_output)
+    for each, value in arguments.items():
+        if each.startswith('norm_'):
+            arguments[each] = torch.stack([value, value], dim=-1)[..., 0]
+    got = with_gradients(compiled_branches, arguments, grad_output)
+    assert max(errors(got, expected, grad_output.norm().item()).values()) < 1e-12
 
 
 @cases
@@ -986,7 +1034,7 @@ def test_empty_batch(name, settings):
     operator = OPERATORS[name]
     arguments = operator.make(batch=0, **settings)
     if name == 'branches':
-        with pytest.raises(ValueError, match=r'must not be empty, got shape \(0, 5, 6, 9\)'):
+        with pytest.raises(ValueError, match=r'must have more than one value for each channel, got shape \(0, 5, 6, 9\)'):
             operator.run(**arguments)
         return
     got = with_gradients(operator.run, arguments, arguments['x'])
@@ -1163,8 +1211,14 @@ BRANCHES = (call_branches, make_lists)
         (CONVOLUTION, replaced(dilation=lambda x: 0), ValueError, 'dilation must be an int of at least 1, got 0'),
         (CONVOLUTION, replaced(dilation=lambda x: True), ValueError, 'dilation must be an int of at least 1, got True'),
         (CONVOLUTION, replaced(dilation=lambda x: 1.5), ValueError, 'dilation must be an int of at least 1, got 1.5'),
+        (CONVOLUTION, replaced(dilation=lambda x: 2**31), ValueError, 'dilation must be at most 2147483647, got 2147483648'),
         ((gelu, make_map), replaced(x=lambda x: x.int()), TypeError, 'x must be float16, bfloat16, float32 or float64, got torch.int32'),
         ((gelu, make_map), replaced(x=lambda x: None), TypeError, 'x must be a Tensor, got NoneType'),
+        ((residual_depthwise_norm, lambda: dict(make_norm(), inplace=False)), replaced(inplace=lambda x: None), TypeError, 'inplace must be True or False, got None'),
+        *(
+            ((operator, lambda make=make: dict(make(), eps=1e-6)), replaced(eps=lambda x: '1e-6'), TypeError, "eps must be a number, got '1e-6'")
+            for operator, make in (NORM, MIXED_NORM, (branch_norms, make_lists))
+        ),
         (MIXED_NORM, replaced(weight=lambda x: x[..., :1, :1]), ValueError, r'weight must have shape \(5, 1, 3, 3\), got \(5, 1, 1, 1\)'),
         *(
             (operator, change, error, message)
@@ -1185,9 +1239,16 @@ BRANCHES = (call_branches, make_lists)
         (BRANCHES, replaced(weights=lambda x: [x[0], x[1][1:], x[2]]), ValueError, r'weight.* must have shape \(5, 1, k, k\) .* got \(4, 1, 3, 3\)'),
         (BRANCHES, replaced(weights=lambda x: [x[1], x[0], x[2]]), ValueError, r'the first branch must reach as far as any, got kernel sizes \[3, 5, 3\] and dilations \[1, 1, 2\]'),
         (BRANCHES, replaced(weights=lambda x: x[1:], norm_weights=lambda x: x[1:], norm_biases=lambda x: x[1:], dilations=lambda x: [2, 2]), ValueError, r'the first branch must have no dilation, got dilations \[2, 2\]'),
-        (BRANCHES, replaced(dilations=lambda x: [1, 0, 2]), ValueError, 'dilation.* must be .* at least 1, got 0'),
+        (BRANCHES, replaced(dilations=lambda x: [1, 0, 2]), ValueError, 'dilations must be ints of at least 1, got 0'),
         (BRANCHES, replaced(dilations=lambda x: x[:2]), ValueError, r'dilations must be a number for each of 3 weights, got \[1, 1\]'),
         (BRANCHES, replaced(weights=lambda x: x[:2]), ValueError, r'dilations must be a number for each of 2 weights, got \[1, 1, 2\]'),
+        (BRANCHES, replaced(dilations=lambda x: [1, 1, 2**31]), ValueError, 'dilations must be at most 2147483647, got 2147483648'),
+        (BRANCHES, replaced(dilations=lambda x: 1), TypeError, 'dilations must be a sequence of ints, got int'),
+        *(
+            (BRANCHES, replaced(**{name: lambda x: None}), TypeError, f'{name} must be a sequence of tensors, got NoneType')
+            for name in ('weights', 'norm_weights', 'norm_biases')
+        ),
+        (BRANCHES, replaced(x=lambda x: x[:1, :, :1, :1]), ValueError, r'x must have more than one value for each channel, got shape \(1, 5, 1, 1\)'),
         (BRANCHES, replaced(weights=lambda x: x[:1] * 9, norm_weights=lambda x: x[:1] * 9, norm_biases=lambda x: x[:1] * 9, dilations=lambda x: [1] * 9), ValueError, r'weights must be 1 to 8 kernels, got 9'),
         (BRANCHES, replaced(weights=lambda x: [], norm_weights=lambda x: [], norm_biases=lambda x: [], dilations=lambda x: []), ValueError, r'weights must be 1 to 8 kernels, got 0'),
         (BRANCHES, replaced(norm_weights=lambda x: x[:2]), ValueError, r'norm_weights must be a tensor for each of 3 weights, got 2'),

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
-from overlock_mm.ops import adaptive_avg_pool2d
-from overlock_mm.ops.pooling import _by_products
+from overlock_mm.ops.pooling import _by_products, adaptive_avg_pool2d
 
 
 @pytest.fixture

@@ -238,13 +238,14 @@ void check_branch_norms(const Tensor& x, at::TensorList weights, at::TensorList 
     check_kernel("weights", weight, x);
     kernel_sizes.push_back(weight.sym_size(2));
   }
+  TORCH_CHECK_VALUE(dilations[0] == 1, "the first branch must have no dilation, got dilations ", dilations);
   for (int64_t i = 0; i < branches; ++i) {
     TORCH_CHECK_VALUE(dilations[i] >= 1, "dilations must be at least 1, got ", dilations);
-    TORCH_CHECK_VALUE((kernel_sizes[i] - 1) * dilations[i] <= (kernel_sizes[0] - 1) * dilations[0],
+    // Not as products, which may be too large.
+    TORCH_CHECK_VALUE(kernel_sizes[i] == 1 || dilations[i] <= (kernel_sizes[0] - 1) / (kernel_sizes[i] - 1),
                       "the first branch must reach as far as any, got kernel sizes ", c10::SymIntArrayRef(kernel_sizes),
                       " and dilations ", dilations);
   }
-  TORCH_CHECK_VALUE(dilations[0] == 1, "the first branch must have no dilation, got dilations ", dilations);
   check_norm_parameters("norm_weights", norm_weights, x, branches);
 }
 

@@ -32,7 +32,7 @@ BranchNormsParams params_of(const Tensor& input, const Tensor& taps, at::TensorL
   p.branches = weights.size();
   for (int i = 0; i < p.branches; ++i) {
     p.kernel_size[i] = weights[i].size(2);
-    p.dilation[i] = dilations[i];
+    p.dilation[i] = p.kernel_size[i] == 1 ? 1 : dilations[i];  // of one tap, it may be any number
   }
   p.reach = weights[0].size(2) / 2;
   p.input = input.const_data_ptr();
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> branch_norms_cpu(const Tensor& x, at::TensorL
                                                     at::IntArrayRef dilations, double eps) {
   check_branch_norms(x, weights, norm_weights, dilations);
   check_norm_parameters("norm_biases", norm_biases, x, weights.size());
-  TORCH_CHECK_VALUE(x.numel() > 0, "x must not be empty, got shape ", shape_of(x));
+  TORCH_CHECK_VALUE(x.numel() > x.size(1), "x must have more than one value for each channel, got shape ", shape_of(x));
   const Tensor input = as_input(x), taps = side_by_side(weights, x);
   BranchNormsParams p = params_of(input, taps, weights, dilations);
   p.strips = strips_for_sums(p.batch * divide_up(p.channels, 16), p.height, 2 * p.reach + 1);

@@ -14,6 +14,12 @@ using namespace cpu;
 /// Which kernels are streamed.
 bool streams(int64_t kernel_size, int64_t dilation) { return kernel_size == 3 && dilation == 1; }
 
+/// A dilation that gives the same: taps that are further apart than the map is large read its border of zeros. No
+/// border is larger than the kernel and the map make it.
+int64_t within_map(int64_t dilation, const Tensor& map) {
+  return std::min(dilation, std::max<int64_t>({1, map.size(2), map.size(3)}));
+}
+
 /// Whether the streamed kernels take the map as it is: they read and write bfloat16 too.
 bool streams_bfloat16(const Tensor& map, const Tensor& weight, int64_t dilation) {
   return streams(weight.size(2), dilation) && map.scalar_type() == at::kBFloat16 &&
@@ -92,6 +98,7 @@ namespace {
 Tensor depthwise_conv2d_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t dilation,
                             bool residual) {
   check_depthwise_conv2d(x, weight, bias, dilation);
+  dilation = within_map(dilation, x);
   const bool plain = !residual && x.numel() > 0;
   // Inference mode skips autograd's kernel, which otherwise makes this choice, with and without gradients.
   if (plain && c10::InferenceMode::is_enabled() &&
@@ -172,6 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward_cpu(const Tensor& g
                                                                  std::array<bool, 3> output_mask) {
   check_depthwise_conv2d(x, weight, OptionalTensor(), dilation);
   check_grad_output(grad_output, x);
+  dilation = within_map(dilation, x);
   const bool as_they_are = streams_bfloat16(x, weight, dilation) && streams_bfloat16(grad_output, weight, dilation);
   const Tensor input = as_they_are ? x : as_input(x), grad = as_they_are ? grad_output : as_input(grad_output),
                kernel = as_parameter(weight, x);

@@ -58,7 +58,7 @@ bool onednn_is_fast_for_contiguous(const Tensor& x, const Tensor& weight, int64_
   const c10::SymInt kernel_size = weight.sym_size(3);
   if (x.sym_size(2) * x.sym_size(3) < kSmallMap && x.sym_numel() * kernel_size * kernel_size < kSmallWork) return false;
   if (differentiates) return kernel_size == 3 && dilation == 1;
-  return (kernel_size - 1) * dilation + 1 <= kFastExtent;
+  return dilation < kFastExtent && (kernel_size - 1) * dilation + 1 <= kFastExtent;  // the product may be too large
 }
 
 Tensor onednn_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t dilation) {

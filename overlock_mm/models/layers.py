@@ -94,6 +94,9 @@ class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
 class GELU(nn.GELU):
     """The exact GELU."""
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def forward(self, x: Tensor) -> Tensor:
         return gelu(x)
 

@@ -338,7 +338,8 @@ class OverLoCK(TakesReleasedCheckpoints):
         # Focus-Net
         if self._depth > 2:
             prior = self.high_level_proj(overview)
-            h = F.interpolate(prior, x.shape[2:], mode='bilinear', align_corners=False)
+            # On CUDA, autocast interpolates in float32. The context stays in half precision.
+            h = F.interpolate(prior, x.shape[2:], mode='bilinear', align_corners=False).to(prior.dtype)
             x, h = self._focus('sub_blocks3', x, h, h)
             features[2] = torch.cat([x, h], dim=1)
         if self._depth > 3:

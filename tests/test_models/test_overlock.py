@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import KeptBytes, autocast_dtypes, devices, relative_error
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from overlock_mm.models import OverLoCK
+from overlock_mm.models.blocks import BasicBlock, DynamicBlock
 from overlock_mm.models.overlock import ARCHITECTURES, LONG_NAMES, STAGES
 
 PYRAMIDS = ('pyramid', 'pyramid_with_overview')
@@ -405,3 +407,24 @@ def test_bad_settings(small_arch, settings, error, message):
 def test_bad_input(small_arch, make, error, message):
     with pytest.raises(error, match=message):
         OverLoCK(small_arch)(make())
+
+
+@pytest.mark.skipif(not hasattr(torch, 'get_autocast_dtype'), reason='torch < 2.4 cannot set it by device')
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_on_cuda_keeps_the_maps_in_half_precision(small_arch, dtype):
+    """Fake tensors go through CUDA's autocast without a GPU. It interpolates in float32, and the CPU's does not."""
+    dtypes = []
+    with FakeTensorMode(), torch.device('cuda'):
+        model = OverLoCK(small_arch)
+        for module in model.modules():
+            if isinstance(module, (BasicBlock, DynamicBlock)):
+                module.register_forward_pre_hook(lambda _, maps: dtypes.extend(each.dtype for each in maps))
+        torch.set_autocast_enabled('cuda', True)
+        torch.set_autocast_dtype('cuda', dtype)
+        try:
+            model(torch.empty(1, 3, 160, 192))
+        finally:
+            torch.set_autocast_enabled('cuda', False)
+            torch.set_autocast_dtype('cuda', torch.float16)
+    assert len(dtypes) == 4 + 4 * 3
+    assert set(dtypes) == {dtype}

@@ -25,7 +25,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Optional
 from unittest import mock
@@ -36,7 +36,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -95,7 +95,8 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = index_of_masks(*args) if has_mask(function, args) else function(*args, **kwargs)
+        run = index_of_masks if has_mask(function, args) else OUTPUTS.get(function, function)
+        out = run(*args, **kwargs)
         if name_of(function) in ('convolution', 'convolution_backward'):
             out = laid_out_as_on_cuda(function, args, out)
 
@@ -142,6 +143,20 @@ def index_of_masks(x: Tensor, indices: list[Optional[Tensor]]) -> Tensor:
     if len(indices) != 1:
         raise NotImplementedError(f'x[mask] is known, but not with {len(indices)} indices')
     return x.new_empty(indices[0].numel(), *x.shape[indices[0].ndim :])
+
+
+#: Outputs of SyncBatchNorm's operators, which PyTorch does not know for fake tensors. Statistics are float32.
+OUTPUTS = {
+    aten.batch_norm_stats.default: lambda x, *_: per_channel(x, 2),
+    aten.batch_norm_gather_stats_with_counts.default: lambda x, *_: per_channel(x, 2),
+    aten.batch_norm_elemt.default: lambda x, *_: torch.empty_like(x),
+    aten.batch_norm_backward_reduce.default: lambda grad_output, *_: per_channel(grad_output, 4),
+    aten.batch_norm_backward_elemt.default: lambda grad_output, x, *_: torch.empty_like(x),
+}
+
+
+def per_channel(x: Tensor, number: int) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(number))
 
 
 def waits_for_device(function: OpOverload, args: tuple, kwargs: dict[str, Any], out: Any) -> bool:
@@ -206,7 +221,9 @@ def cost_of(function: OpOverload, args: tuple, inputs: list[Tensor], outputs: li
         grad_output, x, weight, _, _, _, dilation, _, _, groups, wanted = args
         read = [grad_output, weight] * wanted[0] + [grad_output, x] * wanted[1]
         macs = grad_output.numel() * weight[0].numel() * sum(wanted[:2])
-        return f'{kind_of_convolution(weight, dilation, groups)} backward', Cost(1, bytes_of(read) + bytes_of(outputs), macs)
+        return f'{kind_of_convolution(weight, dilation, groups)} backward', Cost(
+            1, bytes_of(read) + bytes_of(outputs), macs
+        )
     read = [each for each in inputs if each is not args[0]] if name in NOT_READING_THE_FIRST else inputs
     macs = outputs[0].numel() * args[-1].shape[-2] if name in PRODUCTS else 0
     return name, Cost(1, bytes_of(read) + bytes_of(outputs), macs)
@@ -265,7 +282,7 @@ def partials_of_contmix(height: int, width: int, images_and_groups: int) -> int:
     return math.ceil(tiles / math.ceil(tiles / max(768 // images_and_groups, 1)))
 
 
-# ------------------------------------------------------------------------------------------------- a device that is not there
+# --------------------------------------------------------------------------------------------- a device that is not there
 
 
 def contmix(
@@ -307,6 +324,11 @@ def fake_gpu() -> Iterator[None]:
             (blocks, 'contmix', contmix),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
+        # The package leaves subclasses of tensors alone, and here all tensors are of one.
+        for module in [module for name, module in sys.modules.items() if name.startswith('overlock_mm.')]:
+            for name, value in (('Tensor', FakeTensor), ('_PLAIN', (FakeTensor,))):
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, value))
         overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
@@ -327,35 +349,39 @@ def fake_processes() -> Iterator[None]:
 
 
 @torch.no_grad()
-def backward(outputs: Sequence[Tensor]) -> None:
-    """Run the backward of given gradients of the outputs, node by node as the autograd engine does.
+def backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    """What torch.autograd.grad(outputs, leaves, gradients) does, but the autograd engine asks for a driver.
 
-    The engine itself asks for a driver. Gradients of leaves are left out: the engine takes them over without a copy, if
-    they have the leaf's layout.
+    Returns:
+        The gradients of all leaves, which the engine takes over without a copy, if they have the leaf's layout.
     """
-    gradients: dict[Any, list[Optional[Tensor]]] = {}
+    arrived: dict[Any, list[Optional[Tensor]]] = {}
+    of_leaves: dict[Tensor, Tensor] = {}
 
     def give(node: Any, index: int, gradient: Tensor) -> None:
         wanted = node._input_metadata[index]
         gradient = gradient.sum_to_size(wanted.shape).to(wanted.dtype)
-        given = gradients.setdefault(node, [None] * len(node._input_metadata))
+        given = arrived.setdefault(node, [None] * len(node._input_metadata))
         given[index] = gradient if given[index] is None else given[index] + gradient
 
-    for output in outputs:
-        give(output.grad_fn, output.output_nr, torch.empty_like(output))
-    # A node is younger than those before it in the forward.
-    for node in sorted(nodes_before(gradients), key=lambda node: node._sequence_nr(), reverse=True):
-        given = gradients.pop(node, None)
+    for output, gradient in zip(outputs, gradients):
+        give(output.grad_fn, output.output_nr, gradient)
+    # A node is younger than the nodes that its gradients go to. Those of leaves have the largest number.
+    for node in sorted(nodes_of(arrived), key=lambda node: -1 if is_leaf(node) else node._sequence_nr(), reverse=True):
+        given = arrived.pop(node, None)
         if given is None:
             continue
-        if hasattr(node, 'variable'):
-            (gradient,) = given
-            if node.variable.is_contiguous() and not gradient.is_contiguous():
-                gradient.contiguous()
+        if is_leaf(node):
+            of_leaves[node.variable] = given[0].contiguous() if node.variable.is_contiguous() else given[0]
             continue
         for (before, index), gradient in zip(*edges_and_gradients(node, given)):
             if before is not None and gradient is not None:
                 give(before, index, gradient)
+    return of_leaves
+
+
+def is_leaf(node: Any) -> bool:
+    return hasattr(node, 'variable')
 
 
 def edges_and_gradients(node: Any, given: list[Optional[Tensor]]) -> tuple[Sequence[tuple[Any, int]], Sequence[Any]]:
@@ -374,8 +400,8 @@ def edges_and_gradients(node: Any, given: list[Optional[Tensor]]) -> tuple[Seque
     return edges, [gradient for gradient, needed in zip(out, node.needs_input_grad) if needed]
 
 
-def nodes_before(nodes: Sequence[Any]) -> set[Any]:
-    """Those nodes of a graph, and all that gradients go to from them."""
+def nodes_of(nodes: Iterable[Any]) -> set[Any]:
+    """The nodes of the graph that gradients of these nodes go to, with them."""
     found, waiting = set(), list(nodes)
     while waiting:
         node = waiting.pop()
@@ -446,7 +472,7 @@ def measure(
                 outputs = tree_leaves(model(image))
             kept = meter.allocated
             if training:
-                backward(outputs)
+                backward(outputs, [torch.empty_like(each) for each in outputs])
     total = meter.total
     counts = dict(
         launches=total.launches,

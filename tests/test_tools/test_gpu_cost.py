@@ -10,15 +10,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from benchmarks import gpu_cost
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from overlock_mm.models import OverLoCK
 from overlock_mm.models.overlock import ARCHITECTURES
 
 Cost, measure = gpu_cost.Cost, gpu_cost.measure
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.ops.overlock_mm, '_contmix'), reason='the shapes of ContMix are in the binary'
-)
+pytestmark = [
+    pytest.mark.skipif(not hasattr(torch.ops.overlock_mm, '_contmix'), reason='the shapes of ContMix are in the binary'),
+    pytest.mark.skipif(not hasattr(torch, 'get_autocast_dtype'), reason='torch < 2.4'),
+]
 
 XT = ('--arch', 'xt', '--size', '64x64', '--batch', '1')
 
@@ -172,6 +174,8 @@ def test_norms_by_themselves_exchange_nothing():
         (lambda x: x + torch.ones(3, 4, device='cpu').to('cuda'), 1),
         (lambda x: x.to('cpu', non_blocking=True), 0),
         (lambda x: x[x > 0], 1),
+        (lambda x: x.index_put_((x > 0,), x.new_zeros(12)), 1),
+        (lambda x: x.index_put_((x > 0,), x.new_zeros(())), 0),
         (lambda x: x[torch.zeros(2, dtype=torch.int64, device='cuda')], 0),
         (lambda x: x.to(torch.float16), 0),
     ],
@@ -277,6 +281,11 @@ def test_bad_arguments(capsys, arguments, message):
         gpu_cost.main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_values_are_not_made_up():
+    with pytest.raises(DataDependentOutputException):
+        infer(lambda x: x.sum().item(), 3, 4)
 
 
 def test_an_unknown_backbone():

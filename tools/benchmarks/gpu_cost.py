@@ -7,15 +7,17 @@
 The backbone, with four outputs and without drop path, runs on fake tensors on the device 'cuda': they have shapes, dtypes,
 strides and shared storages, but no data. A step is a forward and a backward, without an optimizer. Half types are autocast.
 
-    launches     operators that launch kernels: all but views and allocations. An operator of PyTorch counts once.
+    launches     operators that launch kernels: not views and allocations. One of PyTorch's counts as one launch.
     gigabytes    10^9 bytes moved: each operand of an operator once, as if no kernel read anything twice
     gigamacs     10^9 multiply-adds of convolutions, matrix products and ContMix
     kept_mib     MiB that the forward leaves allocated, its outputs included: in training, what is kept for the backward
     collectives  exchanges with other processes (of --sync-bn, with 8 processes)
     host_syncs   operators for which the host waits: those that read values, and copies between host and device
 
-ContMix counts the launches and bytes of its own kernels (:func:`contmix_costs`). What fake tensors do not know is put
-right here: layouts of convolutions as cuDNN gives them, and the autograd engine, which asks for a driver.
+ContMix counts as its CUDA kernels, whatever the binary was built for (it must be there: it has the shapes of ContMix).
+Operators run one by one, as in eager PyTorch. A kernel may read more than its operands once (a batch norm reads its map
+twice), and cuDNN may launch more than one kernel: the counts compare implementations, and are no times. It needs
+torch >= 2.4.
 """
 
 from __future__ import annotations
@@ -35,7 +37,6 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from torch._ops import OpOverload
-from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,7 +77,10 @@ class Cost:
 
 
 class Meter(TorchDispatchMode):
-    """Counts the operators that run on the GPU."""
+    """Counts the operators that run on the GPU.
+
+    Those that read values (``x.item()``) raise PyTorch's errors, because there are none.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,11 +99,9 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        run = index_of_masks if has_mask(function, args) else OUTPUTS.get(function, function)
+        is_masked = function is aten.index.Tensor and has_mask(args)
+        run = index_of_masks if is_masked else OUTPUTS.get(function, function)
         out = run(*args, **kwargs)
-        if name_of(function) in ('convolution', 'convolution_backward'):
-            out = laid_out_as_on_cuda(function, args, out)
-
         inputs, outputs = tensors_in((args, kwargs)), tensors_in(out)
         known = {each.untyped_storage()._cdata for each in inputs}
         fresh = [each.untyped_storage() for each in outputs if each.untyped_storage()._cdata not in known]
@@ -129,9 +131,9 @@ def is_collective(function: OpOverload) -> bool:
     return function.namespace in ('c10d', '_c10d_functional') and 'wait' not in name_of(function)
 
 
-def has_mask(function: OpOverload, args: tuple) -> bool:
-    """Whether it is an index with a mask: the device alone knows how many elements it takes."""
-    return function is aten.index.Tensor and any(each is not None and each.dtype == torch.bool for each in args[1])
+def has_mask(args: tuple) -> bool:
+    """Whether the arguments of an index have a mask: the device alone knows how many elements it takes."""
+    return any(each is not None and each.dtype == torch.bool for each in args[1])
 
 
 def index_of_masks(x: Tensor, indices: list[Optional[Tensor]]) -> Tensor:
@@ -161,28 +163,16 @@ def per_channel(x: Tensor, number: int) -> tuple[Tensor, ...]:
 
 def waits_for_device(function: OpOverload, args: tuple, kwargs: dict[str, Any], out: Any) -> bool:
     """Whether the host waits: for values, for a number of elements, or for a copy from or to pageable memory."""
-    if function is aten.index.Tensor:
-        return has_mask(function, args)
+    if name_of(function) == 'index':
+        return has_mask(args)
+    if name_of(function) in ('index_put', 'index_put_'):
+        return has_mask(args) and args[2].numel() != 1  # one value fills the mask
     if torch.Tag.data_dependent_output in function.tags or torch.Tag.dynamic_output_shape in function.tags:
         return True
     if name_of(function) not in ('_to_copy', 'copy_'):
         return False
     devices = {each.device.type for each in tree_leaves((args, out)) if isinstance(each, Tensor)}
     return len(devices) > 1 and not kwargs.get('non_blocking', args[2:3] == (True,))
-
-
-def laid_out_as_on_cuda(function: OpOverload, args: tuple, out: Any) -> Any:
-    """Outputs of a convolution, or gradients of input and weight, laid out as by cuDNN: channels_last if one of them is."""
-    x, weight = args[:2] if function is aten.convolution.default else args[1:3]
-    channels_last = x.ndim == 4 and torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-
-    def laid_out(tensor: Optional[Tensor]) -> Optional[Tensor]:
-        if tensor is None or tensor.ndim != 4 or tensor.is_contiguous(memory_format=layout):
-            return tensor
-        return torch.empty_like(tensor, memory_format=layout)
-
-    return laid_out(out) if isinstance(out, Tensor) else tuple(map(laid_out, out))
 
 
 # -------------------------------------------------------------------------------------------------- costs of operators

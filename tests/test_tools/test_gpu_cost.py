@@ -88,6 +88,24 @@ def test_convolutions():
     }
 
 
+def test_contmix():
+    """A map of 4 x 5 positions, a channel in each branch, kernels of 1 and 9 slots; no position biases, one tile."""
+    maps, queries, slots, sums = 2 * 20, 20, 10, 2 * 20
+    value, query, keys, bias = (torch.empty(shape) for shape in ((1, 2, 4, 5), (1, 1, 4, 5), (1, 1, 10, 1), (10,)))
+    logsumexp, none = torch.empty(1, 2, 1, 4, 5), torch.empty(0)
+    arguments = (value, query, keys, bias, None, None)
+
+    forward = gpu_cost.cost_of_contmix(*arguments, 1, 3, outputs=(value, logsumexp))
+    assert forward == Cost(1, 4 * (maps + queries + 2 * slots + maps + sums), 20 * 10 + 20 * 10)
+
+    wanted = (True, True, True, True, False, False)
+    outputs = (value, query, keys, bias, none, none)
+    backward = gpu_cost.cost_of_contmix_backward(value, *arguments, value, logsumexp, 1, 3, wanted, outputs=outputs)
+    of_value = maps + queries + 2 * slots + sums + maps
+    of_query = 3 * maps + queries + 2 * slots + sums + queries + 2 * slots  # with a partial sum of keys and of the bias
+    assert backward == Cost(4, 4 * (of_value + of_query + 2 * (slots + slots)), 2 * 400 + 2 * 200)
+
+
 @pytest.mark.parametrize('function', [lambda x: x.view(2, 6).t(), torch.empty_like, lambda x: x[:, 1:].detach()])
 def test_views_and_allocations_launch_nothing(function):
     counts, costs = infer(function, 3, 4)

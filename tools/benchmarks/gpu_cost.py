@@ -211,9 +211,8 @@ def cost_of(function: OpOverload, args: tuple, inputs: list[Tensor], outputs: li
         grad_output, x, weight, _, _, _, dilation, _, _, groups, wanted = args
         read = [grad_output, weight] * wanted[0] + [grad_output, x] * wanted[1]
         macs = grad_output.numel() * weight[0].numel() * sum(wanted[:2])
-        return f'{kind_of_convolution(weight, dilation, groups)} backward', Cost(
-            1, bytes_of(read) + bytes_of(outputs), macs
-        )
+        kind = kind_of_convolution(weight, dilation, groups)
+        return f'{kind} backward', Cost(1, bytes_of(read) + bytes_of(outputs), macs)
     read = [each for each in inputs if each is not args[0]] if name in NOT_READING_THE_FIRST else inputs
     macs = outputs[0].numel() * args[-1].shape[-2] if name in PRODUCTS else 0
     return name, Cost(1, bytes_of(read) + bytes_of(outputs), macs)
@@ -248,10 +247,10 @@ def cost_of_contmix_backward(
     if any(wanted[1:]):
         read = [grad_output, value, query, keys, *biases, output, logsumexp]
         cost += Cost(1, bytes_of([*read, outputs[1]]), 3 * products + sums)
-    per_image = value.shape[0] * keys.shape[1]
-    partials = partials_of_contmix(*value.shape[-2:], per_image)
-    # One sum for each image and part of the map; of biases also for each group that shares them.
-    copies = (1, value.shape[0] * keys.shape[1], value.shape[0], value.shape[0])
+    batch, groups = keys.shape[:2]
+    partials = partials_of_contmix(*value.shape[-2:], batch * groups)
+    # Partial sums are written and read. All images, and of the bias all groups, have their own.
+    copies = (1, batch * groups, batch, batch)
     for total, each, copy in zip(outputs[2:], wanted[2:], copies):
         if each:
             cost += Cost(1, bytes_of([total]) * (1 + 2 * partials * copy))

@@ -443,6 +443,38 @@ def test_empty_batch(programs, tmp_path):
     assert result.launches == []
 
 
+@pytest.mark.parametrize(
+    'case',
+    [
+        Case((3, 5), (18, 34), batch=2),
+        Case((3, 5), (9, 20), wanted=('grad_value',)),
+        Case((3, 5), (9, 20), without=('bias',), wanted=('grad_query', 'grad_keys', 'grad_rpb_large')),
+        Case((1, 1), (9, 3), 1, 1, groups=385, wanted=('grad_query',)),  # fewer sums than tiles
+    ],
+    ids=['all', 'value', 'some', 'many groups'],
+)
+def test_launches_are_those_that_gpu_cost_states(programs, tmp_path, monkeypatch, case):
+    """The kernels, and the operator's own sums of partial sums, whose number is that of the launched blocks."""
+    monkeypatch.syspath_prepend(SOURCES.parents[3] / 'tools' / 'benchmarks')
+    import gpu_cost
+
+    inputs = draw(case)
+    forward, *backward = run(programs['plain'], case, inputs, tmp_path).launches
+    arguments = [inputs[name] for name in ('value', 'query', 'keys', 'bias', 'rpb_small', 'rpb_large')]
+    logsumexp = torch.empty(case.batch, 2, case.groups, *case.size)
+    stated = gpu_cost.cost_of_contmix(*arguments, *case.kernel_sizes, outputs=[inputs['value'], logsumexp])
+    assert stated.launches == len([forward])
+
+    wanted = [name in case.wanted for name in GRADIENTS]
+    outputs = [each if want else torch.empty(0) for each, want in zip(arguments, wanted)]
+    saved = (inputs['value'], logsumexp, *case.kernel_sizes, wanted)
+    stated = gpu_cost.cost_of_contmix_backward(inputs['grad_output'], *arguments, *saved, outputs=outputs)
+    assert stated.launches == len(backward) + sum(wanted[2:])
+    partials = gpu_cost.partials_of_contmix(*case.size, case.batch * case.groups)
+    blocks = [launch.blocks for launch in backward if 'backward_query' in launch.kernel]
+    assert blocks == [partials * case.batch * case.groups] * any(wanted[1:])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The real compiler
 

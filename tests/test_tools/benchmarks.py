@@ -12,8 +12,9 @@ sys.path.insert(0, str(FOLDER))
 import bench_backbone  # noqa: E402
 import bench_contmix  # noqa: E402
 import bench_depthwise  # noqa: E402
+import gpu_cost  # noqa: E402
 import harness  # noqa: E402
 import published  # noqa: E402
 import variants  # noqa: E402
 
-__all__ = ['FOLDER', 'bench_backbone', 'bench_contmix', 'bench_depthwise', 'harness', 'published', 'variants']
+__all__ = ['FOLDER', 'bench_backbone', 'bench_contmix', 'bench_depthwise', 'gpu_cost', 'harness', 'published', 'variants']

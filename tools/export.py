@@ -3,10 +3,10 @@
     python tools/export.py mmseg/overlock-t_upernet_8xb2-160k_ade20k-512x512 upernet.pth \\
         --to onnx --size 512x512 --dynamic --out upernet.onnx
 
-Classifiers and segmentors are exported whole: their output is the logits, (B, classes) or (B, classes, H, W) at the size of
-the images. Of detectors and of segmentors with queries (Mask2Former) only the backbone can be exported: --backbone-only, with
-one output for each map. The input is a batch of normalised images, (B, 3, H, W), float32. The size is fixed, with a batch of
-one; --dynamic frees batch, height and width.
+Classifiers and segmentors are exported whole. Their output is the logits: (B, classes), or (B, classes, H, W) at the size
+of the images. Of detectors, and of segmentors with queries (Mask2Former), only the backbone can be exported:
+--backbone-only, with one output for each map. The input is a batch of normalised images (B, 3, H, W), float32. The size is
+fixed and the batch is one; --dynamic frees batch, height and width.
 
 The model is optimized first (overlock_mm.inference.optimize). The written file is run on a picture, and compared with the
 model in PyTorch. docs/deploy.md has the routes that were tried.
@@ -35,7 +35,6 @@ from mmengine.registry import MODELS
 from mmengine.registry.utils import init_default_scope
 from mmengine.runner import load_checkpoint
 from torch import Tensor
-from torch.export import Dim, ExportedProgram
 
 import overlock_mm
 from overlock_mm.inference import optimize
@@ -52,19 +51,19 @@ PICTURE = Path(matplotlib.get_data_path()) / 'sample_data' / 'grace_hopper.jpg'
 # Targets: each writes a file, and gives a function that runs the file.
 
 
-def to_torch_export(program: ExportedProgram, out: Path) -> Run:
+def to_torch_export(program: torch.export.ExportedProgram, out: Path) -> Run:
     torch.export.save(program, out)
     module = torch.export.load(out).module()
     return lambda images: outputs_of(module(images))
 
 
-def to_aoti(program: ExportedProgram, out: Path) -> Run:
+def to_aoti(program: torch.export.ExportedProgram, out: Path) -> Run:
     torch._inductor.aoti_compile_and_package(program, package_path=str(out))
     run = torch._inductor.aoti_load_package(str(out))
     return lambda images: outputs_of(run(images))
 
 
-def to_onnx(program: ExportedProgram, out: Path) -> Run:
+def to_onnx(program: torch.export.ExportedProgram, out: Path) -> Run:
     import onnxruntime
 
     names = ['logits'] if len(program.graph_signature.user_outputs) == 1 else None
@@ -75,26 +74,32 @@ def to_onnx(program: ExportedProgram, out: Path) -> Run:
     return lambda images: [torch.from_numpy(each) for each in session.run(None, {'images': images.numpy()})]
 
 
-def to_openvino(program: ExportedProgram, out: Path) -> Run:
+def to_openvino(program: torch.export.ExportedProgram, out: Path) -> Run:
+    smallest = [int(free.lower) for free in program.range_constraints.values()]  # of batch, height and width, if free
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / 'model.onnx'
         to_onnx(program, file)
-        return onnx_to_openvino(file, out)
+        return onnx_to_openvino(file, out, max(smallest, default=None))
 
 
-def onnx_to_openvino(file: Path, out: Path) -> Run:
+def onnx_to_openvino(file: Path, out: Path, smallest: Optional[int]) -> Run:
+    """Convert a file of :func:`to_onnx`. ``smallest``: of free heights and widths. OpenVINO would not see it by itself."""
     import openvino
 
-    openvino.save_model(openvino.convert_model(file), out, compress_to_fp16=False)
+    model = openvino.convert_model(file)
+    if smallest is not None:
+        side = openvino.Dimension(smallest, -1)
+        model.reshape({'images': openvino.PartialShape([openvino.Dimension(), 3, side, side])})
+    openvino.save_model(model, out, compress_to_fp16=False)
     # Some processors would compute in bfloat16 by default.
-    model = openvino.Core().compile_model(out, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
-    return lambda images: [torch.from_numpy(each) for each in model(images.numpy()).values()]
+    run = openvino.Core().compile_model(out, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    return lambda images: [torch.from_numpy(each) for each in run(images.numpy()).values()]
 
 
 class Target(NamedTuple):
     """Where a model goes to: how it is written, the suffix of its file, and the modules that this needs."""
 
-    write: Callable[[ExportedProgram, Path], Run]
+    write: Callable[[torch.export.ExportedProgram, Path], Run]
     suffix: str
     modules: tuple[str, ...] = ()
 
@@ -128,56 +133,63 @@ class Segmentor(Classifier):
         return self.model.encode_decode(images, [dict(img_shape=images.shape[2:])])
 
 
-def load_model(config: str, checkpoint: str, options: Optional[dict]) -> BaseModel:
-    """Build the model of a config (a file, or the name of a shipped one) with the weights of a checkpoint, all of them."""
+def load_config(config: str, options: Optional[dict] = None) -> Config:
+    """The config of a file, or the shipped one of a name, with changed settings."""
     cfg = Config.fromfile(config if Path(config).is_file() else overlock_mm.get_config_path(config))
     cfg.merge_from_dict(options or {})
+    return cfg
+
+
+def build_model(cfg: Config) -> BaseModel:
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if 'data_preprocessor' in cfg:
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)  # as mmengine's Runner
-    model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    load_checkpoint(model, checkpoint, map_location='cpu', strict=True)
-    return model.eval()
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)  # as mmengine's Runner does
+    return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
 
 
 def part_to_export(model: BaseModel, backbone_only: bool) -> nn.Module:
     """The module of a model that is exported: its forward takes images.
 
     Raises:
-        ValueError: the backbone is no OverLoCK, or the whole model cannot be exported.
+        ValueError: the backbone is no OverLoCK for images of 3 channels, or the whole model cannot be exported.
     """
     if not isinstance(getattr(model, 'backbone', None), OverLoCK):
         raise ValueError(f'the backbone must be an OverLoCK, got {type(model).__name__} with another')
+    if model.backbone.in_channels != 3:
+        raise ValueError(f'the backbone must take images of 3 channels, got one of {model.backbone.in_channels}')
     if backbone_only:
         return model.backbone
-    kinds = [kind.__name__ for kind in type(model).__mro__]
-    if 'ImageClassifier' in kinds:
+    if is_a(model, 'ImageClassifier'):
         return Classifier(model)
-    if 'EncoderDecoder' in kinds and 'BaseDecodeHead' in [kind.__name__ for kind in type(model.decode_head).__mro__]:
+    if is_a(model, 'EncoderDecoder') and is_a(model.decode_head, 'BaseDecodeHead'):
         return Segmentor(model)
     raise ValueError(
-        f'{" with ".join(type(each).__name__ for each in (model, getattr(model, "decode_head", None)) if each is not None)} '
-        'cannot be exported as a whole. --backbone-only exports its backbone. Whole models can be an ImageClassifier, or an '
-        "EncoderDecoder whose head is a BaseDecodeHead, such as UPerHead"
+        f'{type(model).__name__} cannot be exported as a whole. --backbone-only exports its backbone. Whole models can be '
+        'an ImageClassifier, or an EncoderDecoder whose head is a BaseDecodeHead (UPerHead is one, Mask2FormerHead is not)'
     )
 
 
-def smallest_side(backbone: OverLoCK) -> int:
-    """The smallest height and width of a graph with free sizes.
+def is_a(module: nn.Module, name: str) -> bool:
+    """Whether a class or a base of it has this name. The frameworks of other models need not be installed."""
+    return any(kind.__name__ == name for kind in type(module).__mro__)
 
-    Maps that are smaller than the kernel of their stage take other steps (they are enlarged), which a graph does not have.
+
+def smallest_side(backbone: OverLoCK) -> int:
+    """The smallest height and width that one graph can hold.
+
+    Maps smaller than the kernel of their stage are enlarged, and so take other steps.
     """
     stages = ((16, backbone.sub_blocks3), (32, backbone.sub_blocks4))
     return max(stride * (block.kernel_size - 1) + 1 for stride, stage in stages for block in stage)
 
 
-def trace(module: nn.Module, size: tuple[int, int], dynamic: bool) -> ExportedProgram:
-    """The graph of a module that takes images (B, 3, H, W), with an optimized backbone.
+def trace(module: nn.Module, size: tuple[int, int], smallest: Optional[int]) -> torch.export.ExportedProgram:
+    """The graph of the optimized module.
 
     Args:
-        module: from :func:`part_to_export`.
+        module: takes images (B, 3, H, W).
         size: H and W. The batch is one.
-        dynamic: B, H and W are free. H and W must be at least :func:`smallest_side`.
+        smallest: None, or the smallest H and W of a graph with free B, H and W.
     """
     module = optimize(module)
     for parent in list(module.modules()):
@@ -185,9 +197,12 @@ def trace(module: nn.Module, size: tuple[int, int], dynamic: bool) -> ExportedPr
             # Exporters do not know PyTorch's, except for one window.
             if type(layer) is nn.AdaptiveAvgPool2d and isinstance(layer.output_size, int) and layer.output_size > 1:
                 parent.add_module(name, AdaptiveAvgPool2d(layer.output_size))
-    free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if dynamic else None
-    images = torch.zeros(2 if dynamic else 1, 3, *size)  # a batch of one would be a constant
-    return torch.export.export(module, (images,), dynamic_shapes=(free,))
+    if smallest is None:
+        return torch.export.export(module, (torch.zeros(1, 3, *size),))
+    side = torch.export.Dim.DYNAMIC(min=smallest)
+    free = {0: torch.export.Dim.DYNAMIC, 2: side, 3: side}
+    # A batch of one would be taken for a constant.
+    return torch.export.export(module, (torch.zeros(2, 3, *size),), dynamic_shapes=(free,))
 
 
 # The check.
@@ -258,17 +273,26 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', type=Path, required=True, metavar='FILE', help='file to write')
     parser.add_argument('--dynamic', action='store_true', help='free batch, height and width')
     parser.add_argument('--backbone-only', action='store_true', help='export the backbone, without neck and heads')
-    parser.add_argument('--picture', type=Path, default=PICTURE, metavar='FILE', help='picture for the check')
+    parser.add_argument(
+        '--picture',
+        type=Path,
+        default=PICTURE,
+        metavar='FILE',
+        help='picture for the check (default: a photograph of matplotlib)',
+    )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='change the config')
+    parser.add_argument('--overwrite', action='store_true', help='replace FILE if it exists')
     args = parser.parse_args()
     target = TARGETS[args.to]
     if args.out.suffix != target.suffix:
         parser.error(f'--out must end in {target.suffix} for --to {args.to}, got {args.out}')
+    if args.out.exists() and not args.overwrite:
+        parser.error(f'{args.out} already exists: remove it, or use --overwrite')
     if not args.out.parent.is_dir():
         parser.error(f'{args.out.parent} is not a folder')
     missing = [name for name in target.modules if importlib.util.find_spec(name) is None]
     if missing:
-        parser.error(f'--to {args.to} needs {", ".join(missing)}: pip install {" ".join(missing)}')
+        parser.error(f'--to {args.to} needs {", ".join(missing)}, of the extra overlock_mm[deploy]: pip install {" ".join(missing)}')
     if not hasattr(torch.compiler, '_is_exporting_flag'):
         parser.error(f'exports need torch >= 2.7, got {torch.__version__}')
     return args
@@ -278,9 +302,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     try:
-        model = load_model(args.config, args.checkpoint, args.cfg_options)
+        model = build_model(load_config(args.config, args.cfg_options))
+        load_checkpoint(model, args.checkpoint, map_location='cpu', strict=True)
         module = part_to_export(model, args.backbone_only)
-        smallest = smallest_side(model.backbone)
+        smallest = smallest_side(model.backbone) if args.dynamic else None
         if args.dynamic and min(args.size) < smallest:
             raise ValueError(
                 f'--size must be at least {smallest}x{smallest} with --dynamic, got {args.size[0]}x{args.size[1]}: '
@@ -293,12 +318,12 @@ def main() -> None:
         sys.exit(f'nothing was exported: {error}')
 
     with step('Tracing (minutes with --dynamic)'):
-        program = trace(module, args.size, args.dynamic)
+        program = trace(module, args.size, smallest)
     with step(f'Writing and loading {args.out} (can take minutes)'):
         run = TARGETS[args.to].write(program, args.out)
     print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, {len(program.graph.nodes)} nodes in the graph')
     if args.dynamic:
-        print(f'Height and width are free from {smallest} on. Results for smaller images are wrong or an error.')
+        print(f'Batch, height and width are free. Height and width must be at least {smallest}.')
 
     optimized = optimize(module)
     for images in checks:

@@ -292,7 +292,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f'{args.out.parent} is not a folder')
     missing = [name for name in target.modules if importlib.util.find_spec(name) is None]
     if missing:
-        parser.error(f'--to {args.to} needs {", ".join(missing)}, of the extra overlock_mm[deploy]: pip install {" ".join(missing)}')
+        names = ' '.join(missing)
+        parser.error(f'--to {args.to} needs packages of the extra overlock_mm[deploy]: pip install {names}')
     if not hasattr(torch.compiler, '_is_exporting_flag'):
         parser.error(f'exports need torch >= 2.7, got {torch.__version__}')
     return args

@@ -58,15 +58,17 @@ def to_torch_export(program: torch.export.ExportedProgram, out: Path) -> Run:
 
 
 def to_aoti(program: torch.export.ExportedProgram, out: Path) -> Run:
-    torch._inductor.aoti_compile_and_package(program, package_path=str(out))
-    run = torch._inductor.aoti_load_package(str(out))
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    aoti_compile_and_package(program, package_path=str(out))
+    run = aoti_load_package(str(out))
     return lambda images: outputs_of(run(images))
 
 
 def to_onnx(program: torch.export.ExportedProgram, out: Path) -> Run:
     import onnxruntime
 
-    names = ['logits'] if len(program.graph_signature.user_outputs) == 1 else None
+    names = [f'output{i}' for i in range(len(program.graph_signature.user_outputs))]
     torch.onnx.export(
         program, f=out, dynamo=True, verbose=False, external_data=False, input_names=['images'], output_names=names
     )
@@ -209,7 +211,7 @@ def trace(module: nn.Module, size: tuple[int, int], smallest: Optional[int]) -> 
 
 
 def read_images(picture: Path, batch: int, size: tuple[int, int], model: BaseModel) -> Tensor:
-    """A batch of one picture (B, 3, H, W), normalised as the model's data preprocessor does it."""
+    """A batch of one picture, shifted from image to image (B, 3, H, W), in RGB and normalised as the model takes it."""
     image = cv2.imread(str(picture))
     if image is None:
         raise ValueError(f'--picture must be an image, got {picture}')

@@ -125,7 +125,7 @@ def test_whole_models_in_onnxruntime(exported, shape):
 
     session = onnxruntime.InferenceSession(exported.onnx, providers=['CPUExecutionProvider'])
     images = torch.randn(shape)
-    (logits,) = session.run(['logits'], {'images': images.numpy()})
+    (logits,) = session.run(['output0'], {'images': images.numpy()})
     assert_the_framework_gives(exported, images, logits)
 
 
@@ -148,7 +148,7 @@ def test_whole_models_in_openvino(export, exported):
     model = openvino.Core().compile_model(file, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
     for shape in SHAPES:
         images = torch.randn(shape)
-        assert_the_framework_gives(exported, images, model(images.numpy())['logits'])
+        assert_the_framework_gives(exported, images, model(images.numpy())['output0'])
     with pytest.raises(RuntimeError, match='incompatible'):
         model(torch.randn(1, 3, SMALLEST - 1, 203).numpy())
 

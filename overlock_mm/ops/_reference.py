@@ -34,7 +34,9 @@ def is_channels_last(x: Tensor) -> bool:
 def window_starts(size: int, kernel_size: int, device: Optional[torch.device] = None) -> Tensor:
     """First index of each position's window along an axis of ``size``: (size,). At a border the window moves inward."""
     positions = torch.arange(size, device=device)
-    return (positions - kernel_size // 2).clamp(0, size - kernel_size)
+    # Two steps: on an axis shorter than the kernel, windows leave it at the end, where an exported graph fails. A negative
+    # start would count from the end.
+    return (positions - kernel_size // 2).clamp(max=size - kernel_size).clamp(min=0)
 
 
 def relative_position_bias(rpb: Tensor, height: int, width: int) -> Tensor:

@@ -124,6 +124,9 @@ def residual_depthwise_norm(
     if wants_gradient:
         check_residual_depthwise_norm(x, weight, bias, gamma, beta, eps)
         return global_response_norm(residual_depthwise_conv2d(x, weight, bias), gamma, beta, eps)
+    if inplace and x.is_neg():
+        # PyTorch's fallback for such views corrupts memory where an operator returns nothing.
+        return x.copy_(operator('residual_depthwise_norm')(x, weight, bias, gamma, beta, eps))
     if inplace:
         operator('residual_depthwise_norm_')(x, weight, bias, gamma, beta, eps)
         return x

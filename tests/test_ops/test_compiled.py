@@ -664,6 +664,7 @@ def test_exports():
         'contmix_reference',
         'conv2d',
         'depthwise_conv2d',
+        'gelu',
         'residual_depthwise_norm',
         'global_response_norm',
         'residual_depthwise_conv2d',

@@ -1309,6 +1309,18 @@ def test_inplace(layout, dtype):
         assert torch.equal(out, expected)
 
 
+def test_inplace_of_a_view_with_a_sign():
+    """The imaginary part of a conjugated tensor has a sign that is not in memory."""
+    for mode in (torch.no_grad, torch.inference_mode):
+        arguments = to(make_norm(batch=1, channels=17, height=24, width=2), torch.float32)
+        x = arguments['x'] = torch.complex(arguments['x'], -arguments['x']).conj().imag
+        assert x.is_neg()
+        with mode():
+            expected = residual_depthwise_norm(**{**arguments, 'x': x.clone()})
+            assert residual_depthwise_norm(**arguments, inplace=True) is x
+        assert torch.equal(x, expected)
+
+
 def test_inplace_is_refused_with_gradients_and_casts():
     arguments = make_norm()
     for name in arguments:

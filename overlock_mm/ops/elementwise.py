@@ -13,7 +13,8 @@ from ._modes import unseen_by_modes
 def gelu(x: Tensor) -> Tensor:
     """The exact GELU, ``x * Phi(x)``, where Phi is the normal distribution (Hendrycks and Gimpel, 2016).
 
-    On the CPU, PyTorch's takes 1.7 times as long, and its gradient three times, where the map is in the cache.
+    The compiled operator is for the CPU, where it is faster than PyTorch's (docs/notes/depthwise.md). Other devices run
+    PyTorch's.
 
     Args:
         x (Tensor[*])

@@ -19,7 +19,6 @@ from ._checks import (
     check_tensors,
 )
 from ._library import operator
-from ._modes import is_compiling
 from .depthwise import residual_depthwise_conv2d
 
 
@@ -125,9 +124,6 @@ def residual_depthwise_norm(
     if wants_gradient:
         check_residual_depthwise_norm(x, weight, bias, gamma, beta, eps)
         return global_response_norm(residual_depthwise_conv2d(x, weight, bias), gamma, beta, eps)
-    if inplace and not is_compiling() and x.is_neg():
-        # PyTorch's fallback for such views corrupts memory where an operator returns nothing.
-        return x.copy_(operator('residual_depthwise_norm')(x, weight, bias, gamma, beta, eps))
     if inplace:
         operator('residual_depthwise_norm_')(x, weight, bias, gamma, beta, eps)
         return x

@@ -30,6 +30,16 @@ void inplace_version(Tensor& x, const Tensor& weight, const OptionalTensor& bias
   x.unsafeGetTensorImpl()->bump_version();
 }
 
+/// For views with a sign that is not in memory. (PyTorch's fallback takes for granted that an operator returns what it
+/// changes, and reads beyond its stack here.)
+void inplace_negative(Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& gamma,
+                      const Tensor& beta, double eps) {
+  Tensor resolved = x.resolve_neg();
+  const OptionalTensor shift = bias ? OptionalTensor(bias->resolve_neg()) : bias;
+  norm_in_place().call(resolved, weight.resolve_neg(), shift, gamma.resolve_neg(), beta.resolve_neg(), eps);
+  if (!resolved.is_same(x)) x.copy_(resolved);
+}
+
 void register_derivatives(torch::Library& m) {
   m.impl("residual_depthwise_norm", torch::autograd::autogradNotImplementedFallback());
   m.impl("residual_depthwise_norm_", &inplace_autograd);
@@ -39,6 +49,7 @@ void register_derivatives(torch::Library& m) {
 
 TORCH_LIBRARY_IMPL(overlock_mm, AutogradCPU, m) { register_derivatives(m); }
 TORCH_LIBRARY_IMPL(overlock_mm, AutogradMeta, m) { register_derivatives(m); }
+TORCH_LIBRARY_IMPL(overlock_mm, Negative, m) { m.impl("residual_depthwise_norm_", &inplace_negative); }
 TORCH_LIBRARY_IMPL(overlock_mm, ADInplaceOrView, m) { m.impl("residual_depthwise_norm_", &inplace_version); }
 
 }  // namespace overlock_mm

@@ -218,5 +218,5 @@ def test_an_sdist_needs_no_torch_and_carries_the_sources(setup, tmp_path):
     tools = {str(path.relative_to(ROOT)) for path in (ROOT / 'tools').rglob('*.*') if path.suffix in ('.py', '.sh')}
     assert {'configs/mmdet/metafile.yml', 'tools/train.py'} <= configs | tools
     assert configs | tools | {'model-index.yml'} <= names
-    assert {'Makefile', 'tests/test_ops/emulation/run_case.cpp'} <= names
+    assert {'Makefile', 'tests/test_ops/emulation/case.h'} <= names
     assert not any(name.endswith(('.so', '.o')) for name in names)

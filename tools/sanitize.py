@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / 'tests' / 'test_ops'
 #: Values of ATEN_CPU_CAPABILITY, by the names of the kernels that run with them.
 INSTRUCTION_SETS = {'baseline': 'default', 'avx2': 'avx2', 'avx512': 'avx512'}
-EMULATION = 'test_cuda_emulation.py'  # builds a program of its own with sanitizers
+EMULATION = 'test_cuda_*.py'  # they build programs of their own with sanitizers
 #: Tests that the sanitizers say nothing about: of a program without them, and of nvcc; calls that are made here anyway.
 LEFT_OUT = ('test_simd.py', 'test_fuzz.py')
 LEFT_OUT_OF_EMULATION = 'not compiles_for_devices'
@@ -226,10 +226,11 @@ class Calls(NamedTuple):
 
 
 def test_files(instruction_sets: list[str]) -> Iterator[TestFile]:
-    yield TestFile(instruction_sets[-1], EMULATION, 'plain', LEFT_OUT_OF_EMULATION)
+    for path in sorted(TESTS.glob(EMULATION)):
+        yield TestFile(instruction_sets[-1], path.name, 'plain', LEFT_OUT_OF_EMULATION)
     for instruction_set in instruction_sets:
         for path in sorted(TESTS.glob('test_*.py')):
-            if path.name not in (EMULATION, *LEFT_OUT):
+            if path.name not in LEFT_OUT and not path.match(EMULATION):
                 yield TestFile(instruction_set, path.name)
 
 

@@ -11,17 +11,14 @@ import struct
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import pytest
 import torch
+from emulated import DTYPES, H200, SOURCES, T4, Launch, build, execute, pack, relative_error, template_arguments, to_bytes
 from torch import Tensor
 
 from overlock_mm.ops import contmix_reference
-
-EMULATION = Path(__file__).parent / 'emulation'
-SOURCES = Path(__file__).parents[2] / 'overlock_mm' / 'ops' / 'csrc' / 'cuda'
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # in the order of contmix.h
 
 # Relative (Frobenius) errors of the output and of the gradients. A half type rounds the output, which the backward reads.
 TOLERANCES = {
@@ -33,34 +30,11 @@ TOLERANCES = {
 MAPS = ('value', 'query', 'output', 'grad_output', 'grad_value', 'grad_query')
 SUMS = ('grad_keys', 'grad_bias', 'grad_rpb_small', 'grad_rpb_large')
 GRADIENTS = ('grad_value', 'grad_query', *SUMS)
-H200, T4 = 232448, 65536  # bytes of shared memory that a block may have
-
-# The program as it is shipped, and one that stops at the first read or write beyond an array.
-BUILDS = {
-    'plain': ['-O2'],
-    'sanitized': ['-g1', '-O1', '-fsanitize=address,undefined', '-fno-sanitize-recover=all'],
-}
 
 
 @pytest.fixture(scope='session')
 def programs(tmp_path_factory):
-    compiler = shutil.which('g++')
-    if compiler is None:
-        pytest.skip('there is no g++ to compile the emulation')
-    folder = tmp_path_factory.mktemp('cuda_emulation')
-    sources = ['-x', 'c++', SOURCES / 'contmix_launch.cu', *EMULATION.glob('*.cpp')]
-    common = [compiler, '-rdynamic', '-std=c++17', '-Wall', '-Wextra', '-Werror', '-Wno-unknown-pragmas']
-    common += [f'-I{EMULATION}', f'-I{SOURCES}']
-    builds = {
-        name: subprocess.Popen(
-            [*common, *flags, *sources, '-o', folder / name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for name, flags in BUILDS.items()
-    }
-    for name, build in builds.items():
-        message, _ = build.communicate()
-        assert build.returncode == 0, f'{name}: {message}'
-    return {name: folder / name for name in builds}
+    return build('contmix', tmp_path_factory.mktemp('contmix'))
 
 
 @dataclass
@@ -93,17 +67,10 @@ class Case:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
-class Launch(NamedTuple):
-    kernel: str  # mangled
-    blocks: int
-    threads: int
-    shared_bytes: int
-
-    @property
-    def variant(self) -> str:
-        """The channels that it has room for, or general. In mangled names, template arguments look like Li16E."""
-        rooms = re.findall(r'Li(\d+)E', self.kernel)[:2]
-        return 'general' if '0' in rooms else rooms[0]
+def variant(launch: Launch) -> str:
+    """The channels that a kernel has room for, or general."""
+    rooms = template_arguments(launch.kernel)[:2]
+    return 'general' if 0 in rooms else str(rooms[0])
 
 
 @dataclass
@@ -150,15 +117,6 @@ def draw(case: Case) -> dict[str, Optional[Tensor]]:
     )
 
 
-def number(*numbers: int) -> bytes:
-    return struct.pack(f'{len(numbers)}q', *numbers)
-
-
-def to_bytes(tensor: Optional[Tensor]) -> bytes:
-    data = b'' if tensor is None else tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return number(len(data)) + data
-
-
 def run(program: Path, case: Case, inputs: dict[str, Optional[Tensor]], folder: Path, reversed_threads=False) -> Result:
     """Forward and backward by the kernels, into outputs that were filled with NaN. Partial sums are summed."""
     maps, storages = {}, {}
@@ -172,29 +130,16 @@ def run(program: Path, case: Case, inputs: dict[str, Optional[Tensor]], folder: 
         maps[name], storages[name] = lay_out(tensor, case.layouts.get(name, 'contiguous'))
 
     backward = bool(case.wanted)
-    file, result_file = folder / 'case', folder / 'result'
-    with open(file, 'wb') as out:
-        sizes = (case.batch, case.groups, *case.size, case.channels, case.query_channels, *case.kernel_sizes)
-        out.write(number(DTYPES.index(case.dtype), *sizes, case.shared_memory, reversed_threads, case.partials))
-        out.write(number(*(name in case.wanted for name in SUMS)))
-        for name in MAPS:
-            if name in maps and (backward or name != 'grad_output'):
-                out.write(number(*maps[name].stride(), maps[name].storage_offset()) + to_bytes(storages[name]))
-            else:
-                out.write(number(0, 0, 0, 0, 0) + to_bytes(None))
-        for name in ('keys', 'bias', 'rpb_small', 'rpb_large'):
-            out.write(to_bytes(inputs[name]))
-
-    environment = {**os.environ, 'ASAN_OPTIONS': 'detect_leaks=0'}
-    done = subprocess.run([program, file, result_file], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, f'{case}\n{done.stderr[-4000:]}'
-
-    data = result_file.read_bytes()
-    blobs, at = [], 0
-    while at < len(data):
-        (size,) = struct.unpack_from('q', data, at)
-        blobs.append(bytearray(data[at + 8 : at + 8 + size]))
-        at += 8 + size
+    sizes = (case.batch, case.groups, *case.size, case.channels, case.query_channels, *case.kernel_sizes)
+    data = pack(DTYPES.index(case.dtype), *sizes, case.shared_memory, reversed_threads, case.partials)
+    data += pack(*(name in case.wanted for name in SUMS))
+    for name in MAPS:
+        if name in maps and (backward or name != 'grad_output'):
+            data += pack(*maps[name].stride(), maps[name].storage_offset()) + to_bytes(storages[name])
+        else:
+            data += pack(0, 0, 0, 0, 0) + to_bytes(None)
+    data += b''.join(to_bytes(inputs[name]) for name in ('keys', 'bias', 'rpb_small', 'rpb_large'))
+    blobs = execute(program, data, folder)
     (partials,) = struct.unpack('q', blobs[0])
     tensors = {}
     for name, blob in zip(('output', 'logsumexp', 'grad_value', 'grad_query', *SUMS), blobs[1:9]):
@@ -212,9 +157,7 @@ def run(program: Path, case: Case, inputs: dict[str, Optional[Tensor]], folder: 
         else:
             sums = flat.view(partials, case.batch, case.groups, -1)
             tensors[name] = sums.double().sum(0)
-    lines = (line.split() for line in blobs[9].decode().splitlines())
-    launches = [Launch(kernel, *map(int, numbers)) for kernel, *numbers in lines]
-    return Result(tensors, launches)
+    return Result(tensors, [Launch.parse(line) for line in blobs[9].decode().splitlines()])
 
 
 def reference(case: Case, inputs: dict[str, Optional[Tensor]]) -> dict[str, Tensor]:
@@ -239,14 +182,6 @@ def reference(case: Case, inputs: dict[str, Optional[Tensor]]) -> dict[str, Tens
     return {'output': output.detach(), **{f'grad_{name}': leaf.grad for name, leaf in leaves.items()}}
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    assert actual.numel() == expected.numel()
-    actual = actual.double().reshape(expected.shape)
-    assert torch.equal(actual.isnan(), expected.isnan()), 'NaN elsewhere than expected'
-    actual, expected = actual.nan_to_num(), expected.nan_to_num()
-    return ((actual - expected).norm() / expected.norm().clamp(min=1e-300)).item()
-
-
 def check(program: Path, case: Case, folder: Path, inputs: Optional[dict[str, Optional[Tensor]]] = None) -> Result:
     """Wanted results equal the reference, and nothing else is written."""
     inputs = inputs or draw(case)
@@ -264,7 +199,7 @@ def check(program: Path, case: Case, folder: Path, inputs: Optional[dict[str, Op
         else:
             assert actual.isfinite().all(), (name, case)
     if case.variants is not None:
-        assert tuple(launch.variant for launch in result.launches) == case.variants, case
+        assert tuple(map(variant, result.launches)) == case.variants, case
     return result
 
 
@@ -501,12 +436,12 @@ def test_compiles_for_devices(tmp_path):
         for version in {known[0], known[-1]}
     }
     entry = re.compile(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores", re.DOTALL)
-    for version, build in builds.items():
-        log, _ = build.communicate()
-        assert build.returncode == 0, log
+    for version, process in builds.items():
+        log, _ = process.communicate()
+        assert process.returncode == 0, log
         kernels = entry.findall(log)
         assert len(kernels) == 30
         for kernel, *sizes in kernels:
             # A word or two that the main loops do not need may be spilled.
-            staged = Launch(kernel, 0, 0, 0).variant != 'general'
+            staged = variant(Launch(kernel, 0, 0, 0, 0)) != 'general'
             assert not staged or max(map(int, sizes)) <= 32, f'sm_{version}: {kernel} keeps {sizes} bytes in memory'

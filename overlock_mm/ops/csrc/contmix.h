@@ -7,15 +7,9 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define OVERLOCK_MM_HOST_DEVICE __host__ __device__
-#else
-#define OVERLOCK_MM_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace overlock_mm {
-
-enum class Dtype { float32, float64, float16, bfloat16 };
 
 /// A (B, channels, H, W) tensor. All strides are in elements, not bytes.
 struct Map {

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <map>
 #include <memory>
+#include <unordered_set>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -41,6 +42,8 @@ ucontext_t scheduler;
 const std::function<void()>* body = nullptr;
 void* shared = nullptr;
 std::map<const void*, size_t> allowed_shared_memory;
+std::unordered_set<const void*> read;  // by this launch
+size_t bytes_read = 0;
 
 #if defined(__SANITIZE_ADDRESS__)
 void* scheduler_fake_stack = nullptr;
@@ -155,6 +158,10 @@ Device& device() {
 
 void* shared_memory() { return shared; }
 
+void note_read(const void* at, size_t bytes) {
+  if (device().counts_reads && read.insert(at).second) bytes_read += bytes;
+}
+
 void synchronize_block(int line) { wait(State::in_barrier, line); }
 
 uint64_t shuffle_xor(uint64_t number, int mask, int line) {
@@ -175,14 +182,12 @@ cudaError_t run(const void* kernel, const std::function<void()>& thread, dim3 gr
   const auto allowed = allowed_shared_memory.find(kernel);
   const size_t limit = allowed == allowed_shared_memory.end() ? kDefaultSharedMemory : allowed->second;
   if (shared_bytes > limit || grid.x == 0 || block.x == 0 || block.x % kWarp != 0) return cudaErrorInvalidValue;
-  Dl_info symbol{};
-  dladdr(kernel, &symbol);
-  device().launches += std::string(symbol.dli_sname ? symbol.dli_sname : "?") + ' ' + std::to_string(grid.x) + ' ' +
-                       std::to_string(block.x) + ' ' + std::to_string(shared_bytes) + '\n';
   if (fibers.size() < block.x) fibers = std::vector<Fiber>(block.x);
   body = &thread;
   blockDim = block;
   gridDim = grid;
+  read.clear();
+  bytes_read = 0;
   for (unsigned index = 0; index < grid.x; ++index) {
     blockIdx = dim3(index, 0, 0);
     shared = std::malloc(shared_bytes);
@@ -190,6 +195,13 @@ cudaError_t run(const void* kernel, const std::function<void()>& thread, dim3 gr
     run_block();
     std::free(shared);
   }
+  Dl_info symbol{};
+  dladdr(kernel, &symbol);
+  device().launches += symbol.dli_sname ? symbol.dli_sname : "?";
+  for (const size_t number : {size_t(grid.x), size_t(block.x), shared_bytes, bytes_read}) {
+    device().launches += ' ' + std::to_string(number);
+  }
+  device().launches += '\n';
   return cudaSuccess;
 }
 

@@ -1,4 +1,4 @@
-// Enough of CUDA to run contmix_launch.cu and its kernels on a host, compiled by a C++ compiler, thread by thread.
+// Enough of CUDA to run the launchers and kernels of csrc/cuda on a host, compiled by a C++ compiler, thread by thread.
 //
 // Every thread of a block is a fiber with a stack of its own; a barrier or a shuffle switches to the next. The headers
 // named like CUDA's in this folder include this one, and so the sources are compiled as they are.
@@ -45,11 +45,15 @@ namespace cuda_emulation {
 struct Device {
   int shared_memory_limit = 232448;
   bool reversed = false;  ///< Threads run from the last to the first.
-  std::string launches;   ///< A line for each: the kernel's mangled name, blocks, threads, bytes of shared memory.
+  bool counts_reads = false;
+  /// A line for each: the kernel's mangled name, blocks, threads, bytes of shared memory, and bytes of global memory
+  /// that were read through __ldg, each byte once (if they are counted).
+  std::string launches;
 };
 Device& device();
 
 void* shared_memory();
+void note_read(const void* at, size_t bytes);
 void synchronize_block(int line);
 
 /// Lends `number` to the other threads of the warp and returns what that of `lane ^ mask` lent.
@@ -99,6 +103,12 @@ T shuffle(unsigned lanes, T number, int mask, int line) {
   return number;
 }
 }  // namespace cuda_emulation
+
+template <typename T>
+T __ldg(const T* at) {
+  cuda_emulation::note_read(at, sizeof(T));
+  return *at;
+}
 
 template <typename T>
 T min(T a, T b) {

@@ -7,22 +7,10 @@
 #include "../checks.h"
 #include "../contmix_tensors.h"
 #include "contmix_launch.h"
+#include "tensors.h"
 
 namespace overlock_mm {
 namespace {
-
-Dtype dtype_of(const Tensor& map) {
-  switch (map.scalar_type()) {
-    case at::kFloat:
-      return Dtype::float32;
-    case at::kDouble:
-      return Dtype::float64;
-    case at::kHalf:
-      return Dtype::float16;
-    default:  // the arguments are checked
-      return Dtype::bfloat16;
-  }
-}
 
 std::tuple<Tensor, Tensor> contmix_cuda(const Tensor& value, const Tensor& query, const Tensor& keys,
                                         const OptionalTensor& bias, const OptionalTensor& rpb_small,

@@ -18,26 +18,15 @@
 // share all but the innermost loops.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cfloat>
 #include <type_traits>
 
 #include "../contmix.h"
-
-/// The block's dynamic shared memory. A host that emulates a device defines its own.
-#if !defined(OVERLOCK_MM_SHARED)
-#define OVERLOCK_MM_SHARED(A, name)                                      \
-  extern __shared__ __align__(16) unsigned char dynamic_shared_memory[]; \
-  A* const name = reinterpret_cast<A*>(dynamic_shared_memory)
-#endif
+#include "numbers.cuh"
 
 namespace overlock_mm {
 namespace contmix_kernels {
 
-constexpr int kWarp = 32;
 constexpr int kMaxThreads = 128;
 
 /// A warp is two lines of 16 positions: nearer to a square than 32 in line, so that less of what is read is halo
@@ -57,30 +46,10 @@ OVERLOCK_MM_HOST_DEVICE constexpr int pitch(int channels) { return channels + 4;
 /// Positions in a row of dZ: 4 rows of 2 vectors, which a warp of the product for dM reads at once, touch 32 banks.
 constexpr int kProductPitch = kMaxThreads + 8;
 
-OVERLOCK_MM_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 OVERLOCK_MM_HOST_DEVICE constexpr int round_up(int n) { return (n + 3) / 4 * 4; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Numbers
-
-template <typename T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
-
-__device__ __forceinline__ float load(const float* at) { return *at; }
-__device__ __forceinline__ double load(const double* at) { return *at; }
-__device__ __forceinline__ float load(const __half* at) { return __half2float(*at); }
-__device__ __forceinline__ float load(const __nv_bfloat16* at) { return __bfloat162float(*at); }
-
-__device__ __forceinline__ void store(float* at, float number) { *at = number; }
-__device__ __forceinline__ void store(double* at, double number) { *at = number; }
-__device__ __forceinline__ void store(__half* at, float number) { *at = __float2half_rn(number); }
-__device__ __forceinline__ void store(__nv_bfloat16* at, float number) { *at = __float2bfloat16_rn(number); }
 
 __device__ __forceinline__ float power_of_2(float x) { return exp2f(x); }
 __device__ __forceinline__ double power_of_2(double x) { return exp2(x); }
@@ -105,17 +74,6 @@ __device__ __forceinline__ A in_base_2(A bias) {
 template <typename A>
 __device__ __forceinline__ A minus_infinity() {
   return -static_cast<A>(INFINITY);
-}
-
-/// Shared memory is read in units of it.
-template <typename A>
-struct alignas(16) Vector {
-  A at[4];
-};
-
-template <typename A>
-__device__ __forceinline__ const Vector<A>& vector_at(const A* shared) {
-  return *reinterpret_cast<const Vector<A>*>(shared);
 }
 
 /// a·b of kSize numbers, b in shared memory. Two sums: one would wait for itself.

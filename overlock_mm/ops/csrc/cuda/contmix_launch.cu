@@ -4,6 +4,7 @@
 
 #include "contmix_kernels.cuh"
 #include "contmix_launch.h"
+#include "launch.cuh"
 
 namespace overlock_mm {
 namespace {
@@ -17,32 +18,6 @@ constexpr int64_t kQueryBlocks = 768;
 // The general variant's channels in a block, and query channels at a time.
 constexpr int kGeneralChannels = 8;
 constexpr int kGeneralQueries = 16;
-
-/// Shared memory that a block may have on the current device, in bytes.
-cudaError_t shared_memory_limit(int64_t* bytes) {
-  int device = 0, limit = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  *bytes = limit;
-  return error;
-}
-
-template <typename Kernel>
-cudaError_t launch(Kernel* kernel, int64_t blocks, int threads, int64_t bytes, const ContMixParams& params,
-                   cudaStream_t stream) {
-  constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1, kDefaultSharedMemory = 48 << 10;
-  if (blocks > kMaxBlocks) return cudaErrorInvalidConfiguration;
-  if (bytes > kDefaultSharedMemory) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (error != cudaSuccess) return error;
-  }
-  ContMixParams copy = params;
-  void* arguments[] = {&copy};
-  const cudaError_t error = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments,
-                                             static_cast<size_t>(bytes), stream);
-  return error == cudaSuccess ? cudaGetLastError() : error;
-}
 
 int64_t horizontal_tiles(const ContMixParams& params) { return ceil_div(params.width, kTileWidth); }
 
@@ -187,22 +162,6 @@ cudaError_t backward(const ContMixParams& params, cudaStream_t stream) {
   if (error == cudaSuccess && wants_query_kernel(params)) error = backward_query<T>(params, limit, stream);
   if (error == cudaSuccess && params.grad_value.data) error = backward_value<T>(params, limit, stream);
   return error;
-}
-
-/// Calls body with a null pointer to the dtype's type.
-template <typename Body>
-cudaError_t for_dtype(Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::float32:
-      return body(static_cast<float*>(nullptr));
-    case Dtype::float64:
-      return body(static_cast<double*>(nullptr));
-    case Dtype::float16:
-      return body(static_cast<__half*>(nullptr));
-    case Dtype::bfloat16:
-      return body(static_cast<__nv_bfloat16*>(nullptr));
-  }
-  return cudaErrorInvalidValue;
 }
 
 bool is_empty(const ContMixParams& params) { return params.batch == 0; }

@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../contmix.h"
+#include "dtype.h"
 
 namespace overlock_mm {
 

@@ -1,68 +1,14 @@
 // Reads a case from a file, runs the forward and the backward of contmix_launch.cu, and writes what they wrote to
 // another file. test_cuda_emulation.py has the format.
-#include <cstdio>
-#include <cstdlib>
-#include <string>
-#include <utility>
-
+#include "case.h"
 #include "contmix_launch.h"
-#include "cuda_emulation.h"
 
 namespace {
 
 using overlock_mm::ContMixParams;
 using overlock_mm::Dtype;
 using overlock_mm::Map;
-
-[[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "%s\n", what);
-  std::exit(2);
-}
-
-class Reader {
- public:
-  explicit Reader(const char* path) : file_(std::fopen(path, "rb")) {
-    if (!file_) fail("no case");
-  }
-  ~Reader() { std::fclose(file_); }
-
-  int64_t number() {
-    int64_t number = 0;
-    if (std::fread(&number, sizeof(number), 1, file_) != 1) fail("the case ends too early");
-    return number;
-  }
-
-  /// A size and as many bytes, in an allocation of just that size. No bytes are null.
-  void* bytes(int64_t* size) {
-    *size = number();
-    if (*size == 0) return nullptr;
-    void* data = std::malloc(static_cast<size_t>(*size));
-    if (std::fread(data, 1, static_cast<size_t>(*size), file_) != static_cast<size_t>(*size))
-      fail("the case ends too early");
-    return data;
-  }
-
- private:
-  FILE* file_;
-};
-
-struct Array {
-  int64_t size = 0;  // in bytes
-  void* data = nullptr;
-
-  Array() = default;
-  explicit Array(Reader& reader) { data = reader.bytes(&size); }
-  explicit Array(int64_t size) : size(size), data(std::malloc(static_cast<size_t>(size))) {
-    std::memset(data, 0xff, static_cast<size_t>(size));  // NaN
-  }
-  Array(Array&& other) noexcept : size(other.size), data(other.data) { other.data = nullptr; }
-  Array& operator=(Array&& other) noexcept {
-    std::swap(data, other.data);
-    std::swap(size, other.size);
-    return *this;
-  }
-  ~Array() { std::free(data); }
-};
+using namespace cuda_emulation;
 
 /// A map: strides, where it begins, and the bytes of the storage it is a part of.
 Array read_map(Reader& reader, Map* map, int64_t element) {
@@ -79,7 +25,7 @@ Array read_map(Reader& reader, Map* map, int64_t element) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 3) fail("usage: run_case CASE RESULT");
+  if (count != 3) fail("usage: run_contmix CASE RESULT");
   Reader reader(arguments[1]);
 
   ContMixParams params{};
@@ -130,16 +76,11 @@ int main(int count, char** arguments) {
   if (grad_output.data && launch_contmix_backward(params, dtype, nullptr) != cudaSuccess)
     fail("the backward was not launched");
 
-  FILE* result = std::fopen(arguments[2], "wb");
-  if (!result) fail("no result");
-  const auto write = [result](const void* data, int64_t size) {
-    std::fwrite(&size, sizeof(size), 1, result);
-    if (size) std::fwrite(data, 1, static_cast<size_t>(size), result);
-  };
-  write(&params.partials, sizeof(params.partials));
-  for (const Array* array : {&output, &logsumexp, &grad_value, &grad_query}) write(array->data, array->size);
-  for (const Array& array : sums) write(array.data, array.size);
+  Writer result(arguments[2]);
+  result.write(&params.partials, sizeof(params.partials));
+  for (const Array* array : {&output, &logsumexp, &grad_value, &grad_query}) result.write(array->data, array->size);
+  for (const Array& array : sums) result.write(array.data, array.size);
   const std::string& launches = cuda_emulation::device().launches;
-  write(launches.data(), static_cast<int64_t>(launches.size()));
-  return std::fclose(result);
+  result.write(launches.data(), static_cast<int64_t>(launches.size()));
+  return 0;
 }

@@ -10,8 +10,10 @@ from typing import Optional
 import pytest
 import torch
 import torch.nn.functional as F
-from emulated import DTYPES, H200, T4, build, nan_like, relative_error, run
+from emulated import DTYPES, H200, SOURCES, T4, build, nan_like, relative_error, run
 from torch import Tensor
+
+from overlock_mm.ops.cuda_kernels import has_cuda_kernels
 
 # Relative (Frobenius) errors of maps and of sums over maps.
 TOLERANCES = {
@@ -173,16 +175,27 @@ def test_nothing_is_launched_for_an_empty_map(programs, tmp_path, case):
     assert got['launches'] == got['of_input'] == []
 
 
-def test_bytes_are_those_that_the_launcher_states(programs, tmp_path):
+@pytest.mark.skipif(not has_cuda_kernels(), reason='the binary was built without CUDA')
+@pytest.mark.parametrize(
+    'case', [Case(7, (40, 33), 12, batch=2), Case(3, (9, 14), 5, dilation=2, staged=False)], ids=['staged', 'direct']
+)
+def test_launches_and_bytes_are_those_that_are_stated(programs, tmp_path, monkeypatch, case):
     """A launch reads every operand, once by this count, and nothing else."""
-    case = Case(7, (40, 33), 12, batch=2)
+    monkeypatch.syspath_prepend(SOURCES.parents[3] / 'tools' / 'benchmarks')
+    import operator_costs
+    from operator_costs import bytes_of
+
     operands = Operands(case)
+    x, weight, bias, grad = operands.x, operands.weight, operands.bias, operands.grad
     got = call(programs['plain'], case, operands, tmp_path)
     (forward, sums, total), (of_input,) = got['launches'], got['of_input']
-    x, weight, bias = (each.numel() * each.element_size() for each in (operands.x, operands.weight, operands.bias))
-    assert forward.bytes_read == x + weight + bias
-    assert of_input.bytes_read == x + weight
-    assert sums.bytes_read == 2 * x
-    partials, rest = divmod(total.bytes_read, weight + bias)
-    assert (partials > 1, rest) == (True, 0)
-    assert sums.blocks == partials * 2  # blocks of channels
+
+    settings = (case.dilation, case.residual)
+    stated = operator_costs.cost_of_depthwise(x, weight, bias, *settings, outputs=[x])
+    assert (stated.launches, stated.bytes) == (1, forward.bytes_read + bytes_of([x]))
+    stated = operator_costs.cost_of_depthwise_backward(grad, x, weight, *settings, (True, False, False), outputs=[x])
+    assert (stated.launches, stated.bytes) == (1, of_input.bytes_read + bytes_of([x]))
+    wanted, outputs = (False, True, True), [weight, bias]
+    stated = operator_costs.cost_of_depthwise_backward(grad, x, weight, *settings, wanted, outputs=outputs)
+    written = total.bytes_read + bytes_of(outputs)  # the partial sums, and those of them
+    assert (stated.launches, stated.bytes) == (2, sums.bytes_read + total.bytes_read + written)

@@ -388,24 +388,24 @@ def test_empty_batch(programs, tmp_path):
     ],
     ids=['all', 'value', 'some', 'many groups'],
 )
-def test_launches_are_those_that_gpu_cost_states(programs, tmp_path, monkeypatch, case):
+def test_launches_are_those_that_are_stated(programs, tmp_path, monkeypatch, case):
     """The kernels, and the operator's own sums of partial sums, whose number is that of the launched blocks."""
     monkeypatch.syspath_prepend(SOURCES.parents[3] / 'tools' / 'benchmarks')
-    import gpu_cost
+    import operator_costs
 
     inputs = draw(case)
     forward, *backward = run(programs['plain'], case, inputs, tmp_path).launches
     arguments = [inputs[name] for name in ('value', 'query', 'keys', 'bias', 'rpb_small', 'rpb_large')]
     logsumexp = torch.empty(case.batch, 2, case.groups, *case.size)
-    stated = gpu_cost.cost_of_contmix(*arguments, *case.kernel_sizes, outputs=[inputs['value'], logsumexp])
+    stated = operator_costs.cost_of_contmix(*arguments, *case.kernel_sizes, outputs=[inputs['value'], logsumexp])
     assert stated.launches == len([forward])
 
     wanted = [name in case.wanted for name in GRADIENTS]
     outputs = [each if want else torch.empty(0) for each, want in zip(arguments, wanted)]
     saved = (inputs['value'], logsumexp, *case.kernel_sizes, wanted)
-    stated = gpu_cost.cost_of_contmix_backward(inputs['grad_output'], *arguments, *saved, outputs=outputs)
+    stated = operator_costs.cost_of_contmix_backward(inputs['grad_output'], *arguments, *saved, outputs=outputs)
     assert stated.launches == len(backward) + sum(wanted[2:])
-    partials = gpu_cost.partials_of_contmix(*case.size, case.batch * case.groups)
+    partials = operator_costs.partials_of_contmix(*case.size, case.batch * case.groups)
     blocks = [launch.blocks for launch in backward if 'backward_query' in launch.kernel]
     assert blocks == [partials * case.batch * case.groups] * any(wanted[1:])
 

@@ -10,7 +10,7 @@ namespace {
 using namespace depthwise_kernels;
 
 // Blocks of a sum that keep the largest devices busy for a few rounds. More would only write more partial sums.
-constexpr int64_t kSumBlocks = 1024;
+constexpr int64_t kSumBlocks = 512;
 
 int64_t tiles_of(const DepthwiseParams& params, const Tiling& tiling) {
   return params.batch * tiling.vertical * tiling.horizontal;
@@ -169,16 +169,21 @@ bool is_empty(const DepthwiseParams& params) { return params.batch == 0 || param
 
 }  // namespace
 
-cudaError_t depthwise_partials(const DepthwiseParams& params, Dtype dtype, int64_t* partials) {
-  *partials = 1;
-  if (is_empty(params)) return cudaSuccess;
-  int64_t limit = 0;
-  const cudaError_t error = shared_memory_limit(&limit);
-  if (error != cudaSuccess) return error;
-  return for_dtype(dtype, [&](auto* type) {
-    *partials = partials_for<std::remove_pointer_t<decltype(type)>>(params, limit);
+int64_t depthwise_partials(const DepthwiseParams& params, Dtype dtype, int64_t shared_memory) {
+  int64_t partials = 1;
+  if (is_empty(params)) return partials;
+  for_dtype(dtype, [&](auto* type) {
+    partials = partials_for<std::remove_pointer_t<decltype(type)>>(params, shared_memory);
     return cudaSuccess;
   });
+  return partials;
+}
+
+cudaError_t depthwise_partials(const DepthwiseParams& params, Dtype dtype, int64_t* partials) {
+  int64_t limit = 0;
+  const cudaError_t error = shared_memory_limit(&limit);
+  *partials = depthwise_partials(params, dtype, limit);
+  return error;
 }
 
 cudaError_t launch_depthwise_forward(const DepthwiseParams& params, Dtype dtype, cudaStream_t stream) {

@@ -40,7 +40,8 @@ struct DepthwiseParams {
   void* grad_bias;          ///< (C), or null
 };
 
-/// DepthwiseParams::partials on the current device.
+/// DepthwiseParams::partials on a device whose blocks may have so many bytes of shared memory, and on the current one.
+int64_t depthwise_partials(const DepthwiseParams& params, Dtype dtype, int64_t shared_memory);
 cudaError_t depthwise_partials(const DepthwiseParams& params, Dtype dtype, int64_t* partials);
 
 /// Launch on the current device. Without images or channels nothing is launched.

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "../host_device.h"
 
@@ -35,7 +36,13 @@ struct Accumulator<double> {
 __device__ __forceinline__ float load(const float* at) { return __ldg(at); }
 __device__ __forceinline__ double load(const double* at) { return __ldg(at); }
 __device__ __forceinline__ float load(const __half* at) { return __half2float(__ldg(at)); }
-__device__ __forceinline__ float load(const __nv_bfloat16* at) { return __bfloat162float(__ldg(at)); }
+__device__ __forceinline__ float load(const __nv_bfloat16* at) {
+  // The toolkits of torch 2.1 have no __ldg of this type for devices older than 8.0.
+  const unsigned short bits = __ldg(reinterpret_cast<const unsigned short*>(at));
+  __nv_bfloat16 number;
+  memcpy(&number, &bits, sizeof(number));
+  return __bfloat162float(number);
+}
 
 __device__ __forceinline__ void store(float* at, float number) { *at = number; }
 __device__ __forceinline__ void store(double* at, double number) { *at = number; }

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 import secrets
-import shutil
 import struct
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -408,40 +404,3 @@ def test_launches_are_those_that_are_stated(programs, tmp_path, monkeypatch, cas
     partials = operator_costs.partials_of_contmix(*case.size, case.batch * case.groups)
     blocks = [launch.blocks for launch in backward if 'backward_query' in launch.kernel]
     assert blocks == [partials * case.batch * case.groups] * any(wanted[1:])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The real compiler
-
-
-def find_nvcc() -> Optional[str]:
-    home = os.environ.get('CUDA_HOME')
-    return shutil.which('nvcc') or (shutil.which('nvcc', path=os.path.join(home, 'bin')) if home else None)
-
-
-@pytest.mark.skipif(find_nvcc() is None, reason='there is no nvcc')
-def test_compiles_for_devices(tmp_path):
-    """For the oldest and the newest supported device that this nvcc knows. Threads do not spill their registers."""
-    supported = ('70', '75', '80', '86', '89', '90', '100', '120')
-    listed = subprocess.run([find_nvcc(), '--list-gpu-arch'], capture_output=True, text=True, check=True).stdout
-    known = [version for version in supported if f'compute_{version}' in listed.split()]
-    builds = {
-        version: subprocess.Popen(
-            [find_nvcc(), '-std=c++17', '-O3', f'-arch=sm_{version}', '-cubin', '-Xptxas=-v', '-Werror=all-warnings']
-            + [SOURCES / 'contmix_launch.cu', '-o', tmp_path / f'{version}.cubin'],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for version in {known[0], known[-1]}
-    }
-    entry = re.compile(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores", re.DOTALL)
-    for version, process in builds.items():
-        log, _ = process.communicate()
-        assert process.returncode == 0, log
-        kernels = entry.findall(log)
-        assert len(kernels) == 30
-        for kernel, *sizes in kernels:
-            # A word or two that the main loops do not need may be spilled.
-            staged = variant(Launch(kernel, 0, 0, 0, 0)) != 'general'
-            assert not staged or max(map(int, sizes)) <= 32, f'sm_{version}: {kernel} keeps {sizes} bytes in memory'

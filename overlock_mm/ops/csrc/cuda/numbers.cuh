@@ -39,15 +39,27 @@ __device__ __forceinline__ float widen(__nv_bfloat16 number) { return __bfloat16
 
 /// From global memory that the kernel does not write to.
 template <typename T>
-__device__ __forceinline__ auto load(const T* at) {
-  return widen(__ldg(at));
+__device__ __forceinline__ T read(const T* at) {
+  return __ldg(at);
+}
+__device__ __forceinline__ __nv_bfloat16 read(const __nv_bfloat16* at) {
+  // The toolkits of torch 2.1 have no __ldg of this type for devices older than 8.0.
+  const unsigned short bits = __ldg(reinterpret_cast<const unsigned short*>(at));
+  __nv_bfloat16 number;
+  memcpy(&number, &bits, sizeof(number));
+  return number;
 }
 
-/// 16 bytes of it at once.
+template <typename T>
+__device__ __forceinline__ auto load(const T* at) {
+  return widen(read(at));
+}
+
+/// 16 bytes at once.
 template <typename V>
 __device__ __forceinline__ V load_vector(const V* at) {
   static_assert(sizeof(V) == 16 && alignof(V) == 16, "a vector has 16 bytes");
-  const uint4 bits = __ldg(reinterpret_cast<const uint4*>(at));
+  const uint4 bits = read(reinterpret_cast<const uint4*>(at));
   V vector;
   memcpy(&vector, &bits, sizeof(V));
   return vector;

@@ -8,7 +8,7 @@ from .conv2d import conv2d
 from .cuda_kernels import cuda_choices, set_cuda_kernels
 from .depthwise import depthwise_conv2d, residual_depthwise_conv2d
 from .elementwise import gelu
-from .norms import branch_norms, global_response_norm, residual_depthwise_norm
+from .norms import branch_norms, global_response_norm, layer_norm, residual_depthwise_norm
 
 __all__ = [
     'branch_norms',
@@ -19,6 +19,7 @@ __all__ = [
     'depthwise_conv2d',
     'gelu',
     'global_response_norm',
+    'layer_norm',
     'residual_depthwise_conv2d',
     'residual_depthwise_norm',
     'set_cuda_kernels',

@@ -151,10 +151,30 @@ def partials_of_depthwise(x: Tensor, kernel_size: int, dilation: int) -> int:
     return torch.ops.overlock_mm._depthwise_partials(x.shape, kernel_size, dilation, x.dtype, SHARED_MEMORY)
 
 
+# Layer norms.
+
+
+def cost_of_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, outputs: Sequence[Tensor]) -> Cost:
+    """One kernel, with statistics or without."""
+    return Cost(1, bytes_of([x, *outputs]) + bytes_of_sums(weight) + bytes_of_sums(bias))
+
+
+def cost_of_layer_norm_backward(
+    grad_output: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, outputs: Sequence[Tensor]
+) -> Cost:
+    """A kernel for the gradient of the map and partial sums of those of the parameters, and one that adds these."""
+    partials = torch.ops.overlock_mm._layer_norm_partials(x.shape, x.dtype)
+    of_sums = 2 * partials * 2 * bytes_of_sums(weight)
+    return Cost(2, bytes_of([grad_output, x, mean, rstd, *outputs]) + bytes_of_sums(weight) + of_sums)
+
+
 #: By the names of operators: takes their arguments, and the outputs.
 STATED: dict[str, Callable[..., Cost]] = {
     '_contmix': cost_of_contmix,
     '_contmix_backward': cost_of_contmix_backward,
     'depthwise_conv2d': cost_of_depthwise,
     '_depthwise_conv2d_backward': cost_of_depthwise_backward,
+    'layer_norm': cost_of_layer_norm,
+    '_layer_norm': cost_of_layer_norm,
+    '_layer_norm_backward': cost_of_layer_norm_backward,
 }

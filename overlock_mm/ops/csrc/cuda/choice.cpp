@@ -1,7 +1,7 @@
 #include "choice.h"
 
 #include <ATen/Context.h>
-#include <ATen/cuda/CUDAEvent.h>
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -11,14 +11,35 @@
 namespace overlock_mm {
 namespace {
 
+/// A point in the current stream. (ATen's event needs headers that small toolkits do not have.)
+class Event {
+ public:
+  Event() {
+    C10_CUDA_CHECK(cudaEventCreate(&event_));
+    C10_CUDA_CHECK(cudaEventRecord(event_, c10::cuda::getCurrentCUDAStream()));
+  }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  ~Event() { C10_CUDA_IGNORE_ERROR(cudaEventDestroy(event_)); }
+
+  /// Waits for this one.
+  float milliseconds_since(const Event& before) const {
+    float milliseconds = 0;
+    C10_CUDA_CHECK(cudaEventSynchronize(event_));
+    C10_CUDA_CHECK(cudaEventElapsedTime(&milliseconds, before.event_, event_));
+    return milliseconds;
+  }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
 /// Milliseconds of a call on the current stream.
 float time_of(const std::function<void()>& call) {
-  at::cuda::CUDAEvent begin(cudaEventDefault), end(cudaEventDefault);
-  begin.record();
+  const Event begin;
   call();
-  end.record();
-  end.synchronize();
-  return begin.elapsed_time(end);
+  const Event end;
+  return end.milliseconds_since(begin);
 }
 
 bool may_measure() {
@@ -33,17 +54,23 @@ Choices& all_choices() {
 
 }  // namespace
 
-std::string kind_of_call(const char* name, const Tensor& map, int64_t kernel_size, int64_t dilation) {
+std::string kind_of_call(const std::string& name, const Tensor& map) {
   const int64_t positions = map.size(0) * map.size(2) * map.size(3);
   int64_t rounded = 1;
   while (rounded < positions) rounded *= 2;
   std::ostringstream out;
-  out << name << ' ' << kernel_size << 'x' << kernel_size;
-  if (dilation > 1) out << " dilation " << dilation;
-  out << ", " << map.size(1) << " channels, up to " << rounded << " positions, " << c10::toString(map.scalar_type())
+  out << name << ", " << map.size(1) << " channels, up to " << rounded << " positions, "
+      << c10::toString(map.scalar_type())
       << (memory_format_of(map) == at::MemoryFormat::ChannelsLast ? ", channels_last" : ", contiguous") << ", GPU "
       << int(map.device().index());
   return out.str();
+}
+
+std::string kind_of_call(const std::string& name, const Tensor& map, int64_t kernel_size, int64_t dilation) {
+  std::ostringstream out;
+  out << name << ' ' << kernel_size << 'x' << kernel_size;
+  if (dilation > 1) out << " dilation " << dilation;
+  return kind_of_call(out.str(), map);
 }
 
 Implementation choose(const std::string& kind, const std::function<void()>& ours,

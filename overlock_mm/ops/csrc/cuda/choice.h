@@ -15,7 +15,8 @@ namespace overlock_mm {
 
 /// Calls of a kind have one operator, dtype, layout, kernel and number of channels, on one GPU, and maps of about one
 /// size (positions of the batch up to the next power of 2).
-std::string kind_of_call(const char* name, const Tensor& map, int64_t kernel_size, int64_t dilation);
+std::string kind_of_call(const std::string& name, const Tensor& map);
+std::string kind_of_call(const std::string& name, const Tensor& map, int64_t kernel_size, int64_t dilation);
 
 /// Which one runs. Not known yet, both run a few times, and the host waits for them, except
 /// - under torch.use_deterministic_algorithms, where the choice must not depend on a measurement,

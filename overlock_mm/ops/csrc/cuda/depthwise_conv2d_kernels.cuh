@@ -20,6 +20,8 @@ namespace overlock_mm {
 namespace depthwise_kernels {
 
 constexpr int kMaxThreads = 256;
+/// Blocks that a multiprocessor must have room for. Without it, ptxas spills registers of some to have more.
+constexpr int kLeastBlocks = 2;
 
 /// Neighbouring outputs of a thread. Where k is small the memory is what takes time: less of a tile is halo then.
 OVERLOCK_MM_HOST_DEVICE constexpr int run_of(int kernel_size) { return kernel_size < 9 ? 8 : 16; }
@@ -83,7 +85,7 @@ __device__ __forceinline__ void stage_weights(const DepthwiseParams& p, int64_t 
 
 /// A block for each tile and block of channels, the latter slowest.
 template <typename T, int kKernel>
-__global__ void __launch_bounds__(kMaxThreads) depthwise_forward_kernel(StagedParams params) {
+__global__ void __launch_bounds__(kMaxThreads, kLeastBlocks) depthwise_forward_kernel(StagedParams params) {
   using A = typename Accumulator<T>::type;
   constexpr int kReach = kKernel / 2, kRun = run_of(kKernel), kPitch = whole_vectors(kKernel);
   constexpr int kSpan = whole_vectors(kRun + kKernel - 1);
@@ -161,7 +163,8 @@ constexpr int kBackwardThreads = (kSlices<T, kKernel> * kBlockChannels<T> * kKer
 /// A block for each partial sum and block of channels, the latter slowest. Partial sum i has the tiles i, i + partials,
 /// ...
 template <typename T, int kKernel>
-__global__ void __launch_bounds__(kBackwardThreads<T, kKernel>) depthwise_backward_weight_kernel(StagedParams params) {
+__global__ void __launch_bounds__(kBackwardThreads<T, kKernel>, kLeastBlocks)
+    depthwise_backward_weight_kernel(StagedParams params) {
   using A = typename Accumulator<T>::type;
   constexpr int kReach = kKernel / 2, kRun = run_of(kKernel), kChannels = kBlockChannels<T>;
   constexpr int kSpan = whole_vectors(kRun + kKernel - 1), kSliceCount = kSlices<T, kKernel>;
@@ -291,24 +294,6 @@ __global__ void __launch_bounds__(kMaxThreads) depthwise_direct_backward_weight_
   }
   A* const out = static_cast<A*>(p.partial_sums) + partial * p.channels * (taps + 1);
   out[is_bias ? p.channels * taps + channel : channel * taps + tap] = sum;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-
-/// Adds the partial sums, in their order: a thread for each tap and bias of each channel.
-template <typename A>
-__global__ void __launch_bounds__(kMaxThreads) depthwise_sums_kernel(DepthwiseParams p) {
-  const int64_t taps = p.channels * p.kernel_size * p.kernel_size, pitch = taps + p.channels;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (index >= (p.grad_bias ? pitch : taps)) return;
-  const A* const partial_sums = static_cast<const A*>(p.partial_sums);
-  A sum = 0;
-  for (int64_t i = 0; i < p.partials; ++i) sum += load(partial_sums + i * pitch + index);
-  if (index < taps) {
-    static_cast<A*>(p.grad_weight)[index] = sum;
-  } else {
-    static_cast<A*>(p.grad_bias)[index - taps] = sum;
-  }
 }
 
 }  // namespace depthwise_kernels

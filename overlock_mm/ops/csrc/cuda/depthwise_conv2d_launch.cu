@@ -3,14 +3,12 @@
 
 #include "depthwise_conv2d_kernels.cuh"
 #include "launch.cuh"
+#include "sums.cuh"
 
 namespace overlock_mm {
 namespace {
 
 using namespace depthwise_kernels;
-
-// Blocks of a sum that keep the largest devices busy for a few rounds. More would only write more partial sums.
-constexpr int64_t kSumBlocks = 512;
 
 int64_t tiles_of(const DepthwiseParams& params, const Tiling& tiling) {
   return params.batch * tiling.vertical * tiling.horizontal;
@@ -116,13 +114,6 @@ cudaError_t forward(const DepthwiseParams& params, cudaStream_t stream) {
   return launch(depthwise_direct_forward_kernel<T>, ceil_div(outputs, kMaxThreads), kMaxThreads, 0, params, stream);
 }
 
-/// Parts of `items` that are summed by themselves: as few items to a part as keep the device busy with `blocks` for
-/// each part, and the same for every part but the last ones.
-int64_t parts_of(int64_t items, int64_t blocks) {
-  const int64_t wanted = std::max<int64_t>(kSumBlocks / blocks, 1);
-  return ceil_div(items, ceil_div(items, wanted));
-}
-
 int64_t direct_partials(const DepthwiseParams& params) {
   const int64_t sums = params.channels * (params.kernel_size * params.kernel_size + 1);
   return parts_of(params.batch * params.height, ceil_div(sums, kMaxThreads));
@@ -143,7 +134,6 @@ int64_t partials_for(const DepthwiseParams& params, int64_t limit) {
 
 template <typename T>
 cudaError_t backward_weight(const DepthwiseParams& params, cudaStream_t stream) {
-  using A = typename Accumulator<T>::type;
   int64_t limit = 0;
   cudaError_t error = shared_memory_limit(&limit);
   if (error != cudaSuccess) return error;
@@ -162,7 +152,9 @@ cudaError_t backward_weight(const DepthwiseParams& params, cudaStream_t stream) 
                    kMaxThreads, 0, params, stream);
   }
   if (error != cudaSuccess) return error;
-  return launch(depthwise_sums_kernel<A>, ceil_div(sums, kMaxThreads), kMaxThreads, 0, params, stream);
+  const SumParams totals{params.partials,     params.channels * taps, params.channels,
+                         params.partial_sums, params.grad_weight,     params.grad_bias};
+  return launch_sum_of_partials<typename Accumulator<T>::type>(totals, stream);
 }
 
 bool is_empty(const DepthwiseParams& params) { return params.batch == 0 || params.channels == 0; }

@@ -55,6 +55,13 @@ __device__ __forceinline__ auto load(const T* at) {
   return widen(read(at));
 }
 
+/// Channels that a thread moves at a time: 16 bytes.
+template <typename T>
+struct alignas(16) Channels {
+  static constexpr int kSize = 16 / sizeof(T);
+  T at[kSize];
+};
+
 /// 16 bytes at once.
 template <typename V>
 __device__ __forceinline__ V load_vector(const V* at) {

@@ -14,13 +14,6 @@ namespace overlock_mm {
 template <typename T>
 constexpr int kBlockChannels = sizeof(T) == 2 ? 16 : 8;
 
-/// Channels that a thread moves at a time: 16 bytes.
-template <typename T>
-struct alignas(16) Channels {
-  static constexpr int kSize = 16 / sizeof(T);
-  T at[kSize];
-};
-
 /// Where a tile of a map lies. Positions outside of the map are 0.
 struct Region {
   int first_row, first_column;  ///< in the map; may be negative

@@ -22,6 +22,7 @@ from ._checks import (
 )
 from ._library import operator
 from ._modes import is_compiling
+from ._reference import accumulation_type
 from .depthwise import residual_depthwise_conv2d
 
 
@@ -108,8 +109,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Te
     check_tensor('bias', bias)
     check_number('eps', eps)
     if x.is_cuda and not is_compiling():
-        return operator('layer_norm')(cast_as_autocast(x), weight, bias, eps)
+        out = operator('layer_norm')(cast_as_autocast(x), weight, bias, eps)
+        return out.contiguous(memory_format=torch.channels_last)
     check_layer_norm(cast_as_autocast(x), weight, bias, eps)
+    weight, bias = (each.to(accumulation_type(x)) for each in (weight, bias))
     out = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps)
     return cast_as_autocast(out.permute(0, 3, 1, 2))
 

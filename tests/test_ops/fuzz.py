@@ -142,6 +142,7 @@ class Operator:
         like_torch: whether PyTorch's operators say how exact a result can be in a dtype.
         terms: of exact arguments, results and the gradient of the output, norms of the terms of which sums are made that
             nearly cancel: each may be rounded.
+        layout: of the output. By default, that of x.
     """
 
     function: Callable
@@ -150,6 +151,7 @@ class Operator:
     tolerances: dict[torch.dtype, float]
     like_torch: bool = False
     terms: Callable[[dict, dict, Tensor], dict[str, float]] = lambda arguments, results, grad_output: {}
+    layout: Optional[torch.memory_format] = None
 
 
 def draw_contmix(draw: Draw) -> dict[str, Any]:
@@ -226,6 +228,11 @@ def spoil_gelu(draw: Draw, arguments: dict[str, Any]) -> list[str]:
 def draw_response_norm(draw: Draw) -> dict[str, Any]:
     x = draw_map(draw)
     return dict(x=x, gamma=draw.parameter(x.shape[1]), beta=draw.parameter(x.shape[1]), eps=draw.choice([1e-6, 1e-3, 1]))
+
+
+def draw_layer_norm(draw: Draw) -> dict[str, Any]:
+    x = draw_map(draw)
+    return dict(x=x, weight=draw.parameter(x.shape[1]), bias=draw.parameter(x.shape[1]), eps=draw.choice([1e-6, 1e-3, 1]))
 
 
 def draw_residual_norm(draw: Draw) -> dict[str, Any]:
@@ -400,6 +407,9 @@ OPERATORS = {
     'residual_depthwise_conv2d': Operator(ops.residual_depthwise_conv2d, draw_residual, spoil_depthwise, TOLERANCES),
     'gelu': Operator(ops.gelu, draw_gelu, spoil_gelu, TOLERANCES),
     'global_response_norm': Operator(ops.global_response_norm, draw_response_norm, spoil_depthwise, TOLERANCES),
+    'layer_norm': Operator(
+        ops.layer_norm, draw_layer_norm, spoil_depthwise, TOLERANCES, like_torch=True, layout=torch.channels_last
+    ),
     'residual_depthwise_norm': Operator(ops.residual_depthwise_norm, draw_residual_norm, spoil_depthwise, TOLERANCES),
     'branch_norms': Operator(ops.branch_norms, draw_branches, spoil_depthwise, TOLERANCES, True, terms_of_branches),
 }
@@ -557,8 +567,8 @@ def check_kinds(operator: Operator, dtype: torch.dtype, arguments: dict[str, Any
         gradient = got.get(f'gradient of {name}')
         assert gradient is None or gradient.dtype == tensor.dtype, (name, gradient.dtype)
     if operator.function is not ops.conv2d and 'inplace' not in arguments:
-        for format in (torch.contiguous_format, torch.channels_last):
-            if x.is_contiguous(memory_format=format):
+        for format in [operator.layout] if operator.layout else (torch.contiguous_format, torch.channels_last):
+            if operator.layout or x.is_contiguous(memory_format=format):
                 assert out.is_contiguous(memory_format=format), (x.stride(), out.stride())
                 break
 

@@ -66,12 +66,11 @@ cudaError_t launch_all(Case& the_case) {
   p.grad_mean = p.grad_sum;
   p.product_mean = p.products;
 
-  for (const auto& launch :
-       {overlock_mm::launch_branch_statistics, overlock_mm::launch_branch_fold, overlock_mm::launch_branch_products,
-        overlock_mm::launch_branch_gradients, overlock_mm::launch_branch_weight_sums}) {
+  for (const auto& launch : {overlock_mm::launch_branch_statistics, overlock_mm::launch_branch_fold,
+                             overlock_mm::launch_branch_products, overlock_mm::launch_branch_gradients}) {
     if (error == cudaSuccess) error = launch(p, nullptr);
   }
-  return error;
+  return error == cudaSuccess ? overlock_mm::launch_branch_weight_sums(p, p.weight_parts, nullptr) : error;
 }
 
 }  // namespace

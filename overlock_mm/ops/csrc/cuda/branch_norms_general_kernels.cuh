@@ -5,13 +5,10 @@
 // then over the 32 threads of a channel, then (branch_norms_kernels.cuh) over the parts.
 #pragma once
 
-#include "branch_norms_params.h"
-#include "planes.cuh"
+#include "branch_norms_tiles.cuh"
 
 namespace overlock_mm {
 namespace branch_norms_kernels {
-
-using namespace planes;
 
 constexpr int kSlots = kThreads / kChannels;
 

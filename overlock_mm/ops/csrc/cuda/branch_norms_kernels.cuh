@@ -11,14 +11,10 @@
 // thread has 8 neighbouring positions of a line. It reads a line of its window once, for all taps that lie in it.
 #pragma once
 
-#include "branch_norms_params.h"
-#include "dtype.h"
-#include "planes.cuh"
+#include "branch_norms_tiles.cuh"
 
 namespace overlock_mm {
 namespace branch_norms_kernels {
-
-using namespace planes;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Branches as constants
@@ -40,22 +36,30 @@ constexpr BranchList kBranchLists[kLists] = {
     {3, {5, 3, 3}, {1, 1, 2}},                           //
 };
 
-/// Numbers between lines of a kernel in shared memory: they begin at vectors.
+/// Numbers between rows of a kernel in shared memory: they begin at vectors.
 constexpr int pitch_of_taps(int kernel_size) { return (kernel_size + 3) / 4 * 4; }
 
-/// Where the taps of a branch begin, with lines side by side or with that pitch.
-constexpr int first_of_branch(const BranchList& list, int branch, bool with_pitch) {
-  int sum = 0;
-  for (int b = 0; b < branch; ++b)
-    sum += list.kernel_size[b] * (with_pitch ? pitch_of_taps(list.kernel_size[b]) : list.kernel_size[b]);
-  return sum;
+/// A bit for each row of the window that has taps of a branch.
+constexpr unsigned rows_of_branch(const BranchList& list, int b) {
+  unsigned bits = 0;
+  for (int i = 0; i < list.kernel_size[b]; ++i)
+    bits |= 1u << (list.kernel_size[0] / 2 + (i - list.kernel_size[b] / 2) * list.dilation[b]);
+  return bits;
 }
 
-/// A bit for each line from `margin` on that has taps.
-constexpr unsigned lines_of_branch(int margin, int kernel_size, int dilation) {
-  unsigned bits = 0;
-  for (int i = 0; i < kernel_size; ++i) bits |= 1u << (margin + i * dilation);
-  return bits;
+/// What the branches before one have: rows, and numbers in shared memory and in memory.
+struct Sizes {
+  int rows, staged, taps;
+};
+constexpr Sizes sizes_before(const BranchList& list, int branch) {
+  Sizes sizes{};
+  for (int b = 0; b < branch; ++b) {
+    const int k = list.kernel_size[b];
+    sizes.rows += k;
+    sizes.staged += k * pitch_of_taps(k);
+    sizes.taps += k * k;
+  }
+  return sizes;
 }
 
 template <int kList>
@@ -65,7 +69,7 @@ struct Branches {
   /// Numbers of a line of a run's window, in vectors.
   static constexpr int kWindow = (kRun + 2 * kReach + 3) / 4 * 4;
   /// Taps of a channel in shared memory.
-  static constexpr int kTaps = first_of_branch(kBranchLists[kList], kCount, true);
+  static constexpr int kTaps = sizes_before(kBranchLists[kList], kCount).staged;
 };
 
 template <int kList, int b>
@@ -75,10 +79,10 @@ struct Branch {
   static constexpr int kTaps = kSize * kSize, kPitch = pitch_of_taps(kSize), kReach = kSize / 2 * kDilation;
   /// Where the first tap is in a window.
   static constexpr int kMargin = Branches<kList>::kReach - kReach;
-  static constexpr unsigned kLines = lines_of_branch(kMargin, kSize, kDilation);
-  /// Its first tap in shared memory, and in memory.
-  static constexpr int kFirst = first_of_branch(kBranchLists[kList], b, true),
-                       kFirstTap = first_of_branch(kBranchLists[kList], b, false);
+  static constexpr unsigned kRows = rows_of_branch(kBranchLists[kList], b);
+  static constexpr int kFirstRow = sizes_before(kBranchLists[kList], b).rows,
+                       kFirst = sizes_before(kBranchLists[kList], b).staged,
+                       kFirstTap = sizes_before(kBranchLists[kList], b).taps;
 };
 
 template <int kValue>
@@ -96,8 +100,8 @@ __device__ __forceinline__ void for_each_branch(const Body& body) {
 }
 
 /// The taps of a channel block to shared memory. Flipped kernels are turned round.
-template <int kList, bool kFlipped, typename A>
-__device__ __forceinline__ void stage_weights(const CudaBranchNormsParams& p, int64_t first_channel, A* to) {
+template <int kList, bool kFlipped>
+__device__ __forceinline__ void stage_weights(const TiledParams& params, int64_t first_channel, float* to) {
   using List = Branches<kList>;
   for_each_branch<kList>([&](auto branch) {
     using Own = decltype(branch);
@@ -105,21 +109,12 @@ __device__ __forceinline__ void stage_weights(const CudaBranchNormsParams& p, in
     for (int i = threadIdx.x; i < kChannels * kTaps; i += kThreads) {
       const int channel = i / kTaps, tap = kFlipped ? kTaps - 1 - i % kTaps : i % kTaps;
       const int64_t c = first_channel + channel;
-      to[channel * List::kTaps + Own::kFirst + tap / kSize * Own::kPitch + tap % kSize] =
-          c < p.channels ? load(static_cast<const A*>(p.weights[Own::kIndex]) + c * kTaps + i % kTaps) : A(0);
+      to[channel * List::kTaps + params.taps.rows[Own::kFirstRow + tap / kSize] + tap % kSize] =
+          c < params.branches.channels
+              ? load(static_cast<const float*>(params.branches.weights[Own::kIndex]) + c * kTaps + i % kTaps)
+              : 0.f;
     }
   });
-}
-
-/// A line of a kernel, as vectors.
-template <int kSize, typename A>
-__device__ __forceinline__ void read_taps(const A* from, A (&taps)[kSize]) {
-#pragma unroll
-  for (int i = 0; i < kSize; i += 4) {
-    const Vector<A> vector = vector_at(from + i);
-#pragma unroll
-    for (int j = 0; j < 4 && i + j < kSize; ++j) taps[i + j] = vector.at[j];
-  }
 }
 
 /// Numbers of a window's line that a branch has taps for. The others are not read.
@@ -140,28 +135,26 @@ __device__ __forceinline__ void read_window(const A* from, A (&window)[kWindow])
 template <int kList>
 using Outputs = float[Branches<kList>::kCount][kRun];
 
-/// `window` is the first line of the thread's window.
+/// `window` is the first row of the thread's window. The weights are those of its channel, in the order of their use.
 template <int kList>
-__device__ __forceinline__ void convolve(const float* window, int pitch, const float* weights, Outputs<kList>& y) {
+__device__ __forceinline__ void convolve(const float* window, const Planes& planes, const float* weights,
+                                         Outputs<kList>& y) {
   using List = Branches<kList>;
-  int next_taps[List::kCount];
   for_each_branch<kList>([&](auto branch) {
-    constexpr int b = decltype(branch)::kIndex;
-    next_taps[b] = decltype(branch)::kFirst;
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) y[b][i] = 0.f;
+    for (int i = 0; i < kRun; ++i) y[decltype(branch)::kIndex][i] = 0.f;
   });
 #pragma unroll 1
-  for (unsigned line = 1; line < 1u << List::kLargest; line *= 2, window += pitch) {
+  for (unsigned row = 1; row < 1u << List::kLargest; row *= 2, window += planes.pitch) {
     float inputs[List::kWindow];
     read_window<Branch<kList, 0>>(window, inputs);
     for_each_branch<kList>([&](auto branch) {
       using Own = decltype(branch);
       constexpr int b = Own::kIndex, kSize = Own::kSize;
-      if (b == 0 || (Own::kLines & line)) {
+      if (b == 0 || (Own::kRows & row)) {
         float taps[kSize];
-        read_taps(weights + next_taps[b], taps);
-        next_taps[b] += Own::kPitch;
+        read_vectors(weights, taps);
+        weights += Own::kPitch;
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
 #pragma unroll
@@ -172,48 +165,77 @@ __device__ __forceinline__ void convolve(const float* window, int pitch, const f
   }
 }
 
-/// What a thread block and a thread know of their work.
+/// What a thread knows of its work: 8 channels of a part of the tiles. Blocks that run at the same time have
+/// neighbouring channels of the same positions.
 struct Work {
   const CudaBranchNormsParams& p;
-  Tiling tiling;
-  Share share;
-  Place place;
-  int lane;
-  int64_t c;  ///< the warp's channel
+  const Tiling& tiling;
+  int lane, channel;  ///< the warp's channel, of the 8
+  int row, column;    ///< of the thread's first run in a tile; the others are rows_of_warp below one another
+  int64_t first_channel, c, part;
   bool has_channel;
 
-  __device__ Work(const CudaBranchNormsParams& p, int rows)
-      : p(p),
-        tiling(p.batch, p.height, p.width, p.column_groups, rows),
-        share(p.channels),
-        place(tiling),
+  __device__ explicit Work(const TiledParams& params)
+      : p(params.branches),
+        tiling(params.tiling),
         lane(threadIdx.x % kWarp),
-        c(share.first_channel + share.channel),
-        has_channel(c < p.channels) {}
+        channel(threadIdx.x / kWarp),
+        row(lane % tiling.rows_of_warp),
+        column(lane / tiling.rows_of_warp * kRun) {
+    const int64_t channel_blocks = ceil_div(p.channels, kChannels);
+    first_channel = blockIdx.x % channel_blocks * kChannels;
+    c = first_channel + channel;
+    part = blockIdx.x / channel_blocks;
+    has_channel = c < p.channels;
+  }
+
+  /// Where the first run is in shared memory, or with a halo its window.
+  template <typename A>
+  __device__ A* place_in(A* shared, const Planes& planes) const {
+    return shared + channel * planes.stride + row * planes.pitch + column;
+  }
 
   /// Of statistics or parameters (branches, C); 0 where there is no channel.
   __device__ float number_of(const void* numbers, int b) const {
     return has_channel ? load(static_cast<const float*>(numbers) + b * p.channels + c) : 0.f;
   }
 
-  // Map `index` of those that begin at `maps`. Its dtype matters here alone. As a template argument of the kernels it
+  // Map `index` of those that begin at `maps`. Its dtype matters here alone: as a template argument of the kernels, it
   // would take three times the code.
 
-  __device__ void stage_tile(const void* maps, int64_t index, const Tile& tile, int halo, int margin, Layout layout,
-                             float* to) const {
+  /// With `halo` positions on all sides, in planes that have room for `margin`.
+  __device__ void stage_tile(const void* maps, int64_t index, const Tile& tile, int halo, int margin,
+                             const Planes& planes, float* shared) const {
     with_map_type<const __half, const __nv_bfloat16, const float>([&](auto* type) {
-      const auto* const map = static_cast<decltype(type)>(maps) + index * p.batch * p.image_size();
-      stage(map, p.channels, share.first_channel, tiling, tile, halo, margin, layout, to);
+      const Region region{tile.row - halo, tile.column - halo, tiling.rows + 2 * halo, tiling.columns + 2 * halo};
+      const auto image = image_of(static_cast<decltype(type)>(maps), index, tile);
+      stage_channels(image, region, planes, shared + (margin - halo) * (planes.pitch + 1));
     });
   }
-  __device__ void unstage_tile(const float* from, Layout layout, const Tile& tile, void* maps, int64_t index) const {
+  __device__ void unstage_tile(const float* shared, const Planes& planes, const Tile& tile, void* maps,
+                               int64_t index) const {
     with_map_type<__half, __nv_bfloat16, float>([&](auto* type) {
-      auto* const map = static_cast<decltype(type)>(maps) + index * p.batch * p.image_size();
-      unstage(from, layout, p.channels, share.first_channel, tiling, tile, map);
+      const Region region{tile.row, tile.column, tiling.rows, tiling.columns};
+      unstage_channels(shared, planes, region, image_of(static_cast<decltype(type)>(maps), index, tile));
     });
   }
 
  private:
+  template <typename T>
+  __device__ ImageChannels<T> image_of(T* maps, int64_t index, const Tile& tile) const {
+    return ImageChannels<T>(maps + index * p.batch * p.image_size(), tile.image, p.channels, static_cast<int>(p.height),
+                            static_cast<int>(p.width), first_channel);
+  }
+  template <typename T>
+  __device__ static void stage_channels(const ImageChannels<const T>& image, const Region& region, const Planes& planes,
+                                        float* shared) {
+    stage<T, kChannels>(image, region, planes, shared);
+  }
+  template <typename T>
+  __device__ static void unstage_channels(const float* shared, const Planes& planes, const Region& region,
+                                          const ImageChannels<T>& image) {
+    unstage<T, kChannels>(shared, planes, region, image);
+  }
   template <typename Half, typename Bfloat16, typename Float, typename Body>
   __device__ void with_map_type(const Body& body) const {
     if (p.dtype == Dtype::float16) {
@@ -233,7 +255,8 @@ class Statistics {
   __device__ explicit Statistics(const Work& work) : work_(work) {}
 
   __device__ void add(const Tile& tile, const Outputs<kList>& y, float*) {
-    const int count = tile.lines * tile.columns, own = run_within(tile, work_.place.line, work_.place.column);
+    const int count = tile.inside_rows * tile.inside_columns;
+    const int own = work_.row < tile.inside_rows ? tile.inside_columns - work_.column : 0;  // positions within the map
     for_each_branch<kList>([&](auto branch) {
       constexpr int b = decltype(branch)::kIndex;
       float sum = 0, square = 0;
@@ -250,10 +273,9 @@ class Statistics {
 
   __device__ void write() const {
     const CudaBranchNormsParams& p = work_.p;
-    if (blockIdx.x % ceil_div(p.channels, kChannels) == 0 && threadIdx.x == 0)
-      p.partial_counts[work_.share.part] = count_;
+    if (blockIdx.x % ceil_div(p.channels, kChannels) == 0 && threadIdx.x == 0) p.partial_counts[work_.part] = count_;
     if (!work_.has_channel || work_.lane >= Branches<kList>::kCount) return;
-    const int64_t at = (work_.share.part * p.branches + work_.lane) * p.channels + work_.c;
+    const int64_t at = (work_.part * p.branches + work_.lane) * p.channels + work_.c;
     static_cast<float*>(p.partial_means)[at] = mean_;
     static_cast<float*>(p.partial_squares)[at] = square_;
   }
@@ -278,10 +300,9 @@ class Products {
  public:
   __device__ explicit Products(const Work& work) : work_(work) {}
 
-  __device__ void add(const Tile& tile, const Outputs<kList>& y, float* planes) {
-    const Layout layout(work_.tiling.lines, work_.tiling.columns);
+  __device__ void add(const Tile& tile, const Outputs<kList>& y, float* shared) {
     float grad[kRun];
-    stage_grad(work_, tile, layout, planes, grad);
+    stage_grad(work_, tile, shared, grad);
     for_each_branch<kList>([&](auto branch) {
       constexpr int b = decltype(branch)::kIndex;
       const float mean = work_.number_of(work_.p.mean, b);
@@ -299,17 +320,16 @@ class Products {
   __device__ void write() const {
     const CudaBranchNormsParams& p = work_.p;
     if (!work_.has_channel || work_.lane > Branches<kList>::kCount) return;
-    static_cast<float*>(p.partial_products)[(work_.share.part * (p.branches + 1) + work_.lane) * p.channels + work_.c] =
-        sum_;
+    static_cast<float*>(p.partial_products)[(work_.part * (p.branches + 1) + work_.lane) * p.channels + work_.c] = sum_;
   }
 
   /// A thread's run of grad_output, which is 0 outside of the map.
-  __device__ static void stage_grad(const Work& work, const Tile& tile, Layout layout, float* planes,
-                                    float (&grad)[kRun]) {
+  __device__ static void stage_grad(const Work& work, const Tile& tile, float* shared, float (&grad)[kRun]) {
+    const Planes& planes = work.tiling.without;
     __syncthreads();  // the input is not needed any more
-    work.stage_tile(work.p.grad_output, 0, tile, 0, 0, layout, planes);
+    work.stage_tile(work.p.grad_output, 0, tile, 0, 0, planes, shared);
     __syncthreads();
-    read_run(planes + work.share.channel * layout.plane + work.place.line * layout.pitch + work.place.column, grad);
+    read_vectors(work.place_in(shared, planes), grad);
   }
 
  private:
@@ -328,11 +348,11 @@ class Gradients {
  public:
   __device__ explicit Gradients(const Work& work) : work_(work) {}
 
-  __device__ void add(const Tile& tile, const Outputs<kList>& y, float* planes) {
+  __device__ void add(const Tile& tile, const Outputs<kList>& y, float* shared) {
     const CudaBranchNormsParams& p = work_.p;
-    const Layout layout(work_.tiling.lines, work_.tiling.columns);
+    const Planes& planes = work_.tiling.without;
     float grad[kRun];
-    Products<kList>::stage_grad(work_, tile, layout, planes, grad);
+    Products<kList>::stage_grad(work_, tile, shared, grad);
     const float grad_mean = work_.number_of(p.grad_mean, 0);
     for_each_branch<kList>([&](auto branch) {
       constexpr int b = decltype(branch)::kIndex;
@@ -344,11 +364,10 @@ class Gradients {
 #pragma unroll
       for (int i = 0; i < kRun; ++i) out[i] = scale * (grad[i] - grad_mean - slope * (y[b][i] - mean));
       // Two places in turn: while the threads write one, a slower one may still read the other.
-      float* const staged = planes + (1 + b % 2) * layout.size();
-      write_run(out,
-                staged + work_.share.channel * layout.plane + work_.place.line * layout.pitch + work_.place.column);
+      float* const staged = shared + (1 + b % 2) * kChannels * planes.stride;
+      write_vectors(out, work_.place_in(staged, planes));
       __syncthreads();
-      work_.unstage_tile(staged, layout, tile, p.grad_branches, b);
+      work_.unstage_tile(staged, planes, tile, p.grad_branches, b);
     });
   }
 
@@ -358,42 +377,32 @@ class Gradients {
   const Work& work_;
 };
 
-/// Shared memory of outputs_kernel, in numbers: planes of the input with its halo, in whose place three without it lie
-/// later, and the taps.
-template <int kList>
-struct OutputsMemory {
-  int planes;
-  OVERLOCK_MM_HOST_DEVICE explicit OutputsMemory(const Tiling& tiling)
-      : planes(larger(Layout(tiling.lines + 2 * kReach, tiling.columns + 2 * kReach).size(),
-                      3 * Layout(tiling.lines, tiling.columns).size())) {}
-  OVERLOCK_MM_HOST_DEVICE int numbers() const { return planes + kChannels * Branches<kList>::kTaps; }
-
- private:
-  static constexpr int kReach = Branches<kList>::kReach;
-  OVERLOCK_MM_HOST_DEVICE static int larger(int a, int b) { return a < b ? b : a; }
-};
-
-constexpr int kRowsOfOutputs = 1;
+/// Runs of a thread in outputs_kernel, and where the taps lie in its shared memory, in numbers: behind the planes of
+/// the input with its halo, in whose place three without it lie later.
+constexpr int kOutputsDepth = 1;
+OVERLOCK_MM_HOST_DEVICE inline int outputs_planes(const Tiling& tiling) {
+  const int with_halo = tiling.with_halo.stride, without = 3 * tiling.without.stride;
+  return kChannels * (with_halo < without ? without : with_halo);
+}
 
 template <int kList, template <int> class Use>
-__global__ void __launch_bounds__(kThreads, 2) outputs_kernel(const CudaBranchNormsParams p) {
+__global__ void __launch_bounds__(kThreads, 2) outputs_kernel(const TiledParams params) {
   using List = Branches<kList>;
-  OVERLOCK_MM_SHARED(float, planes);
-  const Work work(p, kRowsOfOutputs);
-  const Layout layout(work.tiling.lines + 2 * List::kReach, work.tiling.columns + 2 * List::kReach);
-  float* const weights = planes + OutputsMemory<kList>(work.tiling).planes;
-  stage_weights<kList, false>(p, work.share.first_channel, weights);
-  const float* const window =
-      planes + work.share.channel * layout.plane + work.place.line * layout.pitch + work.place.column;
+  const CudaBranchNormsParams& p = params.branches;
+  const Tiling& tiling = params.tiling;
+  OVERLOCK_MM_SHARED(float, shared);
+  const Work work(params);
+  float* const weights = shared + outputs_planes(tiling);
+  stage_weights<kList, false>(params, work.first_channel, weights);
   Use<kList> use(work);
-  for (int64_t index = work.share.part; index < work.tiling.count(); index += p.parts) {
-    const Tile tile(work.tiling, index);
+  for (int64_t index = work.part; index < tiling.count; index += p.parts) {
+    const Tile tile(p, tiling, index);
     __syncthreads();  // what is left of the last tile is not needed any more
-    work.stage_tile(p.input, 0, tile, List::kReach, List::kReach, layout, planes);
+    work.stage_tile(p.input, 0, tile, List::kReach, List::kReach, tiling.with_halo, shared);
     __syncthreads();
     float y[List::kCount][kRun];
-    convolve<kList>(window, layout.pitch, weights + work.share.channel * List::kTaps, y);
-    use.add(tile, y, planes);
+    convolve<kList>(work.place_in(shared, tiling.with_halo), tiling.with_halo, weights + work.channel * List::kTaps, y);
+    use.add(tile, y, shared);
   }
   use.write();
 }
@@ -401,21 +410,10 @@ __global__ void __launch_bounds__(kThreads, 2) outputs_kernel(const CudaBranchNo
 // ---------------------------------------------------------------------------------------------------------------------
 // Gradients of the input and of the weights
 
-constexpr int kRowsOfInputs = 2;
-
-/// Shared memory of inputs_kernel, in numbers: planes of a branch's gradient with its halo, in whose place the input's
-/// and its gradient's lie before and after; flipped kernels; sums for their gradients.
-template <int kList>
-struct InputsMemory {
-  int planes;
-  OVERLOCK_MM_HOST_DEVICE explicit InputsMemory(const Tiling& tiling)
-      : planes(Layout(tiling.lines + 2 * kReach, tiling.columns + 2 * kReach).size()) {}
-  OVERLOCK_MM_HOST_DEVICE int sums() const { return planes + kChannels * Branches<kList>::kTaps; }
-  OVERLOCK_MM_HOST_DEVICE int numbers() const { return sums() + kChannels * Branches<kList>::kTaps; }
-
- private:
-  static constexpr int kReach = Branches<kList>::kReach;
-};
+/// Runs of a thread in inputs_kernel. Its shared memory has the planes of a branch's gradient with its halo, in whose
+/// place the input's and its gradient's lie before and after, then flipped kernels, then sums for their gradients.
+constexpr int kInputsDepth = 2;
+OVERLOCK_MM_HOST_DEVICE inline int inputs_planes(const Tiling& tiling) { return kChannels * tiling.with_halo.stride; }
 
 /// Adds sums over the warp of `numbers` to a line of a kernel.
 template <int kSize>
@@ -427,7 +425,7 @@ __device__ __forceinline__ void add_sums_over_warp(const float (&numbers)[kSize]
   float together[kTogether];
 #pragma unroll
   for (int i = 0; i < kTogether; ++i) together[i] = i < kSize ? numbers[i < kSize ? i : 0] : 0.f;
-  const float sum = sum_over_warp(sums_over_warp(together), kTogether);
+  const float sum = sum_over_warp(sums_over_lanes(together), kTogether);
   if (lane < kTogether && lane < kSize) line[lane] += sum;
   if constexpr (kSize > kTogether) {
     const float last = sum_over_warp(numbers[kSize - 1]);
@@ -439,9 +437,10 @@ __device__ __forceinline__ void add_sums_over_warp(const float (&numbers)[kSize]
 /// the input is a convolution with the kernel turned round, and a tap's gradient the sum of products of the input with
 /// what that tap is multiplied with: both have the same window.
 template <typename Own, int kWindow>
-__device__ __forceinline__ void add_branch(const float* window, int pitch, int lines_of_warp, const float* weights,
-                                           const float (&input)[kRowsOfInputs][kRun],
-                                           float (&grad_input)[kRowsOfInputs][kRun], float* sums) {
+__device__ __forceinline__ void add_branch(const float* window, const Tiling& tiling, const float* weights,
+                                           const float (&input)[kInputsDepth][kRun],
+                                           float (&grad_input)[kInputsDepth][kRun], float* sums) {
+  const int pitch = tiling.with_halo.pitch;
   constexpr int kSize = Own::kSize, kMargin = Own::kMargin, kDilation = Own::kDilation;
   window += kMargin * pitch;
   weights += Own::kFirst;
@@ -449,11 +448,11 @@ __device__ __forceinline__ void add_branch(const float* window, int pitch, int l
 #pragma unroll 1
   for (int line = 0; line < kSize; ++line) {
     float taps[kSize], products[kSize];
-    read_taps(weights, taps);
+    read_vectors(weights, taps);
 #pragma unroll
-    for (int row = 0; row < kRowsOfInputs; ++row) {
+    for (int row = 0; row < kInputsDepth; ++row) {
       float grad[kWindow];
-      read_window<Own>(window + row * lines_of_warp * pitch, grad);
+      read_window<Own>(window + row * tiling.rows_of_warp * pitch, grad);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         if (row == 0) products[j] = 0.f;
@@ -473,51 +472,48 @@ __device__ __forceinline__ void add_branch(const float* window, int pitch, int l
 }
 
 template <int kList>
-__global__ void __launch_bounds__(kThreads, 2) inputs_kernel(const CudaBranchNormsParams p) {
+__global__ void __launch_bounds__(kThreads, 2) inputs_kernel(const TiledParams params) {
   using List = Branches<kList>;
-  OVERLOCK_MM_SHARED(float, planes);
-  const Work work(p, kRowsOfInputs);
-  const int lines = work.tiling.lines, columns = work.tiling.columns, lines_of_warp = work.tiling.lines_of_warp;
-  const Layout with_halo(lines + 2 * List::kReach, columns + 2 * List::kReach), without(lines, columns);
-  const InputsMemory<kList> memory(work.tiling);
-  float* const weights = planes + memory.planes;
-  float* const sums = planes + memory.sums();
-  const int own = work.share.channel * List::kTaps;
-  stage_weights<kList, true>(p, work.share.first_channel, weights);
+  const CudaBranchNormsParams& p = params.branches;
+  const Tiling& tiling = params.tiling;
+  const Planes &with_halo = tiling.with_halo, &without = tiling.without;
+  OVERLOCK_MM_SHARED(float, shared);
+  const Work work(params);
+  float* const weights = shared + inputs_planes(tiling);
+  float* const sums = weights + kChannels * List::kTaps;
+  const int own = work.channel * List::kTaps;
+  stage_weights<kList, true>(params, work.first_channel, weights);
   for (int i = work.lane; i < List::kTaps; i += kWarp) sums[own + i] = 0.f;
 
-  const auto place_in = [&](Layout layout) {
-    return planes + work.share.channel * layout.plane + work.place.line * layout.pitch + work.place.column;
-  };
-  for (int64_t index = work.share.part; index < work.tiling.count(); index += p.parts) {
-    const Tile tile(work.tiling, index);
-    float input[kRowsOfInputs][kRun], grad_input[kRowsOfInputs][kRun];
+  for (int64_t index = work.part; index < tiling.count; index += p.weight_parts) {
+    const Tile tile(p, tiling, index);
+    float input[kInputsDepth][kRun], grad_input[kInputsDepth][kRun];
     __syncthreads();  // what is left of the last tile is not needed any more
-    work.stage_tile(p.input, 0, tile, 0, 0, without, planes);
+    work.stage_tile(p.input, 0, tile, 0, 0, without, shared);
     __syncthreads();
 #pragma unroll
-    for (int row = 0; row < kRowsOfInputs; ++row) {
-      read_run(place_in(without) + row * lines_of_warp * without.pitch, input[row]);
+    for (int row = 0; row < kInputsDepth; ++row) {
+      read_vectors(work.place_in(shared, without) + row * tiling.rows_of_warp * without.pitch, input[row]);
 #pragma unroll
       for (int i = 0; i < kRun; ++i) grad_input[row][i] = 0.f;
     }
     for_each_branch<kList>([&](auto branch) {
       using Own = decltype(branch);
       __syncthreads();
-      work.stage_tile(p.grad_branches, Own::kIndex, tile, Own::kReach, List::kReach, with_halo, planes);
+      work.stage_tile(p.grad_branches, Own::kIndex, tile, Own::kReach, List::kReach, with_halo, shared);
       __syncthreads();
-      add_branch<Own, List::kWindow>(place_in(with_halo), with_halo.pitch, lines_of_warp, weights + own, input,
-                                     grad_input, sums + own);
+      add_branch<Own, List::kWindow>(work.place_in(shared, with_halo), tiling, weights + own, input, grad_input,
+                                     sums + own);
     });
     __syncthreads();
 #pragma unroll
-    for (int row = 0; row < kRowsOfInputs; ++row)
-      write_run(grad_input[row], place_in(without) + row * lines_of_warp * without.pitch);
+    for (int row = 0; row < kInputsDepth; ++row)
+      write_vectors(grad_input[row], work.place_in(shared, without) + row * tiling.rows_of_warp * without.pitch);
     __syncthreads();
-    work.unstage_tile(planes, without, tile, p.grad_input, 0);
+    work.unstage_tile(shared, without, tile, p.grad_input, 0);
   }
   __syncthreads();
-  float* const partial = static_cast<float*>(p.partial_grad_weights) + work.share.part * p.channels * p.taps();
+  float* const partial = static_cast<float*>(p.partial_grad_weights) + work.part * p.channels * p.taps();
   for_each_branch<kList>([&](auto branch) {
     using Own = decltype(branch);
     constexpr int kSize = Own::kSize, kTaps = Own::kTaps;
@@ -612,17 +608,6 @@ __global__ void finish_products_kernel(const CudaBranchNormsParams p) {
     for (int b = 0; b < p.branches; ++b)
       static_cast<A*>(p.grad_norm_biases)[b * p.channels + channel] = static_cast<A>(sum);
   }
-}
-
-/// A thread for each weight.
-template <typename A>
-__global__ void sum_weights_kernel(const CudaBranchNormsParams p) {
-  const int64_t size = p.channels * p.taps(), at = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
-  if (at >= size) return;
-  double sum = 0;
-  for (int64_t part = 0; part < p.weight_parts; ++part)
-    sum += load(static_cast<const A*>(p.partial_grad_weights) + part * size + at);
-  static_cast<A*>(p.grad_weights)[at] = static_cast<A>(sum);
 }
 
 }  // namespace branch_norms_kernels

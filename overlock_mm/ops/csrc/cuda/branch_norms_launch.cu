@@ -6,42 +6,52 @@
 #include "branch_norms_kernels.cuh"
 #include "branch_norms_launch.h"
 #include "launch.cuh"
+#include "sums.cuh"
 
 namespace overlock_mm {
 namespace {
 
 using namespace branch_norms_kernels;
 
-/// Thread blocks that keep the largest devices busy for two rounds. More would only write more partial sums.
-constexpr int64_t kBlocks = 528;
-
 int64_t channel_blocks(const CudaBranchNormsParams& p) { return ceil_div(p.channels, kChannels); }
 
-Tiling tiling_of(const CudaBranchNormsParams& p, int rows) {
-  return Tiling(p.batch, p.height, p.width, p.column_groups, rows);
+/// With the tiles that read least, of 32, 16 or 8 columns.
+Tiling tiling_of(const CudaBranchNormsParams& p, int depth) {
+  const int64_t halo = 2 * p.reach(0);
+  const auto staged = [&](const Tiling& tiling) {
+    return tiling.count * (tiling.rows + halo) * (tiling.columns + halo);
+  };
+  Tiling best(p, 4, depth);
+  for (const int runs_of_row : {2, 1}) {
+    const Tiling tiling(p, runs_of_row, depth);
+    if (staged(tiling) < staged(best)) best = tiling;
+  }
+  return best;
 }
 
-/// With the tiles that read least, of 32, 16 or 8 columns.
-CudaBranchNormsParams tiled(CudaBranchNormsParams p, int rows) {
-  int64_t least = -1;
-  int best = 4;
-  for (const int groups : {4, 2, 1}) {
-    p.column_groups = groups;
-    const Tiling tiling = tiling_of(p, rows);
-    const int64_t reach = p.reach(0), read = tiling.count() * (tiling.lines + 2 * reach) * (tiling.columns + 2 * reach);
-    if (least < 0 || read < least) {
-      least = read;
-      best = groups;
+/// In the order of branches.
+TapLayout taps_by_branches(const BranchList& list) {
+  TapLayout layout{};
+  int row = 0, first = 0;
+  for (int b = 0; b < list.count; ++b) {
+    for (int i = 0; i < list.kernel_size[b]; ++i, first += pitch_of_taps(list.kernel_size[b]))
+      layout.rows[row++] = first;
+  }
+  return layout;
+}
+
+/// In the order in which the rows of the window use them.
+TapLayout taps_by_window(const BranchList& list) {
+  TapLayout layout{};
+  int used[CudaBranchNormsParams::kMostBranches] = {}, first = 0;
+  for (int row = 0; row < list.kernel_size[0]; ++row) {
+    for (int b = 0; b < list.count; ++b) {
+      if (!(rows_of_branch(list, b) >> row & 1)) continue;
+      layout.rows[sizes_before(list, b).rows + used[b]++] = first;
+      first += pitch_of_taps(list.kernel_size[b]);
     }
   }
-  p.column_groups = best;
-  return p;
-}
-
-/// As few units of work to a part as kBlocks allows, and the same for all parts but the last ones.
-int64_t parts_of(const CudaBranchNormsParams& p, int64_t units) {
-  const int64_t wanted = std::max<int64_t>(kBlocks / channel_blocks(p), 1);
-  return ceil_div(units, ceil_div(units, wanted));
+  return layout;
 }
 
 bool has_branches(const CudaBranchNormsParams& p, const BranchList& list) {
@@ -53,13 +63,13 @@ bool has_branches(const CudaBranchNormsParams& p, const BranchList& list) {
 }
 
 template <int kList>
-int64_t outputs_bytes(const CudaBranchNormsParams& p) {
-  return OutputsMemory<kList>(tiling_of(p, kRowsOfOutputs)).numbers() * static_cast<int64_t>(sizeof(float));
+int64_t outputs_bytes(const Tiling& tiling) {
+  return (outputs_planes(tiling) + kChannels * Branches<kList>::kTaps) * static_cast<int64_t>(sizeof(float));
 }
 
 template <int kList>
-int64_t inputs_bytes(const CudaBranchNormsParams& p) {
-  return InputsMemory<kList>(tiling_of(p, kRowsOfInputs)).numbers() * static_cast<int64_t>(sizeof(float));
+int64_t inputs_bytes(const Tiling& tiling) {
+  return (inputs_planes(tiling) + 2 * kChannels * Branches<kList>::kTaps) * static_cast<int64_t>(sizeof(float));
 }
 
 /// Calls body(Constant<list>) for the list that these branches are, if there is one and its tiles fit in shared memory.
@@ -69,8 +79,9 @@ bool try_list([[maybe_unused]] const CudaBranchNormsParams& p, [[maybe_unused]] 
   if constexpr (kList < kLists) {
     if (!has_branches(p, kBranchLists[kList])) return try_list<kList + 1>(p, limit, body);
     const int64_t bytes =
-        std::max(outputs_bytes<kList>(tiled(p, kRowsOfOutputs)), inputs_bytes<kList>(tiled(p, kRowsOfInputs)));
-    if (bytes > limit) return false;
+        std::max(outputs_bytes<kList>(tiling_of(p, kOutputsDepth)), inputs_bytes<kList>(tiling_of(p, kInputsDepth)));
+    constexpr int64_t kLargest = int64_t{1} << 24;  // the kernels count rows and columns in int
+    if (bytes > limit || p.height > kLargest || p.width > kLargest) return false;
     body(Constant<kList>{});
     return true;
   }
@@ -96,9 +107,10 @@ cudaError_t for_accumulator(Dtype dtype, const Body& body) {
 }
 
 template <template <int> class Use, int kList>
-cudaError_t launch_outputs(const CudaBranchNormsParams& params, cudaStream_t stream) {
-  const CudaBranchNormsParams p = tiled(params, kRowsOfOutputs);
-  return launch(outputs_kernel<kList, Use>, p.parts * channel_blocks(p), kThreads, outputs_bytes<kList>(p), p, stream);
+cudaError_t launch_outputs(const CudaBranchNormsParams& p, cudaStream_t stream) {
+  const TiledParams params{p, tiling_of(p, kOutputsDepth), taps_by_window(kBranchLists[kList])};
+  return launch(outputs_kernel<kList, Use>, p.parts * channel_blocks(p), kThreads, outputs_bytes<kList>(params.tiling),
+                params, stream);
 }
 
 template <typename T>
@@ -117,12 +129,12 @@ cudaError_t branch_norms_parts(const CudaBranchNormsParams& p, int64_t* parts, i
   return dispatch(
       p,
       [&](auto) {
-        *parts = parts_of(p, tiling_of(tiled(p, kRowsOfOutputs), kRowsOfOutputs).count());
-        *weight_parts = parts_of(p, tiling_of(tiled(p, kRowsOfInputs), kRowsOfInputs).count());
+        *parts = parts_of(tiling_of(p, kOutputsDepth).count, channel_blocks(p));
+        *weight_parts = parts_of(tiling_of(p, kInputsDepth).count, channel_blocks(p));
         return cudaSuccess;
       },
       [&](auto*) {
-        *parts = parts_of(p, ceil_div(p.positions(), kSlots));
+        *parts = parts_of(ceil_div(p.positions(), kSlots), channel_blocks(p));
         *weight_parts = 1;
         return cudaSuccess;
       });
@@ -170,10 +182,9 @@ cudaError_t launch_branch_gradients(const CudaBranchNormsParams& p, cudaStream_t
         constexpr int kList = decltype(list)::value;
         const cudaError_t error = launch_outputs<Gradients, kList>(p, stream);
         if (error != cudaSuccess) return error;
-        CudaBranchNormsParams of_inputs = tiled(p, kRowsOfInputs);
-        of_inputs.parts = p.weight_parts;
-        return launch(inputs_kernel<kList>, of_inputs.parts * channel_blocks(p), kThreads,
-                      inputs_bytes<kList>(of_inputs), of_inputs, stream);
+        const TiledParams params{p, tiling_of(p, kInputsDepth), taps_by_branches(kBranchLists[kList])};
+        return launch(inputs_kernel<kList>, p.weight_parts * channel_blocks(p), kThreads,
+                      inputs_bytes<kList>(params.tiling), params, stream);
       },
       [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -184,10 +195,10 @@ cudaError_t launch_branch_gradients(const CudaBranchNormsParams& p, cudaStream_t
       });
 }
 
-cudaError_t launch_branch_weight_sums(const CudaBranchNormsParams& p, cudaStream_t stream) {
+cudaError_t launch_branch_weight_sums(const CudaBranchNormsParams& p, int64_t parts, cudaStream_t stream) {
+  const SumParams params{parts, p.channels * p.taps(), 0, p.partial_grad_weights, p.grad_weights, nullptr};
   return for_accumulator(p.dtype, [&](auto* type) {
-    return launch(sum_weights_kernel<std::remove_pointer_t<decltype(type)>>, ceil_div(p.channels * p.taps(), kThreads),
-                  kThreads, 0, p, stream);
+    return launch_sum_of_partials<std::remove_pointer_t<decltype(type)>>(params, stream);
   });
 }
 

@@ -34,7 +34,7 @@ cudaError_t launch_branch_fold(const CudaBranchNormsParams& params, cudaStream_t
 cudaError_t launch_branch_products(const CudaBranchNormsParams& params, cudaStream_t stream);
 /// All but the results → grad_input, grad_branches (for its own use), partial_grad_weights.
 cudaError_t launch_branch_gradients(const CudaBranchNormsParams& params, cudaStream_t stream);
-/// partial_grad_weights → grad_weights.
-cudaError_t launch_branch_weight_sums(const CudaBranchNormsParams& params, cudaStream_t stream);
+/// partial_grad_weights → grad_weights. They have all parts that were made.
+cudaError_t launch_branch_weight_sums(const CudaBranchNormsParams& params, int64_t parts, cudaStream_t stream);
 
 }  // namespace overlock_mm

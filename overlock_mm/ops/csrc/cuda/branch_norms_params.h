@@ -25,8 +25,7 @@ struct CudaBranchNormsParams {
   int branches;
   int64_t kernel_size[kMostBranches], dilation[kMostBranches];  ///< The first reaches furthest.
   double eps;
-  int64_t parts;      ///< of the positions: a thread block sums over one of them
-  int column_groups;  ///< of a tile: set by the launchers
+  int64_t parts;  ///< of the positions: a thread block sums over one of them
 
   const void* input;                                                     ///< map
   const void* weights[kMostBranches];                                    ///< (C, k, k)

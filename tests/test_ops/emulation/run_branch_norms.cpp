@@ -45,8 +45,10 @@ cudaError_t launch_all(Case& the_case) {
   p.grad_weights = next();
   Array& parts = *array++;
 
-  cudaError_t error = branch_norms_parts(p, &p.parts, &p.weight_parts);
-  if (error != cudaSuccess) return error;
+  overlock_mm::BranchNormsParts in_parts{};
+  cudaError_t error = branch_norms_parts(p, &in_parts);
+  p.parts = in_parts.sums;
+  p.weight_parts = in_parts.weights;
   static_cast<int64_t*>(parts.data)[0] = p.parts;
   static_cast<int64_t*>(parts.data)[1] = p.weight_parts;
   const int64_t accumulator = p.dtype == Dtype::float64 ? 8 : 4;

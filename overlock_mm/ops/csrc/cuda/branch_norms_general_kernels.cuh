@@ -84,7 +84,7 @@ struct GeneralWork {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) general_statistics_kernel(const CudaBranchNormsParams p) {
+__global__ void __launch_bounds__(kThreads, 2) general_statistics_kernel(const CudaBranchNormsParams p) {
   using A = typename Accumulator<T>::type;
   OVERLOCK_MM_SHARED(A, shared);
   const GeneralWork work(p);
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) general_statistics_kernel(const Cuda
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) general_products_kernel(const CudaBranchNormsParams p) {
+__global__ void __launch_bounds__(kThreads, 2) general_products_kernel(const CudaBranchNormsParams p) {
   using A = typename Accumulator<T>::type;
   OVERLOCK_MM_SHARED(A, shared);
   const GeneralWork work(p);
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) general_products_kernel(const CudaBr
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) general_gradients_kernel(const CudaBranchNormsParams p) {
+__global__ void __launch_bounds__(kThreads, 2) general_gradients_kernel(const CudaBranchNormsParams p) {
   using A = typename Accumulator<T>::type;
   const GeneralWork work(p);
   const A grad_mean = work.number_of<A>(p.grad_mean, 0);
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads) general_gradients_kernel(const CudaB
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) general_inputs_kernel(const CudaBranchNormsParams p) {
+__global__ void __launch_bounds__(kThreads, 2) general_inputs_kernel(const CudaBranchNormsParams p) {
   using A = typename Accumulator<T>::type;
   const GeneralWork work(p);
   work.for_each_position(work.part, p.parts, [&](int64_t image, int64_t y, int64_t x) {
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads) general_inputs_kernel(const CudaBran
 
 /// A block for 8 channels and a tap, and all positions.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) general_weights_kernel(const CudaBranchNormsParams p) {
+__global__ void __launch_bounds__(kThreads, 2) general_weights_kernel(const CudaBranchNormsParams p) {
   using A = typename Accumulator<T>::type;
   OVERLOCK_MM_SHARED(A, shared);
   const GeneralWork work(p);

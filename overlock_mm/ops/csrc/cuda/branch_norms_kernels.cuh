@@ -542,13 +542,13 @@ __global__ void merge_kernel(const CudaBranchNormsParams p) {
   const double positions = static_cast<double>(p.positions());
   double mean = 0, variance = 0;
   for (int64_t part = lane; part < p.parts; part += kWarp)
-    mean +=
-        load(static_cast<const A*>(p.partial_means) + part * size + at) * static_cast<double>(p.partial_counts[part]);
+    mean += load(static_cast<const A*>(p.partial_means) + part * size + at) *
+            static_cast<double>(read(p.partial_counts + part));
   mean = sum_over_warp(mean) / positions;
   for (int64_t part = lane; part < p.parts; part += kWarp) {
     const double distance = load(static_cast<const A*>(p.partial_means) + part * size + at) - mean;
     variance += load(static_cast<const A*>(p.partial_squares) + part * size + at) +
-                distance * distance * static_cast<double>(p.partial_counts[part]);
+                distance * distance * static_cast<double>(read(p.partial_counts + part));
   }
   variance = sum_over_warp(variance) / positions;
   if (lane != 0) return;

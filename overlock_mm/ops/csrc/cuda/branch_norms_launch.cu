@@ -91,13 +91,18 @@ bool try_list([[maybe_unused]] const CudaBranchNormsParams& p, [[maybe_unused]] 
 /// Calls body(Constant<list>), or general(type of the map) where no list will do. Double has none: its accumulators
 /// would not fit in registers.
 template <typename Body, typename General>
-cudaError_t dispatch(const CudaBranchNormsParams& p, const Body& body, const General& general) {
-  if (p.batch == 0) return cudaErrorInvalidValue;
-  int64_t limit = 0;
-  cudaError_t error = shared_memory_limit(&limit);
-  if (error != cudaSuccess) return error;
+cudaError_t dispatch(const CudaBranchNormsParams& p, int64_t limit, const Body& body, const General& general) {
+  cudaError_t error = cudaSuccess;
   if (p.dtype != Dtype::float64 && try_list(p, limit, [&](auto list) { error = body(list); })) return error;
   return for_dtype(p.dtype, general);
+}
+
+/// On the current device.
+template <typename Body, typename General>
+cudaError_t dispatch(const CudaBranchNormsParams& p, const Body& body, const General& general) {
+  int64_t limit = 0;
+  const cudaError_t error = shared_memory_limit(&limit);
+  return error == cudaSuccess ? dispatch(p, limit, body, general) : error;
 }
 
 /// Calls body with a null pointer to the type of sums.
@@ -125,19 +130,29 @@ int64_t warp_blocks(int64_t numbers) { return ceil_div(numbers, kThreads / kWarp
 
 }  // namespace
 
-cudaError_t branch_norms_parts(const CudaBranchNormsParams& p, int64_t* parts, int64_t* weight_parts) {
-  return dispatch(
-      p,
+BranchNormsParts branch_norms_parts(const CudaBranchNormsParams& p, int64_t shared_memory) {
+  BranchNormsParts parts{};
+  dispatch(
+      p, shared_memory,
       [&](auto) {
-        *parts = parts_of(tiling_of(p, kOutputsDepth).count, channel_blocks(p));
-        *weight_parts = parts_of(tiling_of(p, kInputsDepth).count, channel_blocks(p));
+        parts.tiled = true;
+        parts.sums = parts_of(tiling_of(p, kOutputsDepth).count, channel_blocks(p));
+        parts.weights = parts_of(tiling_of(p, kInputsDepth).count, channel_blocks(p));
         return cudaSuccess;
       },
       [&](auto*) {
-        *parts = parts_of(ceil_div(p.positions(), kSlots), channel_blocks(p));
-        *weight_parts = 1;
+        parts.sums = parts_of(ceil_div(p.positions(), kSlots), channel_blocks(p));
+        parts.weights = 1;
         return cudaSuccess;
       });
+  return parts;
+}
+
+cudaError_t branch_norms_parts(const CudaBranchNormsParams& p, BranchNormsParts* parts) {
+  int64_t limit = 0;
+  const cudaError_t error = shared_memory_limit(&limit);
+  *parts = branch_norms_parts(p, limit);
+  return error;
 }
 
 cudaError_t launch_branch_statistics(const CudaBranchNormsParams& p, cudaStream_t stream) {

@@ -21,9 +21,17 @@
 
 namespace overlock_mm {
 
-/// CudaBranchNormsParams::parts, and the parts of partial_grad_weights that launch_branch_gradients writes: they depend
-/// on the shapes, the branches, the dtype and the current device.
-cudaError_t branch_norms_parts(const CudaBranchNormsParams& params, int64_t* parts, int64_t* weight_parts);
+/// CudaBranchNormsParams::parts and weight_parts.
+struct BranchNormsParts {
+  int64_t sums, weights;
+  bool tiled;  ///< whether the branches are those of a model, and the tiled kernels run
+};
+
+/// For a map with positions, on a device whose blocks may have so many bytes of shared memory, and on the current one.
+BranchNormsParts branch_norms_parts(const CudaBranchNormsParams& params, int64_t shared_memory);
+cudaError_t branch_norms_parts(const CudaBranchNormsParams& params, BranchNormsParts* parts);
+
+// Launch on the current device, for a map with positions.
 
 /// input, weights → mean, variance, and the partial sums.
 cudaError_t launch_branch_statistics(const CudaBranchNormsParams& params, cudaStream_t stream);

@@ -1,6 +1,6 @@
 """Operators of OverLoCK."""
 
-from . import _library
+from . import _library, flops
 from ._library import use_references
 from ._reference import contmix_reference
 from .contmix import contmix
@@ -27,3 +27,4 @@ __all__ = [
 ]
 
 _library.announce_on_import()
+flops.register()

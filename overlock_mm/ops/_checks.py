@@ -227,6 +227,13 @@ def check_branch_norms(
         raise ValueError(f'x must have more than one value for each channel, got shape {tuple(x.shape)}')
 
 
+def check_scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor]) -> None:
+    _check_map(x)
+    _check_parameter('scale', scale, x, x.shape[:2] if scale.ndim == 2 and shift is None else x.shape[1:2])
+    if shift is not None:
+        _check_parameter('shift', shift, x)
+
+
 def check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
     _check_map(x)
     _check_parameter('weight', weight, x)

@@ -40,6 +40,7 @@ SCHEMAS = {
     'layer_norm': '(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor',
     'residual_depthwise_norm': '(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) -> Tensor',
     'residual_depthwise_norm_': '(Tensor(a!) x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) -> ()',
+    'scale_and_shift': '(Tensor x, Tensor scale, Tensor? shift) -> Tensor',
     'transpose': '(Tensor matrices) -> Tensor',
 }
 
@@ -138,6 +139,7 @@ references: dict[str, Callable] = {
     'layer_norm': _as_operator(_reference.layer_norm, _checks.check_layer_norm),
     'residual_depthwise_norm': _as_operator(_reference.residual_depthwise_norm, _checks.check_residual_depthwise_norm),
     'residual_depthwise_norm_': _as_operator(_reference.residual_depthwise_norm_, _checks.check_residual_depthwise_norm),
+    'scale_and_shift': _as_operator(_reference.scale_and_shift, _checks.check_scale_and_shift),
     'transpose': _transpose,
 }
 

@@ -145,6 +145,12 @@ def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> 
     return torch.addcmul(beta.view(1, -1, 1, 1).to(x.dtype), x, scale)  # (eq. 3)
 
 
+def scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor]) -> Tensor:
+    """``x * scale + shift``: scale is (C), or (B, C) without a shift."""
+    out = x * scale[..., None, None].to(x.dtype)
+    return out if shift is None else out + shift[:, None, None].to(x.dtype)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Over the channels, at every position by itself."""
     dtype = accumulation_type(x)

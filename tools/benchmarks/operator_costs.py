@@ -168,6 +168,24 @@ def cost_of_layer_norm_backward(
     return Cost(2, bytes_of([grad_output, x, mean, rstd, *outputs]) + bytes_of_sums(weight) + of_sums)
 
 
+# Scales and shifts.
+
+
+def cost_of_scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor], outputs: Sequence[Tensor]) -> Cost:
+    """One kernel."""
+    return Cost(1, bytes_of([x, *outputs]) + sum(bytes_of_sums(each) for each in (scale, shift) if each is not None))
+
+
+def cost_of_scale_and_shift_backward(
+    grad_output: Tensor, x: Tensor, scale: Tensor, has_shift: bool, outputs: Sequence[Tensor]
+) -> Cost:
+    """A kernel for the gradient of the map and partial sums of those of the parameters, and one that adds these."""
+    strips = torch.ops.overlock_mm._scale_and_shift_strips(x.shape)
+    copies = strips * (1 if scale.ndim == 2 else x.shape[0])
+    of_sums = 2 * copies * (1 + has_shift) * bytes_of_sums(scale)
+    return Cost(2, bytes_of([grad_output, x, *outputs]) + bytes_of_sums(scale) + of_sums)
+
+
 #: By the names of operators: takes their arguments, and the outputs.
 STATED: dict[str, Callable[..., Cost]] = {
     '_contmix': cost_of_contmix,
@@ -175,6 +193,8 @@ STATED: dict[str, Callable[..., Cost]] = {
     'depthwise_conv2d': cost_of_depthwise,
     '_depthwise_conv2d_backward': cost_of_depthwise_backward,
     'layer_norm': cost_of_layer_norm,
+    'scale_and_shift': cost_of_scale_and_shift,
+    '_scale_and_shift_backward': cost_of_scale_and_shift_backward,
     '_layer_norm': cost_of_layer_norm,
     '_layer_norm_backward': cost_of_layer_norm_backward,
 }

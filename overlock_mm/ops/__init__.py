@@ -8,6 +8,7 @@ from .conv2d import conv2d
 from .depthwise import depthwise_conv2d, residual_depthwise_conv2d
 from .elementwise import gelu
 from .norms import branch_norms, global_response_norm, residual_depthwise_norm
+from .sync_norms import sync_branch_norms
 
 __all__ = [
     'branch_norms',
@@ -19,6 +20,7 @@ __all__ = [
     'global_response_norm',
     'residual_depthwise_conv2d',
     'residual_depthwise_norm',
+    'sync_branch_norms',
     'use_references',
 ]
 

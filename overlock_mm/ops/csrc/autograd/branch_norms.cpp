@@ -64,17 +64,19 @@ std::tuple<Tensor, Tensor, Tensor> branch_norms_autograd(const Tensor& x, at::Te
   return {out[0], out[1], out[2]};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(overlock_mm, AutogradCPU, m) { m.impl("branch_norms", &branch_norms_autograd); }
-TORCH_LIBRARY_IMPL(overlock_mm, AutogradMeta, m) { m.impl("branch_norms", &branch_norms_autograd); }
-
-TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) {
-  m.impl("_branch_norms_backward", without_derivative());
+void register_derivatives(torch::Library& m) {
+  m.impl("branch_norms", &branch_norms_autograd);
   m.impl("_branch_statistics", without_derivative());
   m.impl("_branch_norms_given", without_derivative());
   m.impl("_branch_norms_sums", without_derivative());
   m.impl("_branch_norms_gradients", without_derivative());
 }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(overlock_mm, AutogradCPU, m) { register_derivatives(m); }
+TORCH_LIBRARY_IMPL(overlock_mm, AutogradMeta, m) { register_derivatives(m); }
+
+TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) { m.impl("_branch_norms_backward", without_derivative()); }
 
 }  // namespace overlock_mm

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple, Union
+from typing import Any, NamedTuple, Union
 
 import torch
 import torch.nn as nn
 from mmengine.logging import print_log
 from torch import Tensor
 
-from ..ops import branch_norms, depthwise_conv2d
+from ..ops import branch_norms, depthwise_conv2d, sync_branch_norms
 from .layers import DepthwiseConv, has_hooks
+from .norms import SyncBatchNorm, exchanging_group
+
+#: Norms whose tensors may be read in place of calling them.
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
 
 #: (kernel size, dilation) of the branches that run beside a large kernel of size K.
 DILATED_BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
@@ -117,11 +121,12 @@ def sum_of_branches(x: Tensor, branches: Sequence[tuple[nn.Module, nn.Module]]) 
         x: (B, C, H, W).
         branches: convolution and norm of each branch.
     """
-    if all(_is_as_built(conv, DepthwiseConv) and _is_as_built(norm, nn.BatchNorm2d) for conv, norm in branches):
+    if all(_is_as_built(conv, (DepthwiseConv,)) and _is_as_built(norm, _NORMS) for conv, norm in branches):
         norms = [norm for _, norm in branches]
         by_batch = {norm.training or norm.running_mean is None for norm in norms}
-        if by_batch == {True} and len({norm.eps for norm in norms}) == 1:
-            return _normalised_by_batch(x, branches)
+        groups = {exchanging_group(norm) for norm in norms}
+        if by_batch == {True} and len({norm.eps for norm in norms}) == len(groups) == 1:
+            return _normalised_by_batch(x, branches, groups.pop())
         if by_batch == {False}:
             # With given statistics the branches are one kernel. Autograd goes through its folding.
             weight, bias = _one_kernel([_Branch.of(conv, norm) for conv, norm in branches])
@@ -134,24 +139,21 @@ def sum_of_branches(x: Tensor, branches: Sequence[tuple[nn.Module, nn.Module]]) 
     return out
 
 
-def _is_as_built(module: nn.Module, expected: type) -> bool:
+def _is_as_built(module: nn.Module, expected: tuple[type, ...]) -> bool:
     """Whether reading a convolution's or norm's tensors does what calling it does."""
     parameters = module._parameters
     return (
-        type(module) is expected
+        type(module) in expected
         and not has_hooks(module)
         and parameters.get('weight') is not None
-        and (parameters.get('bias') is None) == (expected is DepthwiseConv)
+        and (parameters.get('bias') is None) == (type(module) is DepthwiseConv)
     )
 
 
-def _normalised_by_batch(x: Tensor, branches: Sequence[tuple[nn.Module, nn.Module]]) -> Tensor:
-    """All branches and their norms as one operator, with the statistics of the batch."""
+def _normalised_by_batch(x: Tensor, branches: Sequence[tuple[nn.Module, nn.Module]], process_group: Any) -> Tensor:
+    """All branches and their norms as one operator, with the statistics of the batch, of a process group or of ``x``."""
     convs, norms = zip(*branches)
-    count = x.shape[0] * x.shape[2] * x.shape[3]
-    if count == 1:
-        raise ValueError(f'batch norms need more than one value per channel in training, got shape {tuple(x.shape)}')
-    out, means, variances = branch_norms(
+    arguments = (
         x,
         [conv.weight for conv in convs],
         [norm.weight for norm in norms],
@@ -159,6 +161,13 @@ def _normalised_by_batch(x: Tensor, branches: Sequence[tuple[nn.Module, nn.Modul
         [conv.dilation[0] for conv in convs],
         norms[0].eps,
     )
+    if process_group is not None:
+        out, means, variances, count = sync_branch_norms(*arguments, process_group)
+    else:
+        count = x.shape[0] * x.shape[2] * x.shape[3]
+        if count == 1:
+            raise ValueError(f'batch norms need more than one value per channel in training, got shape {tuple(x.shape)}')
+        out, means, variances = branch_norms(*arguments)
     _update_running_statistics(norms, means, variances * (count / (count - 1)))
     return out
 

@@ -9,6 +9,7 @@ from .cuda_kernels import cuda_choices, set_cuda_kernels
 from .depthwise import depthwise_conv2d, residual_depthwise_conv2d
 from .elementwise import gelu
 from .norms import branch_norms, global_response_norm, layer_norm, residual_depthwise_norm
+from .sync_norms import sync_branch_norms
 
 __all__ = [
     'branch_norms',
@@ -23,6 +24,7 @@ __all__ = [
     'residual_depthwise_conv2d',
     'residual_depthwise_norm',
     'set_cuda_kernels',
+    'sync_branch_norms',
     'use_references',
 ]
 

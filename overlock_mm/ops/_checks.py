@@ -193,14 +193,7 @@ def check_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor], di
         _check_parameter('bias', bias, x)
 
 
-def check_branch_norms(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    norm_weights: Sequence[Tensor],
-    norm_biases: Sequence[Tensor],
-    dilations: Sequence[int],
-    eps: float,
-) -> None:
+def check_branches(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> None:
     _check_map(x)
     branches = len(weights)
     if not 1 <= branches <= _MOST_BRANCHES:
@@ -218,13 +211,86 @@ def check_branch_norms(
         raise ValueError(
             f'the first branch must reach as far as any, got kernel sizes {kernel_sizes} and dilations {list(dilations)}'
         )
-    for name, parameters in (('norm_weights', norm_weights), ('norm_biases', norm_biases)):
-        if len(parameters) != branches:
-            raise ValueError(f'{name} must be a tensor for each of {branches} weights, got {len(parameters)}')
-        for parameter in parameters:
-            _check_parameter(name, parameter, x)
+
+
+def _check_norm_parameters(name: str, parameters: Sequence[Tensor], x: Tensor, branches: int) -> None:
+    if len(parameters) != branches:
+        raise ValueError(f'{name} must be a tensor for each of {branches} weights, got {len(parameters)}')
+    for parameter in parameters:
+        _check_parameter(name, parameter, x)
+
+
+def _check_branch_statistics(name: str, statistics: Tensor, x: Tensor, branches: int) -> None:
+    _check_device(name, statistics, x, 'x')
+    _check_dtype(name, statistics, x, 'x', parameter=True)
+    _check_shape(name, statistics, (branches, x.shape[1]))
+
+
+def _check_grad_output(grad_output: Tensor, x: Tensor) -> None:
+    _check_device('grad_output', grad_output, x, 'x')
+    _check_dtype('grad_output', grad_output, x, 'x', parameter=False)
+    if grad_output.shape != x.shape:
+        raise ValueError(f'grad_output must have the shape of x, {tuple(x.shape)}, got {tuple(grad_output.shape)}')
+
+
+def check_branch_norms(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    dilations: Sequence[int],
+    eps: float,
+) -> None:
+    check_branches(x, weights, dilations)
+    _check_norm_parameters('norm_weights', norm_weights, x, len(weights))
+    _check_norm_parameters('norm_biases', norm_biases, x, len(weights))
     if x.numel() <= x.shape[1]:
         raise ValueError(f'x must have more than one value for each channel, got shape {tuple(x.shape)}')
+
+
+def check_branch_norms_given(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    mean: Tensor,
+    variance: Tensor,
+    dilations: Sequence[int],
+    eps: float,
+) -> None:
+    check_branches(x, weights, dilations)
+    _check_norm_parameters('norm_weights', norm_weights, x, len(weights))
+    _check_norm_parameters('norm_biases', norm_biases, x, len(weights))
+    _check_branch_statistics('mean', mean, x, len(weights))
+    _check_branch_statistics('variance', variance, x, len(weights))
+
+
+def check_branch_norms_sums(
+    grad_output: Tensor, x: Tensor, weights: Sequence[Tensor], mean: Tensor, dilations: Sequence[int]
+) -> None:
+    check_branches(x, weights, dilations)
+    _check_grad_output(grad_output, x)
+    _check_branch_statistics('mean', mean, x, len(weights))
+
+
+def check_branch_norms_gradients(
+    grad_output: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    mean: Tensor,
+    variance: Tensor,
+    grad_mean: Tensor,
+    product_mean: Tensor,
+    dilations: Sequence[int],
+    eps: float,
+) -> None:
+    check_branches(x, weights, dilations)
+    _check_norm_parameters('norm_weights', norm_weights, x, len(weights))
+    _check_grad_output(grad_output, x)
+    _check_parameter('grad_mean', grad_mean, x)
+    for name, statistics in dict(mean=mean, variance=variance, product_mean=product_mean).items():
+        _check_branch_statistics(name, statistics, x, len(weights))
 
 
 def check_scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor]) -> None:

@@ -245,16 +245,20 @@ class _LeanBranchNorms(torch.autograd.Function):
             grad_y, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_batch_norm_backward(
                 grad_output, y, scale, None, None, means[i], inverse_deviations[i], True, ctx.eps, [True, True, True],
             )  # fmt: skip
-            padding, kernel = dilation * (weight.shape[-1] // 2), weight.to(x.dtype)
-            grad_of_branch, grad_weight, _ = torch.ops.aten.convolution_backward(
-                grad_y, x, kernel, None, [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], len(kernel),
-                [True, True, False],
-            )  # fmt: skip
+            grad_of_branch, grad_weight = _gradients_of_branch(grad_y, x, weight, dilation)
             grad_x = grad_of_branch if grad_x is None else grad_x + grad_of_branch
             grad_weights.append(grad_weight.to(weight.dtype))
             grad_norm_weights.append(grad_norm_weight.to(norm_weight.dtype))
             grad_norm_biases.append(grad_norm_bias.to(ctx.bias_dtypes[i]))
         return grad_x, None, None, *grad_weights, *grad_norm_weights, *grad_norm_biases
+
+
+def _gradients_of_branch(grad_y: Tensor, x: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
+    """Of a branch's input and kernel."""
+    padding, kernel = dilation * (weight.shape[-1] // 2), weight.to(x.dtype)
+    return torch.ops.aten.convolution_backward(
+        grad_y, x, kernel, None, [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], len(kernel), [True, True, False]
+    )[:2]
 
 
 def _batch_norm(y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,3 +274,80 @@ def _batch_norm(y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Te
 def _dense(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """PyTorch's gradient of a batch norm in channels_last takes a strided weight for a dense one (torch 2.11)."""
     return parameter.to(dtype).contiguous()
+
+
+# Branch norms in parts, between which processes exchange what they found (sync_norms.py). The batch is that of all
+# processes. y is a branch's output.
+
+
+def branch_statistics(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of y in this process, (branches, C) each. Those of no values are 0."""
+    if x.numel() == 0:
+        mean = x.new_zeros(len(weights), x.shape[1], dtype=accumulation_type(x))
+        return mean, mean.clone()
+    means, variances = [], []
+    for weight, dilation in zip(weights, dilations):
+        y = depthwise_conv2d(x, weight, None, dilation, False).to(accumulation_type(x))
+        variance, mean = torch.var_mean(y, dim=(0, 2, 3), correction=0)
+        means.append(mean)
+        variances.append(variance)
+    return torch.stack(means), torch.stack(variances)
+
+
+def branch_norms_given(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    mean: Tensor,
+    variance: Tensor,
+    dilations: Sequence[int],
+    eps: float,
+) -> Tensor:
+    """With the statistics of the batch: (B, C, H, W)."""
+    out, dtype = None, mean.dtype
+    for i, (weight, norm_weight, norm_bias) in enumerate(zip(weights, norm_weights, norm_biases)):
+        y = depthwise_conv2d(x, weight, None, dilations[i], False)
+        scale, shift = _dense(norm_weight, dtype), _dense(norm_bias, dtype)
+        y = F.batch_norm(y, mean[i], variance[i], scale, shift, training=False, eps=eps)
+        out = y if out is None else out + y
+    return out
+
+
+def branch_norms_sums(
+    grad_output: Tensor, x: Tensor, weights: Sequence[Tensor], mean: Tensor, dilations: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Sums over this process: of ``grad_output``, (C), and of ``grad_output * (y - mean)``, (branches, C)."""
+    grad = grad_output.to(accumulation_type(x))
+    products = []
+    for weight, branch_mean, dilation in zip(weights, mean, dilations):
+        distance = depthwise_conv2d(x, weight, None, dilation, False) - branch_mean.view(-1, 1, 1)
+        products.append((grad * distance).sum(dim=(0, 2, 3)))
+    return grad.sum(dim=(0, 2, 3)), torch.stack(products)
+
+
+def branch_norms_gradients(
+    grad_output: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    mean: Tensor,
+    variance: Tensor,
+    grad_mean: Tensor,
+    product_mean: Tensor,
+    dilations: Sequence[int],
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``x`` and of the kernels side by side, (C, sum of k * k), from those sums over the batch, as means."""
+    grad = grad_output - grad_mean.view(-1, 1, 1)
+    inverse_deviation = torch.rsqrt(variance + eps)
+    slope = product_mean * inverse_deviation.square()
+    grad_x, grad_weights = None, []
+    for i, (weight, norm_weight, dilation) in enumerate(zip(weights, norm_weights, dilations)):
+        distance = depthwise_conv2d(x, weight, None, dilation, False) - mean[i].view(-1, 1, 1)
+        scale = norm_weight.to(mean.dtype) * inverse_deviation[i]
+        grad_y = scale.view(-1, 1, 1) * (grad - slope[i].view(-1, 1, 1) * distance)
+        grad_of_branch, grad_weight = _gradients_of_branch(grad_y.to(x.dtype), x, weight, dilation)
+        grad_x = grad_of_branch if grad_x is None else grad_x + grad_of_branch
+        grad_weights.append(grad_weight.flatten(1).to(mean.dtype))
+    return grad_x, torch.cat(grad_weights, dim=1)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -275,14 +276,14 @@ def terms_of_branches(arguments: dict, results: dict, grad_output: Tensor) -> di
     return terms
 
 
-def spoil_depthwise(draw: Draw, arguments: dict[str, Any]) -> list[str]:
-    """For all operators of a map x with parameters."""
+def spoil_depthwise(draw: Draw, arguments: dict[str, Any], few_values: bool = False) -> list[str]:
+    """For all operators of a map x with parameters. For some, few values for each channel are wrong."""
     name = draw.choice([name for name, value in arguments.items() if value is not None])
     value = arguments[name]
     if isinstance(value, Tensor):
         if name == 'x':
             arguments[name] = wrong_input(draw, value)
-            if 'norm_weights' in arguments and draw.happens(0.2):
+            if few_values and draw.happens(0.2):
                 arguments[name] = draw.choice([value[:0], value[:1, :, :1, :1]])
             return ['x', *(other for other in arguments if other in ('weight', 'weights', 'gamma'))]
         arguments[name] = wrong_tensor(draw, value, arguments['x'].dtype, range(value.ndim), optional=name == 'bias')
@@ -411,7 +412,12 @@ OPERATORS = {
         ops.layer_norm, draw_layer_norm, spoil_depthwise, TOLERANCES, like_torch=True, layout=torch.channels_last
     ),
     'residual_depthwise_norm': Operator(ops.residual_depthwise_norm, draw_residual_norm, spoil_depthwise, TOLERANCES),
-    'branch_norms': Operator(ops.branch_norms, draw_branches, spoil_depthwise, TOLERANCES, True, terms_of_branches),
+    'branch_norms': Operator(
+        ops.branch_norms, draw_branches, partial(spoil_depthwise, few_values=True), TOLERANCES, True, terms_of_branches
+    ),
+    'sync_branch_norms': Operator(
+        ops.sync_branch_norms, draw_branches, spoil_depthwise, TOLERANCES, True, terms_of_branches
+    ),
 }
 
 
@@ -427,7 +433,7 @@ def call(name: str, number: int) -> None:
     """
     operator, draw = OPERATORS[name], Draw(f'{name} {number}')
     arguments = operator.draw(draw)
-    with threads(draw.choice([1, 1, 2, 3])):
+    with threads(draw.choice([1, 1, 2, 3])), process_group() if name.startswith('sync') else contextlib.nullcontext():
         if not draw.happens(WRONG_CALLS):
             check_results(operator, draw, arguments)
             return
@@ -438,6 +444,16 @@ def call(name: str, number: int) -> None:
             check_as_pytorch(arguments)
         else:
             check_error(operator, arguments, names)
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Of this process alone."""
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -671,6 +671,7 @@ def test_exports():
         'residual_depthwise_norm',
         'global_response_norm',
         'residual_depthwise_conv2d',
+        'sync_branch_norms',
         'use_references',
     }
     assert all(callable(getattr(ops, name)) for name in ops.__all__)

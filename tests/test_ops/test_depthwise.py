@@ -725,7 +725,15 @@ def operator_arguments(name: str, dtype=torch.float32, layout='contiguous') -> l
         if name == 'branch_norms':
             return inputs
         _, mean, variance = torch.ops.overlock_mm.branch_norms(*inputs)
-        return [grad_output, x, weights, norm_weights, mean, variance, dilations, 1e-5]
+        return {
+            '_branch_norms_backward': [grad_output, x, weights, norm_weights, mean, variance, dilations, 1e-5],
+            '_branch_statistics': [x, weights, dilations],
+            '_branch_norms_given': [x, weights, norm_weights, norm_biases, mean, variance, dilations, 1e-5],
+            '_branch_norms_sums': [grad_output, x, weights, mean, dilations],
+            '_branch_norms_gradients': [
+                grad_output, x, weights, norm_weights, mean, variance, mean[0], variance, dilations, 1e-5,
+            ],
+        }[name]  # fmt: skip
     weight, bias, gamma, beta = (arguments[each] for each in ('weight', 'bias', 'gamma', 'beta'))
     if name == 'depthwise_conv2d':
         return [x, weight, bias, 1, True]
@@ -747,7 +755,13 @@ def operator_arguments(name: str, dtype=torch.float32, layout='contiguous') -> l
 FORWARDS = ['depthwise_conv2d', 'gelu', 'branch_norms', 'global_response_norm']
 BACKWARDS = ['_depthwise_conv2d_backward', '_gelu_backward', '_branch_norms_backward', '_response_norm_backward']
 FOR_INFERENCE = ['residual_depthwise_norm', 'residual_depthwise_norm_']
-INTERNAL = ['_response_norm']
+INTERNAL = [
+    '_response_norm',
+    '_branch_statistics',
+    '_branch_norms_given',
+    '_branch_norms_sums',
+    '_branch_norms_gradients',
+]
 
 
 @pytest.mark.skipif(TORCH < (2, 4), reason='torch < 2.4 has no torch.library.opcheck')

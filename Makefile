@@ -43,6 +43,11 @@ $(DONE)/dev: requirements/dev.txt $(DONE)/mm
 	$(PIP) install -r requirements/dev.txt
 	@touch $@
 
+# Old compilers, for tests. --upgrade replaces what the folder has.
+$(DONE)/nvrtc-%: requirements/nvrtc-%.txt $(DONE)/venv
+	$(PIP) install --no-deps --upgrade --target $(VENV)/nvrtc/$* -r $<
+	@touch $@
+
 # Editable, without dependencies, which are pinned above. This compiles the operators, with CUDA if setup.py finds a
 # toolkit that matches torch.
 SOURCES := $(shell find overlock_mm/ops/csrc -type f)
@@ -50,7 +55,7 @@ $(DONE)/package: setup.py pyproject.toml $(SOURCES) $(DONE)/mm
 	$(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@
 
-env: mmcv $(DONE)/dev $(DONE)/lint $(DONE)/package
+env: mmcv $(DONE)/dev $(DONE)/nvrtc-cu11 $(DONE)/nvrtc-cu12 $(DONE)/lint $(DONE)/package
 	@$(PIP) check
 
 demo: env
@@ -68,4 +73,5 @@ sanitize: env
 lint: $(DONE)/lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/test_ops/emulation/* tests/test_ops/simd/*))
+	$(VENV)/bin/clang-format --dry-run -Werror \
+		$(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(wildcard $(addprefix tests/test_ops/,emulation/* nvrtc/* simd/*)))

@@ -133,8 +133,8 @@ def _small_kernel_again(function: Callable, args: tuple, kwargs: dict) -> Option
 _CHEAP: dict[Callable, Callable[[Callable, tuple, dict], Optional[Call]]] = {
     **dict.fromkeys(
         (
-            F.layer_norm, operator('gelu'), F.gelu, F.silu, operator('global_response_norm'), torch.addcmul, Tensor.mul,
-            Tensor.split, Tensor.permute, Tensor.contiguous, Tensor.to, Tensor.__getitem__,
+            F.layer_norm, F.gelu, F.silu, operator('layer_norm'), operator('gelu'), operator('global_response_norm'),
+            torch.addcmul, Tensor.mul, Tensor.split, Tensor.permute, Tensor.contiguous, Tensor.to, Tensor.__getitem__,
         ),
         _same_call,
     ),

@@ -9,11 +9,10 @@ import functools
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import conv2d, depthwise_conv2d, gelu, global_response_norm, residual_depthwise_conv2d
-from ..ops._autocast import autocast_disabled, cast_as_autocast
+from ..ops import conv2d, depthwise_conv2d, gelu, global_response_norm, layer_norm, residual_depthwise_conv2d
+from ..ops._autocast import autocast_disabled
 from ..ops.elementwise import scale_and_shift
 from ..ops.pooling import adaptive_avg_pool2d
 
@@ -73,8 +72,7 @@ class LayerNorm2d(nn.LayerNorm):
         super().__init__(num_channels, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
-        return cast_as_autocast(x.permute(0, 3, 1, 2))
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):

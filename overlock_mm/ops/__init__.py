@@ -5,20 +5,24 @@ from ._library import use_references
 from ._reference import contmix_reference
 from .contmix import contmix
 from .conv2d import conv2d
+from .cuda_kernels import cuda_choices, set_cuda_kernels
 from .depthwise import depthwise_conv2d, residual_depthwise_conv2d
 from .elementwise import gelu
-from .norms import branch_norms, global_response_norm, residual_depthwise_norm
+from .norms import branch_norms, global_response_norm, layer_norm, residual_depthwise_norm
 
 __all__ = [
     'branch_norms',
     'contmix',
     'contmix_reference',
     'conv2d',
+    'cuda_choices',
     'depthwise_conv2d',
     'gelu',
     'global_response_norm',
+    'layer_norm',
     'residual_depthwise_conv2d',
     'residual_depthwise_norm',
+    'set_cuda_kernels',
     'use_references',
 ]
 

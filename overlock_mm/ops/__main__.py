@@ -29,7 +29,7 @@ def main() -> None:
         cuda = f'CUDA {info["cuda"]} for {info["cuda_architectures"]}' if info['cuda'] else 'without CUDA'
         lines['compiled operators'] = f'torch {info["torch"]}, {cuda}, compiler {info["compiler"]}'
         lines['used on the CPU'] = f'compiled operators, {info["cpu"]}'
-        on_gpu = 'compiled ContMix, other REFERENCES' if info['cuda'] else 'REFERENCES: built without CUDA'
+        on_gpu = 'compiled operators' if info['cuda'] else 'REFERENCES: built without CUDA'
     else:
         lines['compiled operators'] = f'MISSING: {_library.missing}'
         lines['used on the CPU'] = on_gpu = 'REFERENCES'

@@ -227,6 +227,12 @@ def check_branch_norms(
         raise ValueError(f'x must have more than one value for each channel, got shape {tuple(x.shape)}')
 
 
+def check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    _check_map(x)
+    _check_parameter('weight', weight, x)
+    _check_parameter('bias', bias, x)
+
+
 def check_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> None:
     _check_map(x)
     _check_parameter('gamma', gamma, x)

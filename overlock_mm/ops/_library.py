@@ -1,8 +1,8 @@
 """The operators in ``torch.ops.overlock_mm``: compiled ones where there is a binary, references everywhere else.
 
-The dispatcher chooses. The binary has kernels for the CPU, and those of ContMix for CUDA. The references are registered for
-all other devices (keys ``Autograd`` and ``CompositeExplicitAutograd``), and without a binary for the CPU too. With the key
-``CompositeImplicitAutograd``, torch.compile would decompose the compiled operators as well.
+The dispatcher chooses. The binary has kernels for the CPU, and most of them for CUDA. Where an operator has no kernels, its
+reference is registered (keys ``Autograd`` and ``CompositeExplicitAutograd``); without a binary, for the CPU too. With the
+key ``CompositeImplicitAutograd``, torch.compile would decompose the compiled operators as well.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ SCHEMAS = {
     'branch_norms': '(Tensor x, Tensor[] weights, Tensor[] norm_weights, Tensor[] norm_biases, int[] dilations, '
     'float eps) -> (Tensor output, Tensor mean, Tensor variance)',
     'global_response_norm': '(Tensor x, Tensor gamma, Tensor beta, float eps) -> Tensor',
+    'layer_norm': '(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor',
     'residual_depthwise_norm': '(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) -> Tensor',
     'residual_depthwise_norm_': '(Tensor(a!) x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) -> ()',
     'transpose': '(Tensor matrices) -> Tensor',
@@ -134,6 +135,7 @@ references: dict[str, Callable] = {
     'gelu': _gelu,
     'branch_norms': _as_operator(_reference.branch_norms, _checks.check_branch_norms),
     'global_response_norm': _as_operator(_reference.global_response_norm, _checks.check_response_norm),
+    'layer_norm': _as_operator(_reference.layer_norm, _checks.check_layer_norm),
     'residual_depthwise_norm': _as_operator(_reference.residual_depthwise_norm, _checks.check_residual_depthwise_norm),
     'residual_depthwise_norm_': _as_operator(_reference.residual_depthwise_norm_, _checks.check_residual_depthwise_norm),
     'transpose': _transpose,

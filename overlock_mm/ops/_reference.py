@@ -145,6 +145,14 @@ def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> 
     return torch.addcmul(beta.view(1, -1, 1, 1).to(x.dtype), x, scale)  # (eq. 3)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Over the channels, at every position by itself."""
+    dtype = accumulation_type(x)
+    rows = x.permute(0, 2, 3, 1).to(dtype)  # (B, H, W, C)
+    out = F.layer_norm(rows, weight.shape, weight.to(dtype), bias.to(dtype), eps)
+    return out.permute(0, 3, 1, 2).to(x.dtype)
+
+
 def residual_depthwise_norm(
     x: Tensor, weight: Tensor, bias: Optional[Tensor], gamma: Tensor, beta: Tensor, eps: float
 ) -> Tensor:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._autocast import cast_as_autocast
 from ._checks import (
     check_dilations,
     check_flag,
+    check_layer_norm,
     check_number,
     check_optional_tensor,
     check_residual_depthwise_norm,
@@ -19,6 +21,7 @@ from ._checks import (
     check_tensors,
 )
 from ._library import operator
+from ._modes import is_compiling
 from .depthwise import residual_depthwise_conv2d
 
 
@@ -81,6 +84,34 @@ def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e
     check_tensor('beta', beta)
     check_number('eps', eps)
     return operator('global_response_norm')(x, gamma, beta, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    """Layer normalisation over the channels, at every position by itself (Ba et al., 2016). Sums are in float32 at least.
+
+    On a GPU it is an operator of its own, which keeps half maps as they are. PyTorch's makes float32 copies of them under
+    autocast, and keeps those for the backward. The CPU and torch.compile run PyTorch's.
+
+    Args:
+        x (Tensor[B, C, H, W])
+        weight, bias (Tensor[C])
+        eps: added to the variance.
+
+    Returns:
+        Tensor[B, C, H, W]: with the dtype of ``x``, channels_last; under autocast, with the autocast dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`depthwise_conv2d`.
+    """
+    check_tensor('x', x)
+    check_tensor('weight', weight)
+    check_tensor('bias', bias)
+    check_number('eps', eps)
+    if x.is_cuda and not is_compiling():
+        return operator('layer_norm')(cast_as_autocast(x), weight, bias, eps)
+    check_layer_norm(cast_as_autocast(x), weight, bias, eps)
+    out = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps)
+    return cast_as_autocast(out.permute(0, 3, 1, 2))
 
 
 def residual_depthwise_norm(

@@ -228,6 +228,11 @@ def draw_response_norm(draw: Draw) -> dict[str, Any]:
     return dict(x=x, gamma=draw.parameter(x.shape[1]), beta=draw.parameter(x.shape[1]), eps=draw.choice([1e-6, 1e-3, 1]))
 
 
+def draw_layer_norm(draw: Draw) -> dict[str, Any]:
+    x = draw_map(draw)
+    return dict(x=x, weight=draw.parameter(x.shape[1]), bias=draw.parameter(x.shape[1]), eps=draw.choice([1e-6, 1e-3, 1]))
+
+
 def draw_residual_norm(draw: Draw) -> dict[str, Any]:
     norm = draw_response_norm(draw)
     x = norm.pop('x')
@@ -400,6 +405,7 @@ OPERATORS = {
     'residual_depthwise_conv2d': Operator(ops.residual_depthwise_conv2d, draw_residual, spoil_depthwise, TOLERANCES),
     'gelu': Operator(ops.gelu, draw_gelu, spoil_gelu, TOLERANCES),
     'global_response_norm': Operator(ops.global_response_norm, draw_response_norm, spoil_depthwise, TOLERANCES),
+    'layer_norm': Operator(ops.layer_norm, draw_layer_norm, spoil_depthwise, TOLERANCES, like_torch=True),
     'residual_depthwise_norm': Operator(ops.residual_depthwise_norm, draw_residual_norm, spoil_depthwise, TOLERANCES),
     'branch_norms': Operator(ops.branch_norms, draw_branches, spoil_depthwise, TOLERANCES, True, terms_of_branches),
 }

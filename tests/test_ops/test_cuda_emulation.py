@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 import secrets
-import shutil
 import struct
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -388,60 +384,23 @@ def test_empty_batch(programs, tmp_path):
     ],
     ids=['all', 'value', 'some', 'many groups'],
 )
-def test_launches_are_those_that_gpu_cost_states(programs, tmp_path, monkeypatch, case):
+def test_launches_are_those_that_are_stated(programs, tmp_path, monkeypatch, case):
     """The kernels, and the operator's own sums of partial sums, whose number is that of the launched blocks."""
     monkeypatch.syspath_prepend(SOURCES.parents[3] / 'tools' / 'benchmarks')
-    import gpu_cost
+    import operator_costs
 
     inputs = draw(case)
     forward, *backward = run(programs['plain'], case, inputs, tmp_path).launches
     arguments = [inputs[name] for name in ('value', 'query', 'keys', 'bias', 'rpb_small', 'rpb_large')]
     logsumexp = torch.empty(case.batch, 2, case.groups, *case.size)
-    stated = gpu_cost.cost_of_contmix(*arguments, *case.kernel_sizes, outputs=[inputs['value'], logsumexp])
+    stated = operator_costs.cost_of_contmix(*arguments, *case.kernel_sizes, outputs=[inputs['value'], logsumexp])
     assert stated.launches == len([forward])
 
     wanted = [name in case.wanted for name in GRADIENTS]
     outputs = [each if want else torch.empty(0) for each, want in zip(arguments, wanted)]
     saved = (inputs['value'], logsumexp, *case.kernel_sizes, wanted)
-    stated = gpu_cost.cost_of_contmix_backward(inputs['grad_output'], *arguments, *saved, outputs=outputs)
+    stated = operator_costs.cost_of_contmix_backward(inputs['grad_output'], *arguments, *saved, outputs=outputs)
     assert stated.launches == len(backward) + sum(wanted[2:])
-    partials = gpu_cost.partials_of_contmix(*case.size, case.batch * case.groups)
+    partials = operator_costs.partials_of_contmix(*case.size, case.batch * case.groups)
     blocks = [launch.blocks for launch in backward if 'backward_query' in launch.kernel]
     assert blocks == [partials * case.batch * case.groups] * any(wanted[1:])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The real compiler
-
-
-def find_nvcc() -> Optional[str]:
-    home = os.environ.get('CUDA_HOME')
-    return shutil.which('nvcc') or (shutil.which('nvcc', path=os.path.join(home, 'bin')) if home else None)
-
-
-@pytest.mark.skipif(find_nvcc() is None, reason='there is no nvcc')
-def test_compiles_for_devices(tmp_path):
-    """For the oldest and the newest supported device that this nvcc knows. Threads do not spill their registers."""
-    supported = ('70', '75', '80', '86', '89', '90', '100', '120')
-    listed = subprocess.run([find_nvcc(), '--list-gpu-arch'], capture_output=True, text=True, check=True).stdout
-    known = [version for version in supported if f'compute_{version}' in listed.split()]
-    builds = {
-        version: subprocess.Popen(
-            [find_nvcc(), '-std=c++17', '-O3', f'-arch=sm_{version}', '-cubin', '-Xptxas=-v', '-Werror=all-warnings']
-            + [SOURCES / 'contmix_launch.cu', '-o', tmp_path / f'{version}.cubin'],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for version in {known[0], known[-1]}
-    }
-    entry = re.compile(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores", re.DOTALL)
-    for version, process in builds.items():
-        log, _ = process.communicate()
-        assert process.returncode == 0, log
-        kernels = entry.findall(log)
-        assert len(kernels) == 30
-        for kernel, *sizes in kernels:
-            # A word or two that the main loops do not need may be spilled.
-            staged = variant(Launch(kernel, 0, 0, 0, 0)) != 'general'
-            assert not staged or max(map(int, sizes)) <= 32, f'sm_{version}: {kernel} keeps {sizes} bytes in memory'

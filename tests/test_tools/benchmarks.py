@@ -14,7 +14,18 @@ import bench_contmix  # noqa: E402
 import bench_depthwise  # noqa: E402
 import gpu_cost  # noqa: E402
 import harness  # noqa: E402
+import operator_costs  # noqa: E402
 import published  # noqa: E402
 import variants  # noqa: E402
 
-__all__ = ['FOLDER', 'bench_backbone', 'bench_contmix', 'bench_depthwise', 'gpu_cost', 'harness', 'published', 'variants']
+__all__ = [
+    'FOLDER',
+    'bench_backbone',
+    'bench_contmix',
+    'bench_depthwise',
+    'gpu_cost',
+    'harness',
+    'operator_costs',
+    'published',
+    'variants',
+]

@@ -8,17 +8,18 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from benchmarks import gpu_cost
+from benchmarks import gpu_cost, operator_costs
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from overlock_mm.models import OverLoCK
 from overlock_mm.models.overlock import ARCHITECTURES
+from overlock_mm.ops.cuda_kernels import has_cuda_kernels
 
 Cost, measure = gpu_cost.Cost, gpu_cost.measure
 
 pytestmark = [
-    pytest.mark.skipif(not hasattr(torch.ops.overlock_mm, '_contmix'), reason='the shapes of ContMix are in the binary'),
+    pytest.mark.skipif(not has_cuda_kernels(), reason='the binary was built without CUDA'),
     pytest.mark.skipif(not hasattr(torch, 'get_autocast_dtype'), reason='torch < 2.4'),
 ]
 
@@ -95,12 +96,12 @@ def test_contmix():
     logsumexp, none = torch.empty(1, 2, 1, 4, 5), torch.empty(0)
     arguments = (value, query, keys, bias, None, None)
 
-    forward = gpu_cost.cost_of_contmix(*arguments, 1, 3, outputs=(value, logsumexp))
+    forward = operator_costs.cost_of_contmix(*arguments, 1, 3, outputs=(value, logsumexp))
     assert forward == Cost(1, 4 * (maps + queries + 2 * slots + maps + sums), 20 * 10 + 20 * 10)
 
     wanted = (True, True, True, True, False, False)
     outputs = (value, query, keys, bias, none, none)
-    backward = gpu_cost.cost_of_contmix_backward(value, *arguments, value, logsumexp, 1, 3, wanted, outputs=outputs)
+    backward = operator_costs.cost_of_contmix_backward(value, *arguments, value, logsumexp, 1, 3, wanted, outputs=outputs)
     of_value = maps + queries + 2 * slots + sums + maps
     of_query = 3 * maps + queries + 2 * slots + sums + queries + 2 * slots  # with a partial sum of keys and of the bias
     assert backward == Cost(4, 4 * (of_value + of_query + 2 * (slots + slots)), 2 * 400 + 2 * 200)

@@ -74,7 +74,12 @@ def test_forced_cuda_without_a_toolkit_stops(install_mmcv, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'changed, step', [('requirements/mm.txt', 'requirements/mm.txt'), ('setup.py', 'install --no-build')]
+    'changed, step',
+    [
+        ('requirements/mm.txt', 'requirements/mm.txt'),
+        ('requirements/nvrtc-cu12.txt', '--target .venv/nvrtc/cu12 -r requirements/nvrtc-cu12.txt'),
+        ('setup.py', 'install --no-build'),
+    ],
 )
 def test_a_changed_pin_repeats_its_step(changed, step):
     """As make would do it, in a dry run."""

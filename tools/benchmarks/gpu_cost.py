@@ -14,10 +14,10 @@ strides and shared storages, but no data. A step is a forward and a backward, wi
     collectives  exchanges with other processes (of --sync-bn, with 8 processes)
     host_syncs   operators for which the host waits: those that read values, and copies between host and device
 
-ContMix counts as its CUDA kernels, whatever the binary was built for (it must be there: it has the shapes of ContMix).
-Operators run one by one, as in eager PyTorch. A kernel may read more than its operands once (a batch norm reads its map
-twice), and cuDNN may launch more than one kernel: the counts compare implementations, and are no times. It needs
-torch >= 2.4.
+The operators of this package count as their CUDA kernels (operator_costs.py). The binary must be built with CUDA, which
+needs a toolkit and no GPU. Operators run one by one, as in eager PyTorch. One of PyTorch's may read more than its operands
+once (a batch norm reads its map twice), and cuDNN may launch more than one kernel: the counts compare implementations, and
+are no times. It needs torch >= 2.4.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any, Optional
 from unittest import mock
 
@@ -42,7 +41,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from overlock_mm.models import OverLoCK, blocks
+from overlock_mm.models import OverLoCK
+from overlock_mm.ops.cuda_kernels import has_cuda_kernels
+
+sys.path.insert(0, str(Path(__file__).parent))
+import operator_costs  # noqa: E402
+from operator_costs import Cost, bytes_of, kind_of_convolution  # noqa: E402
 
 ARCHS = ('xt', 't', 's', 'b')
 #: Names of other backbones: class of mmpretrain, and its arguments.
@@ -62,18 +66,6 @@ aten = torch.ops.aten
 
 
 # ------------------------------------------------------------------------------------------------------------- counting
-
-
-@dataclass
-class Cost:
-    """Of operators: launches, bytes moved and multiply-adds."""
-
-    launches: int = 0
-    bytes: int = 0
-    macs: int = 0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other))))
 
 
 class Meter(TorchDispatchMode):
@@ -187,22 +179,11 @@ NOT_READING_THE_FIRST = {
 PRODUCTS = {'mm', 'bmm', 'addmm', 'baddbmm'}
 
 
-def bytes_of(tensors: Sequence[Optional[Tensor]]) -> int:
-    """Bytes of tensors. What is expanded is there once."""
-    return sum(
-        each.element_size() * math.prod(n for n, stride in zip(each.shape, each.stride()) if stride)
-        for each in tensors
-        if each is not None
-    )
-
-
 def cost_of(function: OpOverload, args: tuple, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[str, Cost]:
     """A name for the operator in a list, and what this call costs."""
     name = name_of(function)
-    if name == '_contmix':
-        return name, cost_of_contmix(*args, outputs=outputs)
-    if name == '_contmix_backward':
-        return name, cost_of_contmix_backward(*args, outputs=outputs)
+    if function.namespace == 'overlock_mm':
+        return operator_costs.cost_of(name, args, outputs)
     if name == 'convolution':
         x, weight, _, _, _, dilation, _, _, groups = args
         macs = outputs[0].numel() * weight[0].numel()
@@ -218,81 +199,7 @@ def cost_of(function: OpOverload, args: tuple, inputs: list[Tensor], outputs: li
     return name, Cost(1, bytes_of(read) + bytes_of(outputs), macs)
 
 
-def kind_of_convolution(weight: Tensor, dilation: Sequence[int], groups: int) -> str:
-    kind = 'convolution' if groups == 1 else 'depth-wise convolution'
-    size = 'x'.join(map(str, weight.shape[2:]))
-    return f'{kind} {size}' + (f' dilation {dilation[0]}' if dilation[0] > 1 else '')
-
-
-def cost_of_contmix(value: Tensor, query: Tensor, keys: Tensor, *rest: Any, outputs: Sequence[Tensor]) -> Cost:
-    """One kernel (csrc/cuda/contmix_launch.cu)."""
-    *biases, small, large = rest
-    products, sums = macs_of_contmix(value, keys, small, large)
-    return Cost(1, bytes_of([value, query, keys, *biases, *outputs]), products + sums)
-
-
-def cost_of_contmix_backward(
-    grad_output: Tensor, value: Tensor, query: Tensor, keys: Tensor, *rest: Any, outputs: Sequence[Tensor]
-) -> Cost:
-    """A kernel for the gradient of the value, one for all others, and sums of its partial sums over the map.
-
-    Both make the logits again. The second makes the weights' gradients from the windows, and from them two products.
-    """
-    *biases, output, logsumexp, small, large, wanted = rest
-    products, sums = macs_of_contmix(value, keys, small, large)
-    cost = Cost()
-    if wanted[0]:
-        read = [grad_output, query, keys, *biases, logsumexp]
-        cost += Cost(1, bytes_of([*read, outputs[0]]), products + sums)
-    if any(wanted[1:]):
-        read = [grad_output, value, query, keys, *biases, output, logsumexp]
-        cost += Cost(1, bytes_of([*read, outputs[1]]), 3 * products + sums)
-    batch, groups = keys.shape[:2]
-    partials = partials_of_contmix(*value.shape[-2:], batch * groups)
-    # Partial sums are written and read. All images, and of the bias all groups, have their own.
-    copies = (1, batch * groups, batch, batch)
-    for total, each, copy in zip(outputs[2:], wanted[2:], copies):
-        if each:
-            cost += Cost(1, bytes_of([total]) * (1 + 2 * partials * copy))
-    return cost
-
-
-def macs_of_contmix(value: Tensor, keys: Tensor, small: int, large: int) -> tuple[int, int]:
-    """Multiply-adds of the products of queries with keys, and of the sums over windows, each over half of the channels."""
-    batch, channels, height, width = value.shape
-    _, groups, slots, query_channels = keys.shape
-    positions = batch * height * width
-    return positions * groups * slots * query_channels, positions * channels // 2 * (small**2 + large**2)
-
-
-def partials_of_contmix(height: int, width: int, images_and_groups: int) -> int:
-    """Parts of the map that have partial sums: contmix_backward_partials of csrc/cuda/contmix_launch.cu."""
-    tiles = math.ceil(width / 16) * math.ceil(height / 8)
-    return math.ceil(tiles / math.ceil(tiles / max(768 // images_and_groups, 1)))
-
-
 # --------------------------------------------------------------------------------------------- a device that is not there
-
-
-def contmix(
-    value: Tensor,
-    query: Tensor,
-    key: Tensor,
-    proj_weight: Tensor,
-    *biases: Optional[Tensor],
-    num_groups: int,
-    small_kernel_size: int,
-    large_kernel_size: int,
-) -> Tensor:
-    """The operator as a binary for CUDA runs it (csrc/contmix.cpp), whatever this binary was built for."""
-    with torch._C.DisableTorchFunction():
-        if torch.is_autocast_enabled('cuda'):
-            value, query, key = (each.to(torch.get_autocast_dtype('cuda')) for each in (value, query, key))
-        with torch.autocast('cuda', enabled=False):
-            tokens = key.float().reshape(key.shape[0], num_groups, key.shape[1] // num_groups, -1)
-            keys = torch.matmul(proj_weight.float(), tokens.transpose(-2, -1))
-            biases = [bias if bias is None else bias.float() for bias in biases]
-            return torch.ops.overlock_mm._contmix(value, query, keys, *biases, small_kernel_size, large_kernel_size)[0]
 
 
 def address(tensor: Tensor) -> int:
@@ -310,7 +217,6 @@ def fake_gpu() -> Iterator[None]:
             (torch.cuda, 'is_bf16_supported', lambda *_, **__: True),
             # Checkpoints run a block once in each backward, and ask which one it is.
             (torch._C, '_current_graph_task_id', lambda: 0),
-            (blocks, 'contmix', contmix),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         # The package leaves subclasses of tensors alone, and here all tensors are of one.
@@ -443,10 +349,10 @@ def measure(
         The counts of this file's description, and the costs by operator.
 
     Raises:
-        RuntimeError: there is no binary, which has the shapes of ContMix.
+        RuntimeError: the binary was built without CUDA, or there is none.
     """
-    if not hasattr(torch.ops.overlock_mm, '_contmix'):
-        raise RuntimeError('the compiled operators of overlock_mm are missing: `python -m overlock_mm.ops` says why')
+    if not has_cuda_kernels():
+        raise RuntimeError('overlock_mm must be built with CUDA (a GPU is not needed): `python -m overlock_mm.ops`')
     if sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.train(training)

@@ -280,6 +280,12 @@ void check_residual_depthwise_norm(const Tensor& x, const Tensor& weight, const 
   check_response_norm(x, gamma, beta);
 }
 
+void check_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  check_map(x);
+  check_parameter("weight", weight, x, {x.sym_size(1)});
+  check_parameter("bias", bias, x, {x.sym_size(1)});
+}
+
 void check_matrices(const Tensor& matrices) {
   const at::ScalarType dtype = matrices.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "matrices must be float32 or float64, got ",

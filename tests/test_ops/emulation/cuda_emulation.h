@@ -32,6 +32,10 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
@@ -107,7 +111,9 @@ T shuffle(unsigned lanes, T number, int mask, int line) {
 template <typename T>
 T __ldg(const T* at) {
   cuda_emulation::note_read(at, sizeof(T));
-  return *at;
+  T value;
+  std::memcpy(&value, at, sizeof(T));  // it may be a vector of the numbers that are there
+  return value;
 }
 
 template <typename T>

@@ -1,8 +1,8 @@
 // Shared by the derivatives of all operators.
 //
-// They are registered for the keys AutogradCPU and AutogradMeta, since the compiled kernels are for the CPU. The
-// references (overlock_mm/ops/_library.py), which ATen's autograd differentiates, take the alias key Autograd, which
-// stands for all devices that have no registration of their own.
+// They are registered for the devices with compiled kernels, and for meta. The references
+// (overlock_mm/ops/_library.py), which ATen's autograd differentiates, take the alias key Autograd, which stands for
+// all devices that have no registration of their own.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -19,6 +19,19 @@ namespace overlock_mm {
 using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
+
+/// Register the function that an operator is under autograd, for the CPU and meta, and for CUDA if it has kernels there
+/// (and the binary has CUDA).
+template <typename Function>
+void impl_autograd(torch::Library& library, const char* name, Function* function, bool has_cuda = false) {
+  library.impl(name, torch::dispatch(c10::DispatchKey::AutogradCPU, function));
+  library.impl(name, torch::dispatch(c10::DispatchKey::AutogradMeta, function));
+#if defined(OVERLOCK_MM_WITH_CUDA)
+  if (has_cuda) library.impl(name, torch::dispatch(c10::DispatchKey::AutogradCUDA, function));
+#else
+  static_cast<void>(has_cuda);
+#endif
+}
 
 /// Whether a backward has to be prepared. On a small map the preparation takes longer than the operator.
 template <typename... Tensors>

@@ -66,8 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> branch_norms_autograd(const Tensor& x, at::Te
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(overlock_mm, AutogradCPU, m) { m.impl("branch_norms", &branch_norms_autograd); }
-TORCH_LIBRARY_IMPL(overlock_mm, AutogradMeta, m) { m.impl("branch_norms", &branch_norms_autograd); }
+TORCH_LIBRARY_FRAGMENT(overlock_mm, m) { impl_autograd(m, "branch_norms", &branch_norms_autograd); }
 
 TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) { m.impl("_branch_norms_backward", without_derivative()); }
 

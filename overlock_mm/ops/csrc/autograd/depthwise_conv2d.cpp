@@ -57,8 +57,9 @@ Tensor depthwise_conv2d_autograd(const Tensor& x, const Tensor& weight, const Op
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(overlock_mm, AutogradCPU, m) { m.impl("depthwise_conv2d", &depthwise_conv2d_autograd); }
-TORCH_LIBRARY_IMPL(overlock_mm, AutogradMeta, m) { m.impl("depthwise_conv2d", &depthwise_conv2d_autograd); }
+TORCH_LIBRARY_FRAGMENT(overlock_mm, m) {
+  impl_autograd(m, "depthwise_conv2d", &depthwise_conv2d_autograd, /*has_cuda=*/true);
+}
 
 TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) { m.impl("_depthwise_conv2d_backward", without_derivative()); }
 

@@ -30,8 +30,7 @@ Tensor gelu_autograd(const Tensor& x) { return wants_gradient(x) ? Gelu::apply(x
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(overlock_mm, AutogradCPU, m) { m.impl("gelu", &gelu_autograd); }
-TORCH_LIBRARY_IMPL(overlock_mm, AutogradMeta, m) { m.impl("gelu", &gelu_autograd); }
+TORCH_LIBRARY_FRAGMENT(overlock_mm, m) { impl_autograd(m, "gelu", &gelu_autograd); }
 
 TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) { m.impl("_gelu_backward", without_derivative()); }
 

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "../host_device.h"
 
@@ -31,11 +32,45 @@ struct Accumulator<double> {
   using type = double;
 };
 
+__device__ __forceinline__ float widen(float number) { return number; }
+__device__ __forceinline__ double widen(double number) { return number; }
+__device__ __forceinline__ float widen(__half number) { return __half2float(number); }
+__device__ __forceinline__ float widen(__nv_bfloat16 number) { return __bfloat162float(number); }
+
 /// From global memory that the kernel does not write to.
-__device__ __forceinline__ float load(const float* at) { return __ldg(at); }
-__device__ __forceinline__ double load(const double* at) { return __ldg(at); }
-__device__ __forceinline__ float load(const __half* at) { return __half2float(__ldg(at)); }
-__device__ __forceinline__ float load(const __nv_bfloat16* at) { return __bfloat162float(__ldg(at)); }
+template <typename T>
+__device__ __forceinline__ T read(const T* at) {
+  return __ldg(at);
+}
+__device__ __forceinline__ __nv_bfloat16 read(const __nv_bfloat16* at) {
+  // The toolkits of torch 2.1 have no __ldg of this type for devices older than 8.0.
+  const unsigned short bits = __ldg(reinterpret_cast<const unsigned short*>(at));
+  __nv_bfloat16 number;
+  memcpy(&number, &bits, sizeof(number));
+  return number;
+}
+
+template <typename T>
+__device__ __forceinline__ auto load(const T* at) {
+  return widen(read(at));
+}
+
+/// Channels that a thread moves at a time: 16 bytes.
+template <typename T>
+struct alignas(16) Channels {
+  static constexpr int kSize = 16 / sizeof(T);
+  T at[kSize];
+};
+
+/// 16 bytes at once.
+template <typename V>
+__device__ __forceinline__ V load_vector(const V* at) {
+  static_assert(sizeof(V) == 16 && alignof(V) == 16, "a vector has 16 bytes");
+  const uint4 bits = read(reinterpret_cast<const uint4*>(at));
+  V vector;
+  memcpy(&vector, &bits, sizeof(V));
+  return vector;
+}
 
 __device__ __forceinline__ void store(float* at, float number) { *at = number; }
 __device__ __forceinline__ void store(double* at, double number) { *at = number; }

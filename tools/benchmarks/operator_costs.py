@@ -1,0 +1,180 @@
+"""What the CUDA kernels of this package cost: launches, bytes moved and multiply-adds of each operator.
+
+The launch code states the same (csrc/cuda/*_launch.h). The tests compare launches and bytes with those of the kernels,
+which an emulation runs on the host (tests/test_ops/test_cuda_*.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+#: Bytes of shared memory that a block may have (H100). Less makes tiles smaller.
+SHARED_MEMORY = 232448
+
+
+@dataclass
+class Cost:
+    """Of operators: launches, bytes moved and multiply-adds."""
+
+    launches: int = 0
+    bytes: int = 0
+    macs: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other))))
+
+
+def bytes_of(tensors: Sequence[Optional[Tensor]]) -> int:
+    """Bytes of tensors. What is expanded is there once."""
+    return sum(
+        each.element_size() * math.prod(n for n, stride in zip(each.shape, each.stride()) if stride)
+        for each in tensors
+        if each is not None
+    )
+
+
+def kind_of_convolution(weight: Tensor, dilation: Sequence[int], groups: int) -> str:
+    kind = 'convolution' if groups == 1 else 'depth-wise convolution'
+    size = 'x'.join(map(str, weight.shape[2:]))
+    return f'{kind} {size}' + (f' dilation {dilation[0]}' if dilation[0] > 1 else '')
+
+
+def cost_of(name: str, args: Sequence[Any], outputs: Sequence[Tensor]) -> tuple[str, Cost]:
+    """A name for a call of an operator in a list, and what it costs.
+
+    Raises:
+        NotImplementedError: the cost of the operator is not stated.
+    """
+    if name not in STATED:
+        raise NotImplementedError(f'the cost of overlock_mm::{name} is not stated')
+    cost = STATED[name](*args, outputs=outputs)
+    if name in ('depthwise_conv2d', '_depthwise_conv2d_backward'):
+        weight, dilation = args[1 if name[0] == 'd' else 2], args[3]
+        return f'our {kind_of_convolution(weight, [dilation], 0)}{" backward" if name[0] == "_" else ""}', cost
+    return name, cost
+
+
+# ContMix.
+
+
+def cost_of_contmix(value: Tensor, query: Tensor, keys: Tensor, *rest: Any, outputs: Sequence[Tensor]) -> Cost:
+    """One kernel (csrc/cuda/contmix_launch.cu)."""
+    *biases, small, large = rest
+    products, sums = macs_of_contmix(value, keys, small, large)
+    return Cost(1, bytes_of([value, query, keys, *biases, *outputs]), products + sums)
+
+
+def cost_of_contmix_backward(
+    grad_output: Tensor, value: Tensor, query: Tensor, keys: Tensor, *rest: Any, outputs: Sequence[Tensor]
+) -> Cost:
+    """A kernel for the gradient of the value, one for all others, and sums of its partial sums over the map.
+
+    Both make the logits again. The second makes the weights' gradients from the windows, and from them two products.
+    """
+    *biases, output, logsumexp, small, large, wanted = rest
+    products, sums = macs_of_contmix(value, keys, small, large)
+    cost = Cost()
+    if wanted[0]:
+        read = [grad_output, query, keys, *biases, logsumexp]
+        cost += Cost(1, bytes_of([*read, outputs[0]]), products + sums)
+    if any(wanted[1:]):
+        read = [grad_output, value, query, keys, *biases, output, logsumexp]
+        cost += Cost(1, bytes_of([*read, outputs[1]]), 3 * products + sums)
+    batch, groups = keys.shape[:2]
+    partials = partials_of_contmix(*value.shape[-2:], batch * groups)
+    # Partial sums are written and read. All images, and of the bias all groups, have their own.
+    copies = (1, batch * groups, batch, batch)
+    for total, each, copy in zip(outputs[2:], wanted[2:], copies):
+        if each:
+            cost += Cost(1, bytes_of([total]) * (1 + 2 * partials * copy))
+    return cost
+
+
+def macs_of_contmix(value: Tensor, keys: Tensor, small: int, large: int) -> tuple[int, int]:
+    """Multiply-adds of the products of queries with keys, and of the sums over windows, each over half of the channels."""
+    batch, channels, height, width = value.shape
+    _, groups, slots, query_channels = keys.shape
+    positions = batch * height * width
+    return positions * groups * slots * query_channels, positions * channels // 2 * (small**2 + large**2)
+
+
+def partials_of_contmix(height: int, width: int, images_and_groups: int) -> int:
+    """Parts of the map that have partial sums: contmix_backward_partials of csrc/cuda/contmix_launch.cu."""
+    tiles = math.ceil(width / 16) * math.ceil(height / 8)
+    return math.ceil(tiles / math.ceil(tiles / max(768 // images_and_groups, 1)))
+
+
+# Depth-wise convolutions.
+
+
+def cost_of_depthwise(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int, residual: bool, outputs: Sequence[Tensor]
+) -> Cost:
+    """One kernel."""
+    return Cost(1, bytes_of([x, weight, bias, *outputs]), x.numel() * weight[0].numel())
+
+
+def cost_of_depthwise_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dilation: int,
+    residual: bool,
+    wanted: Sequence[bool],
+    outputs: Sequence[Tensor],
+) -> Cost:
+    """A kernel for the gradient of the map; one for partial sums of those of the parameters, and one that adds them."""
+    macs = x.numel() * weight[0].numel()
+    grads = [each for each, want in zip(([x], [weight], [weight[:, 0, 0, 0]]), wanted) if want]
+    cost = Cost()
+    if wanted[0]:
+        cost += Cost(1, bytes_of([grad_output, weight, x]), macs)
+    if wanted[1]:
+        sums = sum(bytes_of_sums(each) for (each,) in grads[wanted[0] :])
+        partials = partials_of_depthwise(x, weight.shape[-1], dilation)
+        cost += Cost(2, bytes_of([grad_output, x]) + sums * (2 * partials + 1), macs)
+    return cost
+
+
+def bytes_of_sums(parameter: Tensor) -> int:
+    """Of a gradient in the accumulation type."""
+    return parameter.numel() * (8 if parameter.dtype == torch.float64 else 4)
+
+
+def partials_of_depthwise(x: Tensor, kernel_size: int, dilation: int) -> int:
+    return torch.ops.overlock_mm._depthwise_partials(x.shape, kernel_size, dilation, x.dtype, SHARED_MEMORY)
+
+
+# Layer norms.
+
+
+def cost_of_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, outputs: Sequence[Tensor]) -> Cost:
+    """One kernel, with statistics or without."""
+    return Cost(1, bytes_of([x, *outputs]) + bytes_of_sums(weight) + bytes_of_sums(bias))
+
+
+def cost_of_layer_norm_backward(
+    grad_output: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, outputs: Sequence[Tensor]
+) -> Cost:
+    """A kernel for the gradient of the map and partial sums of those of the parameters, and one that adds these."""
+    partials = torch.ops.overlock_mm._layer_norm_partials(x.shape, x.dtype)
+    of_sums = 2 * partials * 2 * bytes_of_sums(weight)
+    return Cost(2, bytes_of([grad_output, x, mean, rstd, *outputs]) + bytes_of_sums(weight) + of_sums)
+
+
+#: By the names of operators: takes their arguments, and the outputs.
+STATED: dict[str, Callable[..., Cost]] = {
+    '_contmix': cost_of_contmix,
+    '_contmix_backward': cost_of_contmix_backward,
+    'depthwise_conv2d': cost_of_depthwise,
+    '_depthwise_conv2d_backward': cost_of_depthwise_backward,
+    'layer_norm': cost_of_layer_norm,
+    '_layer_norm': cost_of_layer_norm,
+    '_layer_norm_backward': cost_of_layer_norm_backward,
+}

@@ -134,7 +134,8 @@ _CHEAP: dict[Callable, Callable[[Callable, tuple, dict], Optional[Call]]] = {
     **dict.fromkeys(
         (
             F.layer_norm, F.gelu, F.silu, operator('layer_norm'), operator('gelu'), operator('global_response_norm'),
-            torch.addcmul, Tensor.mul, Tensor.split, Tensor.permute, Tensor.contiguous, Tensor.to, Tensor.__getitem__,
+            operator('gelu_residual_depthwise_norm'), torch.addcmul, Tensor.mul, Tensor.split, Tensor.permute,
+            Tensor.contiguous, Tensor.to, Tensor.__getitem__,
         ),
         _same_call,
     ),

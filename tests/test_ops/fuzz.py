@@ -242,6 +242,12 @@ def draw_residual_norm(draw: Draw) -> dict[str, Any]:
     return dict(x=x, **kernel_and_bias(draw, x, 3), **norm, inplace=inplace)
 
 
+def draw_gelu_norm(draw: Draw) -> dict[str, Any]:
+    norm = draw_response_norm(draw)
+    x = norm.pop('x')
+    return dict(x=x, **kernel_and_bias(draw, x, 3), **norm)
+
+
 def draw_branches(draw: Draw) -> dict[str, Any]:
     # Over a few values a norm's gradient is a small difference of large numbers, which needs the digits of float64.
     least = 2 if draw.dtype == torch.float64 else 8
@@ -407,6 +413,7 @@ OPERATORS = {
     'global_response_norm': Operator(ops.global_response_norm, draw_response_norm, spoil_depthwise, TOLERANCES),
     'layer_norm': Operator(ops.layer_norm, draw_layer_norm, spoil_depthwise, TOLERANCES, like_torch=True),
     'residual_depthwise_norm': Operator(ops.residual_depthwise_norm, draw_residual_norm, spoil_depthwise, TOLERANCES),
+    'gelu_residual_depthwise_norm': Operator(ops.gelu_residual_depthwise_norm, draw_gelu_norm, spoil_depthwise, TOLERANCES),
     'branch_norms': Operator(ops.branch_norms, draw_branches, spoil_depthwise, TOLERANCES, True, terms_of_branches),
 }
 

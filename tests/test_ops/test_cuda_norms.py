@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +22,7 @@ OPERATORS = {'response_norm': (), 'residual_depthwise_norm': ('response_norm',)}
 @pytest.fixture(scope='session')
 def programs(tmp_path_factory):
     """By operator and build."""
-    return {
-        name: build(name, tmp_path_factory.mktemp(name), *others) for name, others in OPERATORS.items()
-    }
+    return {name: build(name, tmp_path_factory.mktemp(name), *others) for name, others in OPERATORS.items()}
 
 
 @dataclass
@@ -92,12 +89,11 @@ class Case:
             arguments = [*tensors, results[0], response, inputs['grad_output'], results[0]]
             norm = nan_like(inputs['gamma'])
             if self.operator == 'response_norm':
-                arrays, launches['backward'] = run(program, numbers, [*arguments, torch.cat([norm, norm])], **options)
-                gradients = [arrays[-2], *arrays[-1].chunk(2)]
+                arguments += [norm, norm]
             else:
                 arguments += [nan_like(inputs['weight']), norm, norm, norm]
-                arrays, launches['backward'] = run(program, numbers, arguments, **options)
-                gradients = arrays[-5:]
+            arrays, launches['backward'] = run(program, numbers, arguments, **options)
+            gradients = arrays[-3 if self.operator == 'response_norm' else -5 :]
             names = [f'grad_{name}' for name in inputs if name != 'grad_output']
             written.update(zip(names, gradients))
         return written, launches

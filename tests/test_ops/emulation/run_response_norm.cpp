@@ -1,5 +1,5 @@
 // Runs response norms, forward or backward. Numbers: dtype, batch, channels, positions. Arrays: x, gamma, beta, output,
-// response; for a backward also grad_output, grad_x and the gradients of gamma and beta, side by side.
+// response; for a backward also grad_output, grad_x and the gradients of gamma and beta.
 #include "case.h"
 #include "response_norm_launch.h"
 
@@ -30,7 +30,7 @@ cudaError_t run(Case& the_case) {
     p.other = data(5);
     factors.plain_sums = p.plain_sums = plain_sums.data;
     factors.slope = slope.data;
-    factors.grads_of_images = p.batch == 1 ? data(7) : grads_of_images.data;
+    factors.grads_of_images = grads_of_images.data;
   }
   cudaError_t error = launch_channel_sums(p, dtype, nullptr);
   if (error == cudaSuccess) error = launch_response_factors(factors, dtype, nullptr);
@@ -43,8 +43,7 @@ cudaError_t run(Case& the_case) {
   p.scale = scale.data;
   p.output = data(backward ? 6 : 3);
   if (error == cudaSuccess) error = launch_scale_and_shift(p, dtype, nullptr);
-  if (error == cudaSuccess && backward && p.batch > 1)
-    error = launch_sum_over_images(grads_of_images.data, p.batch, 2 * p.channels, data(7), dtype, nullptr);
+  if (error == cudaSuccess && backward) error = launch_sum_over_images(factors, data(7), data(8), dtype, nullptr);
   return error;
 }
 

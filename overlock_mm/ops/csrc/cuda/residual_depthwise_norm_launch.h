@@ -9,7 +9,8 @@
 //   in place  residual_depthwise 2 M: sums and u · [response_factors] · [scale_and_shift] 2 M
 //   backward  residual_depthwise 2 M: sums · [response_factors] · gradients 3 M · parameter_gradients
 //
-// tools/benchmarks/gpu_cost.py counts them so, and tests/test_ops/test_cuda_norms.py compares that with the emulation.
+// tools/benchmarks/operator_costs.py states the same, and tests/test_ops/test_cuda_norms.py compares that with the
+// emulation.
 #pragma once
 
 #include <cuda_runtime_api.h>

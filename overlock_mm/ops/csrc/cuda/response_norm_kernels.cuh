@@ -195,26 +195,5 @@ __global__ void __launch_bounds__(kFactorThreads, 1) response_gradients_kernel(c
   }
 }
 
-struct SumParams {
-  const void* parts;
-  int64_t rows, numbers;
-  void* sums;
-};
-
-template <typename A>
-__global__ void __launch_bounds__(kWarps* kWarp) sum_over_rows_kernel(const SumParams p) {
-  OVERLOCK_MM_SHARED(A, shared);
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x % kWarp;
-  const bool holds = at < p.numbers;
-  A sum = 0;
-  if (holds) {
-#pragma unroll 4
-    for (int64_t row = threadIdx.x / kWarp; row < p.rows; row += kWarps)
-      sum += load(static_cast<const A*>(p.parts) + row * p.numbers + at);
-  }
-  sum = sum_over_warps(sum, shared);
-  if (threadIdx.x < kWarp && holds) static_cast<A*>(p.sums)[at] = sum;
-}
-
 }  // namespace response_norm_kernels
 }  // namespace overlock_mm

@@ -5,6 +5,7 @@
 #include "launch.cuh"
 #include "response_norm_kernels.cuh"
 #include "response_norm_launch.h"
+#include "sums.cuh"
 
 namespace overlock_mm {
 namespace {
@@ -63,13 +64,18 @@ cudaError_t launch_response_factors(const ResponseFactorsParams& params, Dtype d
   });
 }
 
-cudaError_t launch_sum_over_images(const void* parts, int64_t batch, int64_t numbers, void* sums, Dtype dtype,
+cudaError_t launch_sum_over_images(const ResponseFactorsParams& params, void* grad_gamma, void* grad_beta, Dtype dtype,
                                    cudaStream_t stream) {
-  if (batch * numbers == 0) return cudaSuccess;
+  if (params.batch * params.channels == 0) return cudaSuccess;
   return for_accumulator(dtype, [&](auto* type) {
     using A = std::remove_pointer_t<decltype(type)>;
-    return launch(sum_over_rows_kernel<A>, ceil_div(numbers, kWarp), kThreads, kThreads * sizeof(A),
-                  SumParams{parts, batch, numbers, sums}, stream);
+    SumParams sum{};
+    sum.partials = params.batch;
+    sum.first = sum.second = params.channels;
+    sum.partial_sums = params.grads_of_images;
+    sum.first_out = grad_gamma;
+    sum.second_out = grad_beta;
+    return launch_sum_of_partials<A>(sum, stream);
   });
 }
 

@@ -41,8 +41,8 @@ cudaError_t launch_channel_sums(const ResponseNormParams& params, Dtype dtype, c
 /// ResponseNormParams::output.
 cudaError_t launch_scale_and_shift(const ResponseNormParams& params, Dtype dtype, cudaStream_t stream);
 cudaError_t launch_response_factors(const ResponseFactorsParams& params, Dtype dtype, cudaStream_t stream);
-/// (B, n) of the accumulation type, summed over images: (n).
-cudaError_t launch_sum_over_images(const void* parts, int64_t batch, int64_t numbers, void* sums, Dtype dtype,
+/// The gradients of gamma and beta, (C) each.
+cudaError_t launch_sum_over_images(const ResponseFactorsParams& params, void* grad_gamma, void* grad_beta, Dtype dtype,
                                    cudaStream_t stream);
 
 }  // namespace overlock_mm

@@ -10,8 +10,10 @@ from typing import Optional
 import pytest
 import torch
 import torch.nn.functional as F
-from emulated import DTYPES, H200, Launch, build, nan_like, relative_error, run
+from emulated import DTYPES, H200, SOURCES, Launch, build, nan_like, relative_error, run
 from torch import Tensor
+
+from overlock_mm.ops.cuda_kernels import has_cuda_kernels
 
 EPS = 1e-6
 #: Relative (Frobenius) errors.
@@ -141,3 +143,106 @@ def test_dtypes(programs, tmp_path, operator, dtype):
 @pytest.mark.parametrize('settings', [dict(gelu=False), dict(gelu=False, inplace=True), dict(bias=False)], ids=str)
 def test_settings(programs, tmp_path, settings, dtype):
     check(programs, Case(FUSED, (2, 35, 20, 11), dtype, **settings), tmp_path, 'plain')
+
+
+@pytest.mark.parametrize('operator', OPERATORS)
+def test_the_order_of_threads_does_not_matter(programs, tmp_path, operator):
+    """To the bit: no barrier is missing, and no sum depends on the order in which threads arrive."""
+    case = Case(operator, (2, 40, 37, 19))
+    inputs = case.inputs()
+    first, second = (case.run(programs[operator]['plain'], inputs, tmp_path, each)[0] for each in (False, True))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), (name, case)
+
+
+@pytest.mark.parametrize('name', ['x', 'grad_output'])
+@pytest.mark.parametrize('operator', OPERATORS)
+def test_nan_spreads_as_in_the_reference(programs, tmp_path, operator, name):
+    """At corners of the map and of tiles, and within them: where it reaches with a halo, and no further."""
+    for row, column in ((0, 0), (32, 8), (10, 7), (34, 17)):
+        case = Case(operator, (2, 3, 35, 18))
+        inputs = case.inputs()
+        inputs[name][0, 1, row, column] = torch.nan
+        written, _ = case.run(programs[operator]['plain'], inputs, tmp_path)
+        for each, expected in case.expected(inputs).items():
+            if each in written:
+                assert torch.equal(written[each].isnan().view(expected.shape), expected.isnan()), (each, case)
+
+
+@pytest.mark.parametrize('operator', OPERATORS)
+def test_a_channel_of_zeros_has_no_slope(programs, tmp_path, operator):
+    """Its response has none at 0: the gradient stays finite, as the CPU's does."""
+    case = Case(operator, (1, 3, 4, 5), bias=False)
+    inputs = case.inputs()
+    inputs['x'][:, 1] = 0
+    written, _ = case.run(programs[operator]['plain'], inputs, tmp_path)
+    assert all(tensor.isfinite().all() for tensor in written.values())
+    assert (written['response'][:, 1] == 0).all()
+
+
+def test_gelu_of_large_numbers(programs, tmp_path):
+    """The hardware's power is 0 far from 0: the number itself, or 0."""
+    case = Case(FUSED, (1, 2, 3, 4), bias=False)
+    inputs = case.inputs()
+    inputs['weight'].zero_()
+    inputs['gamma'].zero_()
+    inputs['beta'].zero_()
+    inputs['x'][:, 0], inputs['x'][:, 1] = 1e4, -1e4
+    written, _ = case.run(programs[FUSED]['plain'], inputs, tmp_path)
+    assert (written['output'][:, 0] == 1e4).all() and (written['output'][:, 1] == 0).all()
+    assert torch.equal(written['grad_x'][:, 0], inputs['grad_output'][:, 0])
+    assert (written['grad_x'][:, 1] == 0).all()
+
+
+@pytest.mark.parametrize('size', [(0, 4, 3, 3), (2, 0, 3, 3)], ids=['images', 'channels'])
+@pytest.mark.parametrize('operator', OPERATORS)
+def test_nothing_is_launched_for_an_empty_map(programs, tmp_path, operator, size):
+    _, launches = Case(operator, size).run(programs[operator]['sanitized'], Case(operator, size).inputs(), tmp_path)
+    assert launches == dict(forward=[], backward=[])
+
+
+@pytest.mark.skipif(not has_cuda_kernels(), reason='the binary was built without CUDA')
+@pytest.mark.parametrize(
+    'case',
+    [
+        Case(NORM, (2, 40, 30, 17)),
+        Case(NORM, (1, 3, 5, 5), torch.bfloat16),
+        Case(FUSED, (2, 40, 70, 19)),
+        Case(FUSED, (1, 5, 9, 9), torch.float64, bias=False),
+        Case(FUSED, (2, 33, 35, 9), torch.float16, gelu=False),
+        Case(FUSED, (2, 33, 35, 9), gelu=False, inplace=True),
+    ],
+    ids=str,
+)
+def test_launches_and_bytes_are_those_that_are_stated(programs, tmp_path, monkeypatch, case):
+    """A launch reads every operand, once by this count, and nothing else."""
+    monkeypatch.syspath_prepend(SOURCES.parents[3] / 'tools' / 'benchmarks')
+    import operator_costs
+    from operator_costs import NormBytes, bytes_of
+
+    inputs = case.inputs()
+    x = inputs['x']
+    _, launches = case.run(programs[case.operator]['plain'], inputs, tmp_path)
+    fused, suffix = case.operator == FUSED, '_' if case.inplace else ''
+    name = ('gelu_' if case.gelu else '') + f'residual_depthwise_norm{suffix}' if fused else 'global_response_norm'
+    layers = [inputs['weight'], inputs['bias']] if fused else []
+    arguments = [x, *layers, inputs['gamma'], inputs['beta'], EPS]
+    strips = torch.ops.overlock_mm._residual_depthwise_norm_strips if fused else torch.ops.overlock_mm._response_norm_strips
+    norm = NormBytes(x, strips(x.shape))
+
+    stated = operator_costs.STATED[name](*arguments, outputs=[x])
+    written = norm.sums + 2 * norm.per_image + bytes_of([x] * (1 + case.inplace))
+    assert (stated.launches, stated.bytes) == cost_of(launches['forward'], written)
+    if not case.has_backward:
+        return
+    name = '_gelu_residual_depthwise_norm_backward' if fused else '_response_norm_backward'
+    response = torch.empty(case.size[:2])
+    arguments = [inputs['grad_output'], x, *layers, inputs['gamma'], response, EPS]
+    stated = operator_costs.STATED[name](*arguments, outputs=[x])
+    written = 2 * norm.sums + 4 * norm.per_image + bytes_of([x])
+    written += 10 * norm.sums + 12 * norm.per_channel if fused else 2 * norm.per_channel
+    assert (stated.launches, stated.bytes) == cost_of(launches['backward'], written)
+
+
+def cost_of(launches: list[Launch], written: int) -> tuple[int, int]:
+    return len(launches), sum(launch.bytes_read for launch in launches) + written

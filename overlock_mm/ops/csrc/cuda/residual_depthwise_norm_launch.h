@@ -23,7 +23,7 @@ namespace overlock_mm {
 /// Sets rows, warps and strips. They depend on the shape alone.
 void residual_depthwise_norm_tiling(ResidualDepthwiseNormParams* params);
 
-// Launch on the current device. Without images, channels or positions nothing is launched.
+// Launch on the current device. Without images or channels nothing is launched.
 
 /// Sums and output, as far as they are wanted.
 cudaError_t launch_residual_depthwise(const ResidualDepthwiseNormParams& params, Dtype dtype, cudaStream_t stream);

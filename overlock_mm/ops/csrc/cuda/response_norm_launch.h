@@ -34,7 +34,7 @@ struct ResponseFactorsParams {
 /// ResponseNormParams::strips: depends on the shape alone.
 int64_t response_norm_strips(const ResponseNormParams& params);
 
-// Launch on the current device. Without images, channels or positions nothing is launched.
+// Launch on the current device. Without images or channels nothing is launched.
 
 /// ResponseNormParams::sums and, with other, plain_sums.
 cudaError_t launch_channel_sums(const ResponseNormParams& params, Dtype dtype, cudaStream_t stream);

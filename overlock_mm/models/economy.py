@@ -135,7 +135,8 @@ _CHEAP: dict[Callable, Callable[[Callable, tuple, dict], Optional[Call]]] = {
     **dict.fromkeys(
         (
             F.layer_norm, F.gelu, F.silu, operator('layer_norm'), operator('gelu'), operator('global_response_norm'),
-            operator('scale_and_shift'), normalise_batch, torch.addcmul, Tensor.mul, Tensor.split, Tensor.permute,
+            operator('scale_and_shift'), operator('gelu_residual_depthwise_norm'), normalise_batch, torch.addcmul,
+            Tensor.mul, Tensor.split, Tensor.permute,
             Tensor.contiguous, Tensor.to, Tensor.__getitem__,
         ),
         _same_call,

@@ -12,7 +12,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from ..ops import branch_norms, depthwise_conv2d, sync_branch_norms
-from .layers import DepthwiseConv, has_hooks
+from .layers import DepthwiseConv, is_as_built
 from .norms import SyncBatchNorm, exchanging_group
 
 #: Norms whose tensors may be read in place of calling them.
@@ -121,7 +121,10 @@ def sum_of_branches(x: Tensor, branches: Sequence[tuple[nn.Module, nn.Module]]) 
         x: (B, C, H, W).
         branches: convolution and norm of each branch.
     """
-    if all(_is_as_built(conv, (DepthwiseConv,)) and _is_as_built(norm, _NORMS) for conv, norm in branches):
+    if all(
+        is_as_built(conv, (DepthwiseConv,), 'weight') and is_as_built(norm, _NORMS, 'weight', 'bias')
+        for conv, norm in branches
+    ):
         norms = [norm for _, norm in branches]
         by_batch = {norm.training or norm.running_mean is None for norm in norms}
         groups = {exchanging_group(norm) for norm in norms}
@@ -137,17 +140,6 @@ def sum_of_branches(x: Tensor, branches: Sequence[tuple[nn.Module, nn.Module]]) 
     for conv, norm in others:
         out = out + norm(conv(x))
     return out
-
-
-def _is_as_built(module: nn.Module, expected: tuple[type, ...]) -> bool:
-    """Whether reading a convolution's or norm's tensors does what calling it does."""
-    parameters = module._parameters
-    return (
-        type(module) in expected
-        and not has_hooks(module)
-        and parameters.get('weight') is not None
-        and (parameters.get('bias') is None) == (type(module) is DepthwiseConv)
-    )
 
 
 def _normalised_by_batch(x: Tensor, branches: Sequence[tuple[nn.Module, nn.Module]], process_group: Any) -> Tensor:

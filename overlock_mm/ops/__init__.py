@@ -8,7 +8,13 @@ from .conv2d import conv2d
 from .cuda_kernels import cuda_choices, set_cuda_kernels
 from .depthwise import depthwise_conv2d, residual_depthwise_conv2d
 from .elementwise import gelu
-from .norms import branch_norms, global_response_norm, layer_norm, residual_depthwise_norm
+from .norms import (
+    branch_norms,
+    gelu_residual_depthwise_norm,
+    global_response_norm,
+    layer_norm,
+    residual_depthwise_norm,
+)
 from .sync_norms import sync_branch_norms
 
 __all__ = [
@@ -19,6 +25,7 @@ __all__ = [
     'cuda_choices',
     'depthwise_conv2d',
     'gelu',
+    'gelu_residual_depthwise_norm',
     'global_response_norm',
     'layer_norm',
     'residual_depthwise_conv2d',

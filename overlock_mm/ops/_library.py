@@ -48,6 +48,8 @@ SCHEMAS = {
     'layer_norm': '(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor',
     'residual_depthwise_norm': '(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) -> Tensor',
     'residual_depthwise_norm_': '(Tensor(a!) x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) -> ()',
+    'gelu_residual_depthwise_norm': '(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) '
+    '-> Tensor',
     'scale_and_shift': '(Tensor x, Tensor scale, Tensor? shift) -> Tensor',
     'transpose': '(Tensor matrices) -> Tensor',
 }
@@ -167,6 +169,9 @@ references: dict[str, Callable] = {
     'layer_norm': _as_operator(_reference.layer_norm, _checks.check_layer_norm),
     'residual_depthwise_norm': _as_operator(_reference.residual_depthwise_norm, _checks.check_residual_depthwise_norm),
     'residual_depthwise_norm_': _as_operator(_reference.residual_depthwise_norm_, _checks.check_residual_depthwise_norm),
+    'gelu_residual_depthwise_norm': _as_operator(
+        _reference.gelu_residual_depthwise_norm, _checks.check_residual_depthwise_norm
+    ),
     'scale_and_shift': _as_operator(_reference.scale_and_shift, _checks.check_scale_and_shift),
     'transpose': _transpose,
 }
@@ -182,6 +187,9 @@ fallbacks: dict[str, Callable] = {
     **references,
     'contmix': _announced_contmix,
     'branch_norms': _as_operator(_reference.lean_branch_norms, _checks.check_branch_norms),
+    'gelu_residual_depthwise_norm': _as_operator(
+        _reference.lean_gelu_residual_depthwise_norm, _checks.check_residual_depthwise_norm
+    ),
 }
 
 

@@ -171,6 +171,40 @@ def residual_depthwise_norm_(
     x.copy_(residual_depthwise_norm(x, weight, bias, gamma, beta, eps))
 
 
+def gelu_residual_depthwise_norm(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], gamma: Tensor, beta: Tensor, eps: float
+) -> Tensor:
+    return residual_depthwise_norm(F.gelu(x), weight, bias, gamma, beta, eps)
+
+
+def lean_gelu_residual_depthwise_norm(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], gamma: Tensor, beta: Tensor, eps: float
+) -> Tensor:
+    """:func:`gelu_residual_depthwise_norm` for training: the backward keeps ``x`` and no other map, and runs it again."""
+    return _LeanGeluResidualDepthwiseNorm.apply(x, weight, bias, gamma, beta, eps)
+
+
+class _LeanGeluResidualDepthwiseNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, ctx.eps = arguments
+        ctx.save_for_backward(*tensors)
+        return gelu_residual_depthwise_norm(*arguments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Optional[Tensor], ...]:
+        leaves = [
+            None if each is None else each.detach().requires_grad_(wanted)
+            for each, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad)
+        ]
+        wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        with torch.enable_grad():
+            out = gelu_residual_depthwise_norm(*leaves, ctx.eps)
+        gradients = iter(torch.autograd.grad(out, wanted, grad_output))
+        return *(None if leaf is None or not leaf.requires_grad else next(gradients) for leaf in leaves), None
+
+
 def transpose(matrices: Tensor) -> Tensor:
     """(..., m, n) to (..., n, m), contiguous."""
     return matrices.transpose(-1, -2).contiguous()

@@ -21,7 +21,7 @@ from overlock_mm.inference.convolution import FoldedConv2d
 from overlock_mm.inference.onednn import HAS_FAST_BFLOAT16, _has_bfloat16
 from overlock_mm.models import OverLoCK
 from overlock_mm.models.blocks import BasicBlock, DynamicBlock
-from overlock_mm.training import convert_sync_norms
+from overlock_mm.training.norms import convert_sync_norms
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason='this torch has no oneDNN, and nothing is packed'

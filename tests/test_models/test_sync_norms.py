@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from overlock_mm.models import OverLoCK
 from overlock_mm.models.norms import SyncBatchNorm
 from overlock_mm.models.reparam import DilatedReparamConv
-from overlock_mm.training import convert_sync_norms, restore_sync_norms
+from overlock_mm.training.norms import convert_sync_norms, restore_sync_norms
 
 PROCESSES = 3
 GROUPS = dict(whole=(0, 1, 2), pair=(0, 1), alone=(2,))

@@ -245,6 +245,12 @@ def draw_residual_norm(draw: Draw) -> dict[str, Any]:
     return dict(x=x, **kernel_and_bias(draw, x, 3), **norm, inplace=inplace)
 
 
+def draw_gelu_norm(draw: Draw) -> dict[str, Any]:
+    norm = draw_response_norm(draw)
+    x = norm.pop('x')
+    return dict(x=x, **kernel_and_bias(draw, x, 3), **norm)
+
+
 def draw_branches(draw: Draw) -> dict[str, Any]:
     # Over a few values a norm's gradient is a small difference of large numbers, which needs the digits of float64.
     least = 2 if draw.dtype == torch.float64 else 8
@@ -412,6 +418,7 @@ OPERATORS = {
         ops.layer_norm, draw_layer_norm, spoil_depthwise, TOLERANCES, like_torch=True, layout=torch.channels_last
     ),
     'residual_depthwise_norm': Operator(ops.residual_depthwise_norm, draw_residual_norm, spoil_depthwise, TOLERANCES),
+    'gelu_residual_depthwise_norm': Operator(ops.gelu_residual_depthwise_norm, draw_gelu_norm, spoil_depthwise, TOLERANCES),
     'branch_norms': Operator(
         ops.branch_norms, draw_branches, partial(spoil_depthwise, few_values=True), TOLERANCES, True, terms_of_branches
     ),

@@ -41,9 +41,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from overlock_mm import training as for_training
 from overlock_mm.models import OverLoCK
 from overlock_mm.ops.cuda_kernels import has_cuda_kernels
-from overlock_mm.training import convert_sync_norms
 
 sys.path.insert(0, str(Path(__file__).parent))
 import operator_costs  # noqa: E402
@@ -359,7 +359,7 @@ def measure(
     if sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if fuse:
-        convert_sync_norms(model)
+        for_training.fuse(model)
     model.train(training)
     autocast = contextlib.nullcontext()
     with fake_gpu(), fake_processes() if sync_bn else contextlib.nullcontext():

@@ -328,6 +328,13 @@ void check_scale_and_shift(const Tensor& x, const Tensor& scale, const OptionalT
   if (shift) check_parameter("shift", *shift, x, {x.sym_size(1)});
 }
 
+void check_gelu_residual_depthwise_norm_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight,
+                                                 const OptionalTensor& bias, const Tensor& gamma,
+                                                 const Tensor& response) {
+  check_residual_depthwise_norm(x, weight, bias, gamma, gamma);
+  check_response_norm_backward(grad_output, x, gamma, response);
+}
+
 void check_matrices(const Tensor& matrices) {
   const at::ScalarType dtype = matrices.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "matrices must be float32 or float64, got ",

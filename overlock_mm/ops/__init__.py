@@ -10,6 +10,7 @@ from .depthwise import depthwise_conv2d, residual_depthwise_conv2d
 from .elementwise import gelu
 from .norms import (
     branch_norms,
+    branch_norms_given,
     gelu_residual_depthwise_norm,
     global_response_norm,
     layer_norm,
@@ -19,6 +20,7 @@ from .sync_norms import sync_branch_norms
 
 __all__ = [
     'branch_norms',
+    'branch_norms_given',
     'contmix',
     'contmix_reference',
     'conv2d',

@@ -338,14 +338,42 @@ def branch_norms_given(
     dilations: Sequence[int],
     eps: float,
 ) -> Tensor:
-    """With the statistics of the batch: (B, C, H, W)."""
-    out, dtype = None, mean.dtype
-    for i, (weight, norm_weight, norm_bias) in enumerate(zip(weights, norm_weights, norm_biases)):
-        y = depthwise_conv2d(x, weight, None, dilations[i], False)
-        scale, shift = _dense(norm_weight, dtype), _dense(norm_bias, dtype)
-        y = F.batch_norm(y, mean[i], variance[i], scale, shift, training=False, eps=eps)
-        out = y if out is None else out + y
-    return out
+    """With given statistics the branches are one kernel: (B, C, H, W)."""
+    statistics = norm_weights, norm_biases, mean.unbind(), variance.unbind()
+    weight, bias = fold_kernels(weights, dilations, *statistics, [eps] * len(weights))
+    dtype = weights[0].dtype
+    return depthwise_conv2d(x, weight.to(dtype), bias.to(dtype), 1, False)
+
+
+def fold_kernels(
+    kernels: Sequence[Tensor],
+    dilations: Sequence[int],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    eps: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """Weight (C, 1, K, K) and bias (C) of the sum of branches, the first of which has the large kernel, unrounded.
+
+    A batch norm after a convolution scales its kernel by weight / sqrt(variance + eps) and shifts its output. A kernel with
+    dilation d is a sparse kernel without dilation whose taps are d apart. It lies in the middle of the large one.
+    """
+    exact, large = exact_dtype(kernels[0]), kernels[0].shape[-1]
+    weight, bias = torch.zeros_like(kernels[0], dtype=exact), 0.0
+    for kernel, dilation, *statistics, own_eps in zip(kernels, dilations, norm_weights, norm_biases, means, variances, eps):
+        gamma, beta, mean, variance = (each.to(exact) for each in statistics)
+        scale = gamma * torch.rsqrt(variance + own_eps)
+        margin = large // 2 - dilation * (kernel.shape[-1] // 2)
+        taps = slice(margin, large - margin, dilation)
+        weight[:, :, taps, taps] += kernel.to(exact) * scale.view(-1, 1, 1, 1)
+        bias = bias + beta - mean * scale
+    return weight, bias
+
+
+def exact_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype to fold in: float64, but on devices that have none."""
+    return torch.float32 if tensor.device.type == 'mps' else torch.float64
 
 
 def branch_norms_sums(

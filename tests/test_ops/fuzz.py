@@ -272,6 +272,14 @@ def draw_branches(draw: Draw) -> dict[str, Any]:
     )
 
 
+def draw_given_branches(draw: Draw) -> dict[str, Any]:
+    arguments = draw_branches(draw)
+    x, branches = arguments['x'], len(arguments['weights'])
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, variance = (draw.normal(branches, x.shape[1]).to(dtype) for _ in range(2))
+    return dict(arguments, mean=mean, variance=variance.square() + 0.1)
+
+
 def terms_of_branches(arguments: dict, results: dict, grad_output: Tensor) -> dict[str, float]:
     """Of the gradients of kernels: a norm takes out what scales a kernel, of a single tap all but eps leaves."""
     terms = {}
@@ -422,6 +430,7 @@ OPERATORS = {
     'branch_norms': Operator(
         ops.branch_norms, draw_branches, partial(spoil_depthwise, few_values=True), TOLERANCES, True, terms_of_branches
     ),
+    'branch_norms_given': Operator(ops.branch_norms_given, draw_given_branches, spoil_depthwise, TOLERANCES, True),
     'sync_branch_norms': Operator(
         ops.sync_branch_norms, draw_branches, spoil_depthwise, TOLERANCES, True, terms_of_branches
     ),

@@ -70,9 +70,10 @@ def run(args: argparse.Namespace, page: Page) -> None:
     candidates = [overlock(network, stages), *others(arch_of(network.backbone), stages, args.convnext, args.swin)]
     images = [normalised(read_picture(file, args.size, square=True), network) for file in args.pictures]
     fields = [receptive_fields(each.network, each.blocks, images) for each in candidates]
+    pictures = '1 picture' if len(images) == 1 else f'{len(images)} pictures'
     sources = '; '.join(f'{each.name}: {each.weights}' for each in candidates)
     caption = (
-        f'Effective receptive fields: gradient of the centre, mean over {len(images)} pictures of {args.size} x '
+        f'Effective receptive fields: gradient of the centre, mean over {pictures} of {args.size} x '
         f'{args.size}. Squares hold 50 % and 99 % of it. {sources}.'
     )
     if any(each.weights == 'random weights' for each in candidates):

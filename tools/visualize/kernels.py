@@ -1,7 +1,8 @@
 """The dynamic kernels of chosen positions, over the photograph.
 
-Every position of Focus-Net has kernels of its own, made from the picture (section 3.3). A kernel is shown over the part of
-the picture that it mixes. Its weights are in multiples of the mean weight: 1 is what averaging would give everywhere.
+Every position of Focus-Net has kernels of its own, made from the picture (section 3.3). A kernel is shown over the part
+of the picture that it mixes. Its weights are in multiples of the mean weight: 1 is an average, red is more, blue is
+less.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 
 import numpy as np
 import torch
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -60,8 +62,8 @@ def run(args: argparse.Namespace, page: Page) -> None:
         kernels = dynamic_kernels(network.backbone, stage[number], normalised(picture, network))
         caption = (
             f'{file.name}, {network.name}, {network.weights}. Dynamic kernels of {args.stage}, block {number + 1} of '
-            f'{len(stage)}, in multiples of the mean weight. Mean over {kernels[0].shape[0]} groups, and the group '
-            'whose large kernel has the largest weight.'
+            f'{len(stage)}, in multiples of the mean weight: red is more than an average, blue is less. '
+            f'Mean over {len(kernels[0])} groups, and the group whose large kernel has the largest weight.'
         )
         page.add_figure(draw(picture, kernels, args.at or DEFAULT_PLACES), f'{file.stem}_kernels', caption)
 
@@ -127,8 +129,8 @@ def draw(picture: np.ndarray, kernels: tuple[Tensor, Tensor], places: list[tuple
         colour = COLOURS[index % len(COLOURS)]
         show(axes[index, 0], picture, f'row {row}, column {column}')
         shown = kernels_at((row, column), kernels)
-        # An average, of ones, is in the middle of the scale or below.
         largest = max(2, *(float(kernel.max() * kernel.numel()) for kernel in shown.values()))
+        norm = TwoSlopeNorm(vmin=0, vcenter=1, vmax=largest)
         for axis, (title, kernel) in zip(axes[index, 1:], shown.items()):
             size = kernel.shape[-1]
             top, left = window_at((row, column), size, rows, columns)
@@ -138,7 +140,9 @@ def draw(picture: np.ndarray, kernels: tuple[Tensor, Tensor], places: list[tuple
             grey = crop.mean(axis=2, keepdims=True).repeat(3, axis=2).astype(np.uint8)
             show(axis, grey, title)
             multiples = enlarged(kernel.numpy() * size**2, *grey.shape[:2])
-            image = axis.imshow(multiples, cmap='inferno', vmin=0, vmax=largest, alpha=0.25 + 0.5 * multiples / largest)
+            # Where the kernel averages, the picture shows through.
+            alpha = 0.7 * abs(norm(multiples) - norm(1)) / 0.5
+            image = axis.imshow(multiples, cmap='coolwarm', norm=norm, alpha=alpha)
             here = ((column - left + 0.5) * scale[1], (row - top + 0.5) * scale[0])
             axis.plot(*here, marker='o', markersize=5, markerfacecolor='none', color=colour)
         figure.colorbar(image, ax=axes[index], label='weight / mean weight', shrink=0.75).solids.set_alpha(1)

@@ -3,7 +3,7 @@
 from . import _library, flops
 from ._library import use_references
 from ._reference import contmix_reference
-from .contmix import contmix
+from .contmix import contmix, contmix_kernels
 from .conv2d import conv2d
 from .cuda_kernels import cuda_choices, set_cuda_kernels
 from .depthwise import depthwise_conv2d, residual_depthwise_conv2d
@@ -22,6 +22,7 @@ __all__ = [
     'branch_norms',
     'branch_norms_given',
     'contmix',
+    'contmix_kernels',
     'contmix_reference',
     'conv2d',
     'cuda_choices',

@@ -122,25 +122,62 @@ def check_contmix(
     small_kernel_size: int,
     large_kernel_size: int,
 ) -> None:
-    _check_floating('value', value)
     parameters = dict(proj_weight=proj_weight, proj_bias=proj_bias, rpb_small=rpb_small, rpb_large=rpb_large)
-    for name, tensor in dict(query=query, key=key, **parameters).items():
-        if tensor is not None:
-            _check_device(name, tensor, value, 'value')
-            _check_dtype(name, tensor, value, 'value', parameter=name in parameters)
-    for name, tensor, rank in (('value', value, 4), ('query', query, 4), ('key', key, 4), ('proj_weight', proj_weight, 2)):
-        _check_rank(name, tensor, rank)
+    _check_contmix_types(dict(value=value, query=query, key=key), parameters)
+    for name, tensor in (('value', value), ('query', query)):
+        _check_rank(name, tensor, 4)
     batch, channels, height, width = value.shape
     if channels == 0 or channels % (2 * num_groups):
         raise ValueError(f'value must have channels divisible by 2 * num_groups = {2 * num_groups}, got {channels}')
-    if query.shape[1] == 0 or query.shape[1] % num_groups:
-        raise ValueError(f'query must have channels divisible by num_groups = {num_groups}, got {query.shape[1]}')
     if (query.shape[0], *query.shape[2:]) != (batch, height, width):
         raise ValueError(
             f'query must have the batch and map of value, ({batch}, *, {height}, {width}), got shape {tuple(query.shape)}'
         )
-    if tuple(key.shape[:2]) != tuple(query.shape[:2]):
-        raise ValueError(f'key must have shape ({batch}, {query.shape[1]}, S, S), got {tuple(key.shape)}')
+    _check_contmix_shapes(query, key, parameters, num_groups, small_kernel_size, large_kernel_size)
+
+
+def check_contmix_kernels(
+    query: Tensor,
+    key: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Optional[Tensor],
+    rpb_small: Optional[Tensor],
+    rpb_large: Optional[Tensor],
+    *,
+    num_groups: int,
+    small_kernel_size: int,
+    large_kernel_size: int,
+) -> None:
+    parameters = dict(proj_weight=proj_weight, proj_bias=proj_bias, rpb_small=rpb_small, rpb_large=rpb_large)
+    _check_contmix_types(dict(query=query, key=key), parameters)
+    _check_contmix_shapes(query, key, parameters, num_groups, small_kernel_size, large_kernel_size)
+
+
+def _check_contmix_types(maps: dict[str, Tensor], parameters: dict[str, Optional[Tensor]]) -> None:
+    """All tensors must fit the first map."""
+    reference_name, reference = next(iter(maps.items()))
+    _check_floating(reference_name, reference)
+    for name, tensor in {**maps, **parameters}.items():
+        if tensor is not None:
+            _check_device(name, tensor, reference, reference_name)
+            _check_dtype(name, tensor, reference, reference_name, parameter=name in parameters)
+
+
+def _check_contmix_shapes(
+    query: Tensor,
+    key: Tensor,
+    parameters: dict[str, Optional[Tensor]],
+    num_groups: int,
+    small_kernel_size: int,
+    large_kernel_size: int,
+) -> None:
+    for name, tensor, rank in (('query', query, 4), ('key', key, 4), ('proj_weight', parameters['proj_weight'], 2)):
+        _check_rank(name, tensor, rank)
+    batch, channels, height, width = query.shape
+    if channels == 0 or channels % num_groups:
+        raise ValueError(f'query must have channels divisible by num_groups = {num_groups}, got {channels}')
+    if tuple(key.shape[:2]) != (batch, channels):
+        raise ValueError(f'key must have shape ({batch}, {channels}, S, S), got {tuple(key.shape)}')
     for name, kernel_size in (('small_kernel_size', small_kernel_size), ('large_kernel_size', large_kernel_size)):
         if kernel_size % 2 == 0:
             raise ValueError(f'{name} must be odd, got {kernel_size}')

@@ -83,6 +83,41 @@ def aggregate(value: Tensor, kernels: Tensor) -> Tensor:
     return out.permute(0, 1, 4, 2, 3)
 
 
+def contmix_kernels(
+    query: Tensor,
+    key: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Optional[Tensor],
+    rpb_small: Optional[Tensor],
+    rpb_large: Optional[Tensor],
+    *,
+    num_groups: int,
+    small_kernel_size: int,
+    large_kernel_size: int,
+) -> tuple[Tensor, Tensor]:
+    """:func:`overlock_mm.ops.contmix_kernels`, with the same arguments: (B, G, H, W, ks, ks), (B, G, H, W, kl, kl)."""
+    batch, _, height, width = query.shape
+    dtype = accumulation_type(query)
+    query, key, proj_weight = query.to(dtype), key.to(dtype), proj_weight.to(dtype)
+
+    query_channels, tokens = key.shape[1] // num_groups, key.shape[2] * key.shape[3]
+    q = query.reshape(batch, num_groups, query_channels, height * width)  # (B, G, Cq/G, HW)
+    k = key.reshape(batch, num_groups, query_channels, tokens)  # (B, G, Cq/G, S²)
+    affinity = q.transpose(-2, -1) @ k  # (B, G, HW, S²): of every position with every context token (eq. 1)
+    logits = affinity @ proj_weight.t()  # (B, G, HW, ks² + kl²): W_d makes kernels of them (eq. 2)
+    if proj_bias is not None:
+        logits = logits + proj_bias.to(dtype)
+
+    def kernels(logits: Tensor, kernel_size: int, rpb: Optional[Tensor]) -> Tensor:
+        z = logits.reshape(batch, num_groups, height, width, kernel_size, kernel_size)  # (B, G, H, W, k, k)
+        if rpb is not None:
+            z = z + relative_position_bias(rpb.to(dtype), height, width)  # (B, G, H, W, k, k)
+        return z.flatten(-2).softmax(dim=-1).view_as(z)  # (B, G, H, W, k, k): every kernel sums to 1
+
+    small, large = logits.split([small_kernel_size**2, large_kernel_size**2], dim=-1)
+    return kernels(small, small_kernel_size, rpb_small), kernels(large, large_kernel_size, rpb_large)
+
+
 def contmix_reference(
     value: Tensor,
     query: Tensor,
@@ -101,27 +136,21 @@ def contmix_reference(
     It materialises all affinities and kernels, as the published code does, and supports higher-order derivatives.
     """
     batch, channels, height, width = value.shape
-    dtype = accumulation_type(value)
-    query, key, proj_weight = query.to(dtype), key.to(dtype), proj_weight.to(dtype)
-
-    query_channels, tokens = key.shape[1] // num_groups, key.shape[2] * key.shape[3]
-    q = query.reshape(batch, num_groups, query_channels, height * width)  # (B, G, Cq/G, HW)
-    k = key.reshape(batch, num_groups, query_channels, tokens)  # (B, G, Cq/G, S²)
-    affinity = q.transpose(-2, -1) @ k  # (B, G, HW, S²): of every position with every context token (eq. 1)
-    logits = affinity @ proj_weight.t()  # (B, G, HW, ks² + kl²): W_d makes kernels of them (eq. 2)
-    if proj_bias is not None:
-        logits = logits + proj_bias.to(dtype)
-
+    kernels_of_both = contmix_kernels(
+        query,
+        key,
+        proj_weight,
+        proj_bias,
+        rpb_small,
+        rpb_large,
+        num_groups=num_groups,
+        small_kernel_size=small_kernel_size,
+        large_kernel_size=large_kernel_size,
+    )
     outputs = []
-    branches = ((small_kernel_size, rpb_small), (large_kernel_size, rpb_large))
-    split_logits = logits.split([small_kernel_size**2, large_kernel_size**2], dim=-1)
-    for half, branch_logits, (kernel_size, rpb) in zip(value.chunk(2, dim=1), split_logits, branches):
-        z = branch_logits.reshape(batch, num_groups, height, width, kernel_size, kernel_size)  # (B, G, H, W, k, k)
-        if rpb is not None:
-            z = z + relative_position_bias(rpb.to(dtype), height, width)  # (B, G, H, W, k, k)
-        p = z.flatten(-2).softmax(dim=-1).view_as(z)  # (B, G, H, W, k, k): every kernel sums to 1
-        v = half.to(dtype).reshape(batch, num_groups, channels // 2 // num_groups, height, width)  # (B, G, c, H, W)
-        outputs.append(aggregate(v, p).reshape(batch, channels // 2, height, width))  # (B, C/2, H, W) (eq. 3)
+    for half, kernels in zip(value.chunk(2, dim=1), kernels_of_both):
+        v = half.to(kernels.dtype).reshape(batch, num_groups, channels // 2 // num_groups, height, width)  # (B, G, c, H, W)
+        outputs.append(aggregate(v, kernels).reshape(batch, channels // 2, height, width))  # (B, C/2, H, W) (eq. 3)
     return torch.cat(outputs, dim=1).to(value.dtype)  # (B, C, H, W)
 
 

@@ -661,6 +661,7 @@ def test_exports():
     assert set(ops.__all__) == {
         'branch_norms',
         'contmix',
+        'contmix_kernels',
         'contmix_reference',
         'conv2d',
         'cuda_choices',

@@ -3,7 +3,7 @@
 A fenced block is checked by its language:
 
 - ``python``: runs, after the earlier blocks of its page.
-- ``python title="mine.py"``: a config. It is written to this file, and its model, optimizer, hooks and visualizer are built.
+- ``python title="mine.py"``: a config. It is written to this file. Its model, optimizer, hooks and visualizer are built.
 - ``bash``: runs. ``python tools/train.py`` trains one epoch or two iterations if the data of its config are there, and else
   builds the model; so do launchers. Other tools are asked whether they know the options. ``make`` prints its commands.
 - ``text``, ``bibtex``: not code.
@@ -14,8 +14,10 @@ lines settings of the shipped config NAME, and checks that config.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import io
 import json
 import os
 import re
@@ -45,7 +47,8 @@ from config_checks import build, parameter_settings
 
 from overlock_mm.checkpoints.release import RELEASED
 from overlock_mm.config_path import get_config_path
-from overlock_mm.models.conversion import describe_checkpoint, to_released_names
+from overlock_mm.models import conversion
+from overlock_mm.models.overlock import ARCHITECTURES
 from overlock_mm.versions import SUPPORTED, supported_range
 
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -113,12 +116,18 @@ def folder(tmp_path, monkeypatch):
         content = json.dumps(dict(images=images, annotations=annotations, categories=categories))
         (tmp_path / 'mine' / 'annotations' / f'{split}.json').write_text(content)
 
+    # T with one block a stage: its maps have the same channels.
+    monkeypatch.setitem(ARCHITECTURES, 't', {**ARCHITECTURES['t'], 'depths': (1, 1, 1, 1), 'sub_depths': (1, 1)})
+    conversion._backbone_weights.cache_clear()
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / 'tools'))
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     monkeypatch.setattr(torch.hub, 'download_url_to_file', write_released)
-    return tmp_path
+    # mmengine formats the config of a run for its log, which takes seconds.
+    monkeypatch.setattr(Config, 'pretty_text', property(lambda cfg: repr(cfg.to_dict())))
+    yield tmp_path
+    conversion._backbone_weights.cache_clear()
 
 
 def write_released(url: str, file: str) -> None:
@@ -130,7 +139,9 @@ def write_released(url: str, file: str) -> None:
     weights = {name: value for name, value in build(cfg).state_dict().items() if not name.startswith('data_prep')}
     classes = tuple(map(str, range({'detection': 80, 'segmentation': 150}.get(released.family, 0))))
     meta = dict(CLASSES=classes, PALETTE=[[0, 0, 0]] * len(classes))
-    torch.save(dict(meta=meta, state_dict=to_released_names(weights, describe_checkpoint(weights))), file)
+    torch.save(
+        dict(meta=meta, state_dict=conversion.to_released_names(weights, conversion.describe_checkpoint(weights))), file
+    )
 
 
 def check_config(cfg: Config) -> None:
@@ -139,9 +150,9 @@ def check_config(cfg: Config) -> None:
     model = build(cfg, 'meta')
     assert set(parameter_settings(model, cfg)) == {name for name, p in model.named_parameters() if p.requires_grad}
     OPTIMIZERS.build({**cfg.optim_wrapper.optimizer, 'params': [torch.nn.Parameter(torch.zeros(1))]})
+    VISUALIZERS.build({**cfg.visualizer, 'name': os.urandom(4).hex(), 'save_dir': '.'})
     for hook in [*cfg.default_hooks.values(), *cfg.get('custom_hooks', [])]:
         HOOKS.build(copy.deepcopy(hook))
-    VISUALIZERS.build({**cfg.visualizer, 'name': os.urandom(4).hex(), 'save_dir': '.'})
 
 
 def run_tool(words: list[str]) -> None:
@@ -150,23 +161,27 @@ def run_tool(words: list[str]) -> None:
     if launched:
         words = words[words.index(launched[0]) :]
     script = Path(words[0])
+    if script.resolve().is_relative_to(ROOT) and not launched:
+        check_options(words)
+        return
     with pytest.MonkeyPatch.context() as patch:
-        if not script.resolve().is_relative_to(ROOT):  # a script of a framework
-            patch.setattr(sys, 'argv', words)
+        patch.setattr(sys, 'argv', words)
+        if launched:
+            run_framework(import_file(script), is_alone='--launcher' not in words)
+        else:  # a script of a framework
             runpy.run_path(str(script), run_name='__main__')
-        elif not launched:
-            patch.setattr(sys, 'argv', [words[0], '--help'])
-            check_options(words)
-        else:
-            patch.setattr(sys, 'argv', words)
-            run_framework(import_file(script), is_alone=words[0] == launched[0] and '--launcher' not in words)
 
 
 def check_options(words: list[str]) -> None:
-    done = subprocess.run([sys.executable, words[0], '--help'], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    """Call a script with --help, and look for the options of a command in its answer."""
+    answer = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(answer), pytest.raises(SystemExit) as end:
+        patch.setattr(sys, 'argv', [words[0], '--help'])
+        patch.syspath_prepend(str(Path(words[0]).resolve().parent))
+        runpy.run_path(words[0], run_name='__main__')
+    assert not end.value.code
     options = {word for word in words if word.startswith('--')}
-    known = set(re.findall(r'--[a-z][a-z0-9-]*', done.stdout))
+    known = set(re.findall(r'--[a-z][a-z0-9-]*', answer.getvalue()))
     assert options <= known, f'{words[0]} does not know {options - known}'
 
 
@@ -184,7 +199,7 @@ def run_framework(tool, is_alone: bool) -> None:
         check_config(cfg)
         return
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
-        loader.update(num_workers=0, persistent_workers=False)
+        loader.update(batch_size=1, num_workers=0, persistent_workers=False)
     if cfg.train_cfg.get('by_epoch', 'max_epochs' in cfg.train_cfg):
         cfg.train_cfg.max_epochs = 1
     else:
@@ -199,15 +214,13 @@ def run_framework(tool, is_alone: bool) -> None:
 
 
 def run_bash(text: str, folder: Path) -> None:
-    """Run a block in bash. Its calls of Python scripts are recorded, and then run in this process, which has imported all."""
+    """Run a block in bash. Its calls of Python scripts are recorded, and then run in this process, with its imports."""
     programs, record = folder / '.programs', folder / '.record'
     programs.mkdir(exist_ok=True)
     record.write_text('')
-    recorder = 'printf "%s\\0" "$@" >>{record}; printf "\\n" >>{record}'.format(record=record)
+    recorder = f'printf "%s\\0" "$@" >>{record}; printf "\\n" >>{record}'
     python = f'case "$1 $2" in -c*|"-m overlock_mm"*) exec {sys.executable} "$@";; esac\n{recorder}'
-    for name, script in dict(
-        python=python, srun=recorder, make=f'exec {shutil.which("make")} -n -C {ROOT} "$@"'
-    ).items():
+    for name, script in dict(python=python, srun=recorder, make=f'exec {shutil.which("make")} -n -C {ROOT} "$@"').items():
         (programs / name).write_text(f'#!/bin/sh\n{script}\n')
         (programs / name).chmod(0o755)
     environment = {**os.environ, 'PATH': f'{programs}:{os.environ["PATH"]}', 'PYTHONPATH': str(ROOT)}
@@ -304,10 +317,7 @@ OTHERS = {
     'upernet': (
         'mmseg',
         [f'convnext-{size}_upernet_8xb2-amp-160k_ade20k-512x512' for size in ('tiny', 'small', 'base')],
-        [
-            f'swin-{size}-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512'
-            for size in ('tiny', 'small', 'base')
-        ],
+        [f'swin-{size}-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512' for size in ('tiny', 'small', 'base')],
     ),
     'in1k': (
         'mmpretrain',
@@ -347,7 +357,9 @@ def readme() -> str:
 
 
 def project() -> dict:
-    return pytest.importorskip('tomllib', reason='reads pyproject.toml').loads((ROOT / 'pyproject.toml').read_text())['project']
+    return pytest.importorskip('tomllib', reason='reads pyproject.toml').loads((ROOT / 'pyproject.toml').read_text())[
+        'project'
+    ]
 
 
 def test_readme_is_short():

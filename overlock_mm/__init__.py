@@ -26,8 +26,8 @@ if importlib.util.find_spec('mmengine') is not None:
 
 def __getattr__(name: str):
     """Folders and hooks, imported when they are first asked for."""
-    if name in ('checkpoints', 'inference', 'layer_decay', 'memory', 'models', 'ops', 'resume'):
+    if name in ('checkpoints', 'inference', 'layer_decay', 'memory', 'models', 'ops', 'resume', 'training'):
         return importlib.import_module(f'.{name}', __name__)
-    if name in ('OptimizeForInferenceHook', 'KeepFreedMemoryHook', 'RandomStateHook'):
+    if name in ('FuseForTrainingHook', 'OptimizeForInferenceHook', 'KeepFreedMemoryHook', 'RandomStateHook'):
         return importlib.import_module('.registry', __name__).HOOKS.get(name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -15,7 +15,7 @@ HOOKS = mmengine.Registry(
     'hook',
     parent=mmengine.HOOKS,
     scope='overlock_mm',
-    locations=['overlock_mm.memory', 'overlock_mm.resume', 'overlock_mm.inference'],
+    locations=['overlock_mm.memory', 'overlock_mm.resume', 'overlock_mm.inference', 'overlock_mm.training'],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = mmengine.Registry(
     'optimizer wrapper constructor',

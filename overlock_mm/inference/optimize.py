@@ -16,7 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..models.blocks import BasicBlock, DynamicBlock
 from ..models.layers import GELU, AdaptiveAvgPool2d, Conv2d, DepthwiseConv, ResidualDepthwiseConv, has_hooks, is_sharded
+from ..models.norms import SyncBatchNorm
 from ..models.overlock import OverLoCK
+from ..training import unfuse
 from .blocks import FoldedBasicBlock, FoldedDynamicBlock
 from .convolution import FoldedConv2d, fold_sequence
 
@@ -45,7 +47,7 @@ def optimize(model: Model) -> Model:
         raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
     if any(is_sharded(module) for module in model.modules()):
         raise ValueError(f'model must not be sharded by FSDP, got {type(model).__name__}: gather its weights first')
-    model = _copy(model.module if is_model_wrapper(model) else model).eval().requires_grad_(False)
+    model = unfuse(_copy(model.module if is_model_wrapper(model) else model)).eval().requires_grad_(False)
     backbones = [module for module in model.modules() if isinstance(module, OverLoCK)]
     if not backbones:
         raise ValueError(f'model must be or contain an OverLoCK, got {type(model).__name__} without one')
@@ -121,5 +123,6 @@ def _kind(module: nn.Module) -> type:
     is_batch_norm = isinstance(module, _BatchNorm) and type(module).forward in (
         _BatchNorm.forward,
         nn.SyncBatchNorm.forward,
+        SyncBatchNorm.forward,
     )
     return _BatchNorm if is_batch_norm else type(module)

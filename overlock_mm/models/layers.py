@@ -145,7 +145,7 @@ class SqueezeExcitation(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.proj(x)
+        return scale_and_shift(x, self.proj(x))
 
 
 class DropPath(nn.Module):
@@ -180,6 +180,18 @@ def has_hooks(module: nn.Module) -> bool:
         or attributes['_backward_pre_hooks']
         or 'forward' in attributes
     )
+
+
+def is_as_built(module: nn.Module, kinds: tuple[type, ...], *parameters: str) -> bool:
+    """Whether reading a layer's tensors does what calling it does.
+
+    Args:
+        module: the layer.
+        kinds: its type is one of them. A derived class has a forward of its own.
+        parameters: the names of all that it has. Others would show that something computes its weights.
+    """
+    own = {name for name, parameter in module._parameters.items() if parameter is not None}
+    return type(module) in kinds and own == set(parameters) and not has_hooks(module)
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -30,12 +30,12 @@ BUILDS = {
 }
 
 
-def build(operator: str, folder: Path) -> dict[str, Path]:
-    """The programs of an operator, by the names of their builds."""
+def build(operator: str, folder: Path, *others: str) -> dict[str, Path]:
+    """The programs of an operator, with launchers of others that it uses, by the names of their builds."""
     compiler = shutil.which('g++')
     if compiler is None:
         pytest.skip('there is no g++ to compile the emulation')
-    sources = ['-x', 'c++', SOURCES / f'{operator}_launch.cu']
+    sources = ['-x', 'c++', *(SOURCES / f'{each}_launch.cu' for each in (operator, *others))]
     sources += [EMULATION / 'cuda_emulation.cpp', EMULATION / f'run_{operator}.cpp']
     common = [compiler, '-rdynamic', '-std=c++17', '-Wall', '-Wextra', '-Werror', '-Wno-unknown-pragmas']
     common += [f'-I{EMULATION}', f'-I{SOURCES}']

@@ -661,6 +661,7 @@ def test_exports():
     assert set(ops.__all__) == {
         'branch_norms',
         'contmix',
+        'contmix_kernels',
         'contmix_reference',
         'conv2d',
         'cuda_choices',
@@ -671,6 +672,7 @@ def test_exports():
         'residual_depthwise_norm',
         'global_response_norm',
         'residual_depthwise_conv2d',
+        'sync_branch_norms',
         'use_references',
     }
     assert all(callable(getattr(ops, name)) for name in ops.__all__)

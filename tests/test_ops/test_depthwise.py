@@ -26,6 +26,7 @@ from overlock_mm.ops import (
     branch_norms,
     depthwise_conv2d,
     gelu,
+    gelu_residual_depthwise_norm,
     global_response_norm,
     norms,
     residual_depthwise_conv2d,
@@ -92,6 +93,10 @@ def plain_norm(x, weight, bias, gamma, beta, eps=1e-6):
     return plain_response_norm(plain_residual(x, weight, bias), gamma, beta, eps)
 
 
+def plain_gelu_norm(x, weight, bias, gamma, beta, eps=1e-6):
+    return plain_norm(F.gelu(x), weight, bias, gamma, beta, eps)
+
+
 def make_branches(batch=2, channels=5, height=6, width=9, branches=((5, 1), (3, 1), (3, 2))) -> dict:
     arguments = dict(x=random(batch, channels, height, width), dilations=[dilation for _, dilation in branches])
     for i, (k, _) in enumerate(branches):
@@ -134,6 +139,7 @@ OPERATORS = {
     'residual': Operator(residual_depthwise_conv2d, plain_residual, make_convolution),
     'gelu': Operator(gelu, F.gelu, make_map),
     'norm': Operator(residual_depthwise_norm, plain_norm, make_norm),
+    'gelu_norm': Operator(gelu_residual_depthwise_norm, plain_gelu_norm, make_norm),
     'response_norm': Operator(global_response_norm, plain_response_norm, make_response_norm),
     'branches': Operator(compiled_branches, plain_branches, make_branches),
 }
@@ -148,6 +154,7 @@ CASES = [
     ('residual', dict(kernel_size=5)),
     ('gelu', dict()),
     ('norm', dict()),
+    ('gelu_norm', dict()),
     ('response_norm', dict()),
     ('branches', dict()),
 ]
@@ -241,7 +248,7 @@ def test_random_shapes(name, dtype, tolerance):
         shapes.update(kernel_size=st.sampled_from([1, *range(3, 33, 2)]), dilation=integers(1, 4), bias=st.booleans())
     elif name == 'residual':
         shapes.update(kernel_size=st.sampled_from([1, 3, 3, 5, 7, 13]), bias=st.booleans())
-    elif name == 'norm':
+    elif name in ('norm', 'gelu_norm'):
         shapes.update(bias=st.booleans())
     elif name == 'branches':
         choices = [((3, 1),), ((3, 1), (3, 1)), ((7, 1), (5, 1), (3, 2), (3, 3)), ((13, 1), (7, 2), (3, 5), (5, 3))]
@@ -424,10 +431,8 @@ def test_the_backward_computes_what_is_asked(kernel_size, mask):
     assert [value is not None and value.numel() > 0 for value in out] == list(map(bool, mask))
 
 
-@pytest.mark.parametrize(
-    'name, kept', [('convolution', 0), ('residual', 0), ('gelu', 0), ('response_norm', 0), ('branches', 0)]
-)
-def test_keeps_its_input_only(name, kept):
+@pytest.mark.parametrize('name', ['convolution', 'residual', 'gelu', 'gelu_norm', 'response_norm', 'branches'])
+def test_keeps_its_input_only(name):
     """The output lives too, because the caller holds it."""
     operator = OPERATORS[name]
     arguments = to(operator.make(batch=1, channels=16, height=60, width=60), torch.float32)
@@ -725,13 +730,27 @@ def operator_arguments(name: str, dtype=torch.float32, layout='contiguous') -> l
         if name == 'branch_norms':
             return inputs
         _, mean, variance = torch.ops.overlock_mm.branch_norms(*inputs)
-        return [grad_output, x, weights, norm_weights, mean, variance, dilations, 1e-5]
+        return {
+            '_branch_norms_backward': [grad_output, x, weights, norm_weights, mean, variance, dilations, 1e-5],
+            '_branch_statistics': [x, weights, dilations],
+            '_branch_norms_given': [x, weights, norm_weights, norm_biases, mean, variance, dilations, 1e-5],
+            '_branch_norms_sums': [grad_output, x, weights, mean, dilations],
+            '_branch_norms_gradients': [
+                grad_output, x, weights, norm_weights, mean, variance, mean[0], variance, dilations, 1e-5,
+            ],
+        }[name]  # fmt: skip
     weight, bias, gamma, beta = (arguments[each] for each in ('weight', 'bias', 'gamma', 'beta'))
     if name == 'depthwise_conv2d':
         return [x, weight, bias, 1, True]
     if name == '_depthwise_conv2d_backward':
         return [grad_output, x, weight, 1, True, [True, False, True]]
     if name.startswith('residual_depthwise_norm'):
+        return [x, weight, bias, gamma, beta, 1e-6]
+    if name == '_gelu_residual_depthwise_norm_backward':
+        inputs = [x, weight, bias, gamma]
+        response = torch.ops.overlock_mm._gelu_residual_depthwise_norm(*inputs, beta, 1e-6)[1]
+        return [grad_output, *inputs, response, 1e-6]
+    if name.endswith('gelu_residual_depthwise_norm'):
         return [x, weight, bias, gamma, beta, 1e-6]
     if name == 'gelu':
         return [x]
@@ -744,10 +763,23 @@ def operator_arguments(name: str, dtype=torch.float32, layout='contiguous') -> l
     return [x, gamma, beta, 1e-6]
 
 
-FORWARDS = ['depthwise_conv2d', 'gelu', 'branch_norms', 'global_response_norm']
-BACKWARDS = ['_depthwise_conv2d_backward', '_gelu_backward', '_branch_norms_backward', '_response_norm_backward']
+FORWARDS = ['depthwise_conv2d', 'gelu', 'gelu_residual_depthwise_norm', 'branch_norms', 'global_response_norm']
+BACKWARDS = [
+    '_depthwise_conv2d_backward',
+    '_gelu_backward',
+    '_gelu_residual_depthwise_norm_backward',
+    '_branch_norms_backward',
+    '_response_norm_backward',
+]
 FOR_INFERENCE = ['residual_depthwise_norm', 'residual_depthwise_norm_']
-INTERNAL = ['_response_norm']
+INTERNAL = [
+    '_gelu_residual_depthwise_norm',
+    '_response_norm',
+    '_branch_statistics',
+    '_branch_norms_given',
+    '_branch_norms_sums',
+    '_branch_norms_gradients',
+]
 
 
 @pytest.mark.skipif(TORCH < (2, 4), reason='torch < 2.4 has no torch.library.opcheck')
@@ -919,6 +951,28 @@ def test_branch_norms_of_other_devices(dtype, tolerance):
         assert storages.count() <= 2.1 * out.nbytes  # the output, and that of the first branch
 
 
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)], ids=str)
+def test_gelu_norm_of_other_devices(dtype, tolerance, bias):
+    """The backward keeps x and runs the layers again. The gradients are right, all of them and those of some."""
+    arguments = make_norm(channels=16, height=20, width=20, bias=bias)
+    tensors = to(arguments, torch.float32 if dtype == torch.bfloat16 else dtype)
+    tensors['x'] = tensors['x'].to(dtype)
+    run = partial(_library.fallbacks['gelu_residual_depthwise_norm'], eps=1e-6)
+    grad_output = torch.randn_like(tensors['x'])
+    expected = with_gradients(plain_gelu_norm, to(tensors, torch.float64), grad_output.double())
+    least = 0.1 * grad_output.double().norm().item()
+    for wanted in (None, ('x',), ('weight', 'beta')):
+        got = with_gradients(run, tensors, grad_output, wanted)
+        assert max(errors(got, {each: expected[each] for each in got}, least).values()) < tolerance
+        assert all(got[key].dtype == tensors[key].dtype for key in got if key != 'output')
+
+    leaves = {key: x if x is None else x.requires_grad_() for key, x in tensors.items()}
+    with KeptBytes() as storages:
+        out = run(**leaves)
+        assert storages.count() <= 1.1 * out.nbytes
+
+
 class Functions(TorchFunctionMode):
     """Records the calls of functions of torch."""
 
@@ -937,6 +991,7 @@ class Functions(TorchFunctionMode):
         ('convolution', 'depthwise_conv2d'),
         ('residual', 'depthwise_conv2d'),
         ('gelu', 'gelu'),
+        ('gelu_norm', 'gelu_residual_depthwise_norm'),
         ('response_norm', 'global_response_norm'),
         ('branches', 'branch_norms'),
     ],
@@ -1078,7 +1133,7 @@ def test_nan_spreads_as_in_plain_operators(name, settings, dtype, channels):
 def test_nan_in_a_kernel_stays_in_its_channel(name, settings, channels):
     operator = OPERATORS[name]
     arguments = to(operator.make(channels=channels, height=12, width=30, **settings), torch.float32)
-    if name in ('gelu', 'response_norm', 'norm'):
+    if name in ('gelu', 'response_norm', 'norm', 'gelu_norm'):
         pytest.skip('there is no kernel, or the norm goes over the channels')
     weight = 'weight1' if name == 'branches' else 'weight'
     arguments[weight][1, 0, 0, 0] = torch.nan
@@ -1184,6 +1239,7 @@ def make_lists() -> dict:
 CONVOLUTION = (depthwise_conv2d, lambda: make_convolution(dilation=1))
 RESIDUAL = (residual_depthwise_conv2d, make_convolution)
 MIXED_NORM = (residual_depthwise_norm, make_norm)
+GELU_NORM = (gelu_residual_depthwise_norm, make_norm)
 NORM = (global_response_norm, make_response_norm)
 BRANCHES = (call_branches, make_lists)
 
@@ -1195,7 +1251,7 @@ BRANCHES = (call_branches, make_lists)
     [
         *(
             (operator, change, error, message)
-            for operator in (CONVOLUTION, RESIDUAL, MIXED_NORM)
+            for operator in (CONVOLUTION, RESIDUAL, MIXED_NORM, GELU_NORM)
             for change, error, message in (
                 (replaced(x=Tensor.tolist), TypeError, 'x must be a Tensor, got list'),
                 (replaced(weight=Tensor.tolist), TypeError, 'weight must be a Tensor, got list'),
@@ -1223,12 +1279,15 @@ BRANCHES = (call_branches, make_lists)
         ((residual_depthwise_norm, lambda: dict(make_norm(), inplace=False)), replaced(inplace=lambda x: None), TypeError, 'inplace must be True or False, got None'),
         *(
             ((operator, lambda make=make: dict(make(), eps=1e-6)), replaced(eps=lambda x: '1e-6'), TypeError, "eps must be a number, got '1e-6'")
-            for operator, make in (NORM, MIXED_NORM, (branch_norms, make_lists))
+            for operator, make in (NORM, MIXED_NORM, GELU_NORM, (branch_norms, make_lists))
         ),
-        (MIXED_NORM, replaced(weight=lambda x: x[..., :1, :1]), ValueError, r'weight must have shape \(5, 1, 3, 3\), got \(5, 1, 1, 1\)'),
+        *(
+            (operator, replaced(weight=lambda x: x[..., :1, :1]), ValueError, r'weight must have shape \(5, 1, 3, 3\), got \(5, 1, 1, 1\)')
+            for operator in (MIXED_NORM, GELU_NORM)
+        ),
         *(
             (operator, change, error, message)
-            for operator in (NORM, MIXED_NORM)
+            for operator in (NORM, MIXED_NORM, GELU_NORM)
             for change, error, message in (
                 (replaced(gamma=lambda x: x[1:]), ValueError, r'gamma must have shape .*5.* got \(4,\)'),
                 (replaced(beta=lambda x: x[1:]), ValueError, r'beta must have shape .*5.* got \(4,\)'),
@@ -1285,7 +1344,7 @@ def test_bad_operator_arguments(name):
     inputs = operator_arguments(name)
     operator = getattr(torch.ops.overlock_mm, name)
     position = 1 if name in BACKWARDS else 0
-    if 'gelu' not in name:  # it takes all shapes
+    if name not in ('gelu', '_gelu_backward'):  # they take all shapes
         with pytest.raises(ValueError, match=r'must have 4 dimensions, got shape \(5, 6, 9\)'):
             operator(*inputs[:position], inputs[position][0], *inputs[position + 1 :])
     if name not in BACKWARDS:

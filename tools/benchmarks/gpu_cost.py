@@ -1,7 +1,7 @@
 """What a training step or an inference costs on the CUDA path: counted without a GPU, not measured.
 
     python tools/benchmarks/gpu_cost.py                                      # OverLoCK-T, a training step at 800x1344
-    python tools/benchmarks/gpu_cost.py --arch b --batch 1 --dtype bfloat16 --sync-bn --json
+    python tools/benchmarks/gpu_cost.py --arch b --batch 1 --dtype bfloat16 --sync-bn --fuse --json
     python tools/benchmarks/gpu_cost.py --arch convnext-t                    # a peer, by the same rules
 
 The backbone, with four outputs and without drop path, runs on fake tensors on the device 'cuda': they have shapes, dtypes,
@@ -41,6 +41,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from overlock_mm import training as for_training
 from overlock_mm.models import OverLoCK
 from overlock_mm.ops.cuda_kernels import has_cuda_kernels
 
@@ -334,6 +335,7 @@ def measure(
     *,
     dtype: str = 'float32',
     sync_bn: bool = False,
+    fuse: bool = False,
     training: bool = True,
 ) -> tuple[dict[str, float], dict[str, Cost]]:
     """Count a training step or an inference.
@@ -343,6 +345,7 @@ def measure(
         shape: of the image.
         dtype: of autocast, unless it is float32.
         sync_bn: with SyncBatchNorm in the place of batch norms.
+        fuse: with what ``overlock_mm.training`` has in the place of PyTorch's modules.
         training: a forward and a backward, or a forward without gradients.
 
     Returns:
@@ -355,6 +358,8 @@ def measure(
         raise RuntimeError('overlock_mm must be built with CUDA (a GPU is not needed): `python -m overlock_mm.ops`')
     if sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if fuse:
+        for_training.fuse(model)
     model.train(training)
     autocast = contextlib.nullcontext()
     with fake_gpu(), fake_processes() if sync_bn else contextlib.nullcontext():
@@ -403,6 +408,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--batch', type=positive, default=2, help='images (default: 2)')
     parser.add_argument('--dtype', default='float32', choices=DTYPES, help='of autocast, unless it is float32')
     parser.add_argument('--sync-bn', action='store_true', help=f'SyncBatchNorm among {PROCESSES} processes')
+    parser.add_argument('--fuse', action='store_true', help='with the modules of overlock_mm.training')
     parser.add_argument('--with-cp', action='store_true', help='all blocks are computed again in the backward')
     parser.add_argument('--mode', default='train', choices=MODES)
     parser.add_argument('--json', action='store_true', help='print the counts alone, as JSON')
@@ -421,6 +427,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         (options.batch, 3, *options.size),
         dtype=options.dtype,
         sync_bn=options.sync_bn,
+        fuse=options.fuse,
         training=options.mode == 'train',
     )
     if options.json:

@@ -290,6 +290,135 @@ def cost_of_branch_norms_backward(
     of_sums = cost_of_branch_norms_sums(grad_output, x, weights, mean, dilations, outputs, of_norms=True)
     given = (grad_output, x, weights, norm_weights, mean, variance, mean[0], mean, dilations, eps)
     return of_sums + cost_of_branch_norms_gradients(*given, outputs=outputs)
+# Scales and shifts.
+
+
+def cost_of_scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor], outputs: Sequence[Tensor]) -> Cost:
+    """One kernel."""
+    return Cost(1, bytes_of([x, *outputs]) + sum(bytes_of_sums(each) for each in (scale, shift) if each is not None))
+
+
+def cost_of_scale_and_shift_backward(
+    grad_output: Tensor, x: Tensor, scale: Tensor, has_shift: bool, outputs: Sequence[Tensor]
+) -> Cost:
+    """A kernel for the gradient of the map and partial sums of those of the parameters, and one that adds these."""
+    strips = torch.ops.overlock_mm._scale_and_shift_strips(x.shape)
+    copies = strips * (1 if scale.ndim == 2 else x.shape[0])
+    of_sums = 2 * copies * (1 + has_shift) * bytes_of_sums(scale)
+    return Cost(2, bytes_of([grad_output, x, *outputs]) + bytes_of_sums(scale) + of_sums)
+
+
+# Response norms, and the layers before them in an MLP.
+
+
+@dataclass
+class NormBytes:
+    """Bytes of what is not a map.
+
+    Args:
+        x: the map.
+        strips: parts of an image that have sums of their own.
+    """
+
+    x: Tensor
+    strips: int
+
+    @property
+    def per_channel(self) -> int:
+        return bytes_of_sums(self.x[0, :, 0, 0])
+
+    @property
+    def per_image(self) -> int:
+        return self.x.shape[0] * self.per_channel
+
+    @property
+    def sums(self) -> int:
+        return self.strips * self.per_image
+
+    @property
+    def factors(self) -> Cost:
+        """The kernel that makes response and scale of sums of squares."""
+        return Cost(1, self.sums + self.per_channel + 2 * self.per_image)
+
+    @property
+    def gradients(self) -> Cost:
+        """The kernel that makes scale, slope, and the gradients of gamma and beta for each image, of two sums."""
+        return Cost(1, 2 * self.sums + self.per_channel + self.per_image + 4 * self.per_image)
+
+    @property
+    def scale_and_shift(self) -> Cost:
+        return Cost(1, 2 * bytes_of([self.x]) + self.per_image + self.per_channel)
+
+
+def cost_of_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, outputs: Sequence[Tensor]) -> Cost:
+    """Sums of squares, factors, and the normalised map."""
+    norm = NormBytes(x, torch.ops.overlock_mm._response_norm_strips(x.shape))
+    return Cost(1, bytes_of([x]) + norm.sums) + norm.factors + norm.scale_and_shift
+
+
+def cost_of_response_norm_backward(
+    grad_output: Tensor, x: Tensor, gamma: Tensor, response: Tensor, eps: float, outputs: Sequence[Tensor]
+) -> Cost:
+    """Sums, factors, the gradient of the map, and sums over images of those of the parameters."""
+    norm = NormBytes(x, torch.ops.overlock_mm._response_norm_strips(x.shape))
+    cost = Cost(1, bytes_of([grad_output, x]) + 2 * norm.sums) + norm.gradients
+    cost += Cost(1, bytes_of([grad_output, x, x]) + 2 * norm.per_image)
+    return cost + Cost(1, 2 * norm.per_image + 2 * norm.per_channel)
+
+
+def cost_of_residual_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    outputs: Sequence[Tensor],
+) -> Cost:
+    """Sums of squares, factors, and the normalised map, with a GELU before them or without."""
+    norm, read, macs = residual_norm(x, bias)
+    cost = Cost(1, read + norm.sums, macs) + norm.factors
+    return cost + Cost(1, read + norm.per_image + norm.per_channel + bytes_of([x]), macs)
+
+
+def cost_of_residual_norm_inplace(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    outputs: Sequence[Tensor],
+) -> Cost:
+    """The convolved map with sums of its squares, factors, and the normalised map."""
+    norm, read, macs = residual_norm(x, bias)
+    return Cost(1, read + norm.sums + bytes_of([x]), macs) + norm.factors + norm.scale_and_shift
+
+
+def cost_of_gelu_norm_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    gamma: Tensor,
+    response: Tensor,
+    eps: float,
+    outputs: Sequence[Tensor],
+) -> Cost:
+    """Sums, factors, the gradient of the map with partial sums of those of the parameters, and their sums.
+
+    The first and the third make the convolved map again. The third also has two convolutions of a backward.
+    """
+    norm, read, macs = residual_norm(x, bias)
+    cost = Cost(1, read + bytes_of([grad_output]) + 2 * norm.sums, macs) + norm.gradients
+    cost += Cost(1, read + bytes_of([grad_output, x]) + 2 * norm.per_image + 10 * norm.sums, 3 * macs)
+    return cost + Cost(1, 10 * norm.sums + 2 * norm.per_image + 12 * norm.per_channel)
+
+
+def residual_norm(x: Tensor, bias: Optional[Tensor]) -> tuple[NormBytes, int, int]:
+    """Bytes of sums, bytes that a kernel reads of the map and the convolution, and multiply-adds of the convolution."""
+    norm = NormBytes(x, torch.ops.overlock_mm._residual_depthwise_norm_strips(x.shape))
+    return norm, bytes_of([x]) + (9 + (bias is not None)) * norm.per_channel, 9 * x.numel()
 
 
 #: By the names of operators: takes their arguments, and the outputs.
@@ -299,6 +428,8 @@ STATED: dict[str, Callable[..., Cost]] = {
     'depthwise_conv2d': cost_of_depthwise,
     '_depthwise_conv2d_backward': cost_of_depthwise_backward,
     'layer_norm': cost_of_layer_norm,
+    'scale_and_shift': cost_of_scale_and_shift,
+    '_scale_and_shift_backward': cost_of_scale_and_shift_backward,
     '_layer_norm': cost_of_layer_norm,
     '_layer_norm_backward': cost_of_layer_norm_backward,
     'branch_norms': cost_of_branch_norms,
@@ -307,4 +438,12 @@ STATED: dict[str, Callable[..., Cost]] = {
     '_branch_norms_given': cost_of_branch_norms_given,
     '_branch_norms_sums': cost_of_branch_norms_sums,
     '_branch_norms_gradients': cost_of_branch_norms_gradients,
+    'global_response_norm': cost_of_response_norm,
+    '_response_norm': cost_of_response_norm,
+    '_response_norm_backward': cost_of_response_norm_backward,
+    'residual_depthwise_norm': cost_of_residual_norm,
+    'residual_depthwise_norm_': cost_of_residual_norm_inplace,
+    'gelu_residual_depthwise_norm': cost_of_residual_norm,
+    '_gelu_residual_depthwise_norm': cost_of_residual_norm,
+    '_gelu_residual_depthwise_norm_backward': cost_of_gelu_norm_backward,
 }

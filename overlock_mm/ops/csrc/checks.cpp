@@ -318,6 +318,23 @@ void check_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias)
   check_parameter("bias", bias, x, {x.sym_size(1)});
 }
 
+void check_scale_and_shift(const Tensor& x, const Tensor& scale, const OptionalTensor& shift) {
+  check_map(x);
+  if (scale.dim() == 2 && !shift) {
+    check_parameter("scale", scale, x, {x.sym_size(0), x.sym_size(1)});
+  } else {
+    check_parameter("scale", scale, x, {x.sym_size(1)});
+  }
+  if (shift) check_parameter("shift", *shift, x, {x.sym_size(1)});
+}
+
+void check_gelu_residual_depthwise_norm_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight,
+                                                 const OptionalTensor& bias, const Tensor& gamma,
+                                                 const Tensor& response) {
+  check_residual_depthwise_norm(x, weight, bias, gamma, gamma);
+  check_response_norm_backward(grad_output, x, gamma, response);
+}
+
 void check_matrices(const Tensor& matrices) {
   const at::ScalarType dtype = matrices.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "matrices must be float32 or float64, got ",

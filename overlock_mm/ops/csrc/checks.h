@@ -72,6 +72,11 @@ void check_response_norm_backward(const Tensor& grad_output, const Tensor& x, co
 void check_residual_depthwise_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                    const Tensor& gamma, const Tensor& beta);
 void check_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias);
+/// scale is (C), or (B, C) without a shift.
+void check_scale_and_shift(const Tensor& x, const Tensor& scale, const OptionalTensor& shift);
+void check_gelu_residual_depthwise_norm_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight,
+                                                 const OptionalTensor& bias, const Tensor& gamma,
+                                                 const Tensor& response);
 void check_matrices(const Tensor& matrices);
 
 }  // namespace overlock_mm

@@ -6,7 +6,8 @@
 
 namespace overlock_mm {
 
-/// Global response normalisation: output = input * (gamma * response + 1) + beta.
+/// Global response normalisation: output = input * (gamma * response + 1) + beta. On CUDA, maps have any dtype, and all
+/// other data the accumulation type.
 struct ResponseNormParams {
   int64_t batch, channels, positions, strips;
   const void* input;  ///< map

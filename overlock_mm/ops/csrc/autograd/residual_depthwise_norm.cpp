@@ -49,6 +49,9 @@ void register_derivatives(torch::Library& m) {
 
 TORCH_LIBRARY_IMPL(overlock_mm, AutogradCPU, m) { register_derivatives(m); }
 TORCH_LIBRARY_IMPL(overlock_mm, AutogradMeta, m) { register_derivatives(m); }
+#if defined(OVERLOCK_MM_WITH_CUDA)
+TORCH_LIBRARY_IMPL(overlock_mm, AutogradCUDA, m) { register_derivatives(m); }
+#endif
 TORCH_LIBRARY_IMPL(overlock_mm, Negative, m) { m.impl("residual_depthwise_norm_", &inplace_negative); }
 TORCH_LIBRARY_IMPL(overlock_mm, ADInplaceOrView, m) { m.impl("residual_depthwise_norm_", &inplace_version); }
 

@@ -40,7 +40,9 @@ Tensor global_response_norm_autograd(const Tensor& x, const Tensor& gamma, const
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(overlock_mm, m) { impl_autograd(m, "global_response_norm", &global_response_norm_autograd); }
+TORCH_LIBRARY_FRAGMENT(overlock_mm, m) {
+  impl_autograd(m, "global_response_norm", &global_response_norm_autograd, /*has_cuda=*/true);
+}
 
 // These have no derivative, and say so if one is asked for.
 TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) {

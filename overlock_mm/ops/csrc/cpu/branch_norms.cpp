@@ -301,6 +301,8 @@ std::tuple<Tensor, Tensor> branch_norms_gradients_cpu(const Tensor& grad_output,
   check_branch_norms_gradients(grad_output, x, weights, norm_weights, mean, variance, grad_mean, product_mean,
                                dilations);
   const Arguments arguments(x, weights, dilations);
+  const BranchNormsParams& p = arguments.params;
+  if (x.numel() == 0) return {empty_like_map(x), at::zeros({p.channels, p.taps()}, arguments.taps.options())};
   // Means and not sums: as if there were one position.
   const MapGradients gradients =
       launch_gradients(arguments, as_input(grad_output), arguments.cast(grad_mean), norm_weights, arguments.cast(mean),

@@ -5,11 +5,8 @@
 #include "launch.h"
 
 namespace overlock_mm {
-namespace {
+namespace cpu {
 
-using namespace cpu;
-
-/// gelu(x), or its gradient where grad_output is defined.
 Tensor launch_gelu(const Tensor& x, const Tensor& grad_output) {
   // Numbers side by side in memory, in the same order for all three tensors. float16 goes through float32.
   const at::ScalarType dtype = x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
@@ -26,6 +23,12 @@ Tensor launch_gelu(const Tensor& x, const Tensor& grad_output) {
   });
   return output.to(x.scalar_type());
 }
+
+}  // namespace cpu
+
+namespace {
+
+using namespace cpu;
 
 Tensor gelu_cpu(const Tensor& x) {
   check_floating("x", x);

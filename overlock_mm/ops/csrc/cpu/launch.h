@@ -56,6 +56,14 @@ DepthwiseConv2dParams depthwise_conv2d_params(const Tensor& input, const Tensor&
 Tensor launch_depthwise_conv2d(const Tensor& input, const Tensor& weight, const Tensor& bias, int64_t dilation,
                                bool residual);
 
+/// gelu(x), or its gradient where grad_output is defined.
+Tensor launch_gelu(const Tensor& x, const Tensor& grad_output);
+
+/// global_response_norm(x + conv(x, weight) + bias), from `input` to `output`, which may be the input. Returns the
+/// response, (B, C).
+Tensor launch_residual_depthwise_norm(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                      const Tensor& gamma, const Tensor& beta, double eps, const Tensor& output);
+
 /// Sums over images and positions, (C). (Those of ATen depend on the number of threads.)
 Tensor launch_channel_sums(const Tensor& map);
 /// Of sums of squares, (B, strips, C): the response, (B, C), and the factors of the norm, (B, C).

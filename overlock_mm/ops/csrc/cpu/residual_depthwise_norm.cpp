@@ -7,9 +7,8 @@
 #include "launch.h"
 
 namespace overlock_mm {
+namespace cpu {
 namespace {
-
-using namespace cpu;
 
 /// Of each strip but the first, the line before it and its first, (B, 2 (strips - 1), W, C), copied.
 Tensor borders_of_strips(const Tensor& input, int64_t strips) {
@@ -21,11 +20,12 @@ Tensor borders_of_strips(const Tensor& input, int64_t strips) {
   return input.permute({0, 2, 3, 1}).index_select(1, at::tensor(lines, at::kLong)).contiguous();
 }
 
-/// From `input`, as the kernels take it, to `output`, which may be the input. The convolution sums the squares of its
-/// output for the norm, which takes place in the output.
-void launch_residual_depthwise_norm(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                                    const Tensor& gamma, const Tensor& beta, double eps, const Tensor& output) {
-  if (input.numel() == 0) return;
+}  // namespace
+
+/// The convolution sums the squares of its output for the norm, which takes place in the output.
+Tensor launch_residual_depthwise_norm(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                      const Tensor& gamma, const Tensor& beta, double eps, const Tensor& output) {
+  if (input.numel() == 0) return at::zeros({input.size(0), input.size(1)}, input.options());
   const Tensor kernel = as_parameter(weight, input), shift = bias ? as_parameter(*bias, input) : Tensor();
   DepthwiseConv2dParams p = depthwise_conv2d_params(input, kernel, /*dilation=*/1, /*residual=*/true);
   p.strips = strips_for_sums(p.batch, p.height, 8);
@@ -41,9 +41,16 @@ void launch_residual_depthwise_norm(const Tensor& input, const Tensor& weight, c
   with_kernels<DepthwiseConv2dKernels>(input.scalar_type(), [&](const auto& kernels) {
     in_parallel(p.batch * p.strips, [&](int64_t begin, int64_t end) { kernels.stream(p, begin, end); });
   });
-  const Tensor scale = response_and_scale(squares, as_parameter(gamma, input), eps).second;
+  const auto [response, scale] = response_and_scale(squares, as_parameter(gamma, input), eps);
   launch_scale_and_shift(output, scale, Tensor(), Tensor(), as_parameter(beta, input), output);
+  return response;
 }
+
+}  // namespace cpu
+
+namespace {
+
+using namespace cpu;
 
 Tensor residual_depthwise_norm_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                    const Tensor& gamma, const Tensor& beta, double eps) {

@@ -1,0 +1,59 @@
+// GELU, residual depth-wise convolution and response norm in one, for tensors on the CPU: one kernel after the other,
+// in the memory of one map. The backward makes the maps between them again.
+#include <torch/library.h>
+
+#include "../checks.h"
+#include "launch.h"
+
+namespace overlock_mm {
+namespace {
+
+using namespace cpu;
+
+using NormBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                        double);
+using ConvBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t, bool,
+                                                        std::array<bool, 3>);
+
+std::tuple<Tensor, Tensor> gelu_norm_with_response_cpu(const Tensor& x, const Tensor& weight,
+                                                       const OptionalTensor& bias, const Tensor& gamma,
+                                                       const Tensor& beta, double eps) {
+  check_residual_depthwise_norm(x, weight, bias, gamma, beta);
+  const Tensor map = launch_gelu(as_input(x), Tensor());
+  const Tensor response = launch_residual_depthwise_norm(map, weight, bias, gamma, beta, eps, map);
+  return {as_output(map, x), response};
+}
+
+Tensor gelu_norm_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& gamma,
+                     const Tensor& beta, double eps) {
+  return std::get<0>(gelu_norm_with_response_cpu(x, weight, bias, gamma, beta, eps));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gelu_norm_backward_cpu(const Tensor& grad_output, const Tensor& x,
+                                                                          const Tensor& weight,
+                                                                          const OptionalTensor& bias,
+                                                                          const Tensor& gamma, const Tensor& response,
+                                                                          double eps) {
+  check_gelu_residual_depthwise_norm_backward(grad_output, x, weight, bias, gamma, response);
+  static const auto norm_backward = operator_named<NormBackward>("overlock_mm::_response_norm_backward");
+  static const auto conv_backward = operator_named<ConvBackward>("overlock_mm::_depthwise_conv2d_backward");
+  const Tensor input = as_input(x), kernel = as_parameter(weight, input), v = launch_gelu(input, Tensor());
+  const Tensor shift = bias && bias->defined() ? as_parameter(*bias, input) : Tensor();
+  Tensor map = launch_depthwise_conv2d(v, kernel, shift, /*dilation=*/1, /*residual=*/true);
+  Tensor grad_weight, grad_bias, grad_gamma, grad_beta;
+  std::tie(map, grad_gamma, grad_beta) =
+      norm_backward.call(as_input(grad_output), map, as_parameter(gamma, input), response, eps);
+  std::tie(map, grad_weight, grad_bias) =
+      conv_backward.call(map, v, kernel, /*dilation=*/1, /*residual=*/true, {true, true, true});
+  return {as_output(launch_gelu(input, map), x), grad_weight, grad_bias, grad_gamma, grad_beta};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(overlock_mm, CPU, m) {
+  m.impl("gelu_residual_depthwise_norm", &gelu_norm_cpu);
+  m.impl("_gelu_residual_depthwise_norm", &gelu_norm_with_response_cpu);
+  m.impl("_gelu_residual_depthwise_norm_backward", &gelu_norm_backward_cpu);
+}
+
+}  // namespace overlock_mm

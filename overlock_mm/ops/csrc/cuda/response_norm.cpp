@@ -1,0 +1,182 @@
+// Global response norms for tensors on a GPU, by the kernels here or by PyTorch's, whichever is faster.
+#include "response_norm.h"
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "../checks.h"
+#include "choice.h"
+#include "tensors.h"
+
+namespace overlock_mm {
+namespace {
+
+using c10::cuda::getCurrentCUDAStream;
+
+ResponseNormParams params_of(const Tensor& input) {
+  ResponseNormParams params{};
+  params.batch = input.size(0);
+  params.channels = input.size(1);
+  params.positions = input.size(2) * input.size(3);
+  params.strips = response_norm_strips(params);
+  params.input = input.const_data_ptr();
+  return params;
+}
+
+/// Sums over parts of the map, (B, strips, C): of input * other, and of other. Without other, of the squares alone.
+std::pair<Tensor, Tensor> launch_sums_of_products(const Tensor& input, const Tensor& other) {
+  ResponseNormParams params = params_of(input);
+  const Tensor sums =
+      at::empty({params.batch, params.strips, params.channels}, input.options().dtype(accumulation_type(input)));
+  params.sums = sums.mutable_data_ptr();
+  Tensor plain;
+  if (other.defined()) {
+    plain = at::empty_like(sums);
+    params.other = other.const_data_ptr();
+    params.plain_sums = plain.mutable_data_ptr();
+  }
+  C10_CUDA_CHECK(launch_channel_sums(params, dtype_of(input), getCurrentCUDAStream()));
+  return {sums, plain};
+}
+
+ResponseFactorsParams factors_params(const Tensor& sums, const Tensor& gamma, double eps) {
+  ResponseFactorsParams params{};
+  params.batch = sums.size(0);
+  params.strips = sums.size(1);
+  params.channels = sums.size(2);
+  params.eps = eps;
+  params.sums = sums.const_data_ptr();
+  params.gamma = gamma.const_data_ptr();
+  return params;
+}
+
+/// (B, C) or (C) for a map.
+Tensor for_map(const Tensor& factors, const Tensor& map) {
+  return factors.unsqueeze(-1).unsqueeze(-1).to(map.scalar_type());
+}
+
+}  // namespace
+
+std::pair<Tensor, Tensor> launch_response_and_scale(const Tensor& squares, const Tensor& gamma, double eps) {
+  ResponseFactorsParams params = factors_params(squares, gamma, eps);
+  const Tensor response = at::empty({params.batch, params.channels}, squares.options()),
+               scale = at::empty_like(response);
+  params.response = response.mutable_data_ptr();
+  params.scale = scale.mutable_data_ptr();
+  C10_CUDA_CHECK(launch_response_factors(params, dtype_of(squares), getCurrentCUDAStream()));
+  return {response, scale};
+}
+
+void launch_scale_and_shift(const Tensor& input, const Tensor& scale, const Tensor& other, const Tensor& other_scale,
+                            const Tensor& shift, const Tensor& output) {
+  ResponseNormParams params = params_of(input);
+  params.scale = scale.const_data_ptr();
+  if (other.defined()) {
+    params.other = other.const_data_ptr();
+    params.other_scale = other_scale.const_data_ptr();
+  }
+  if (shift.defined()) params.shift = shift.const_data_ptr();
+  params.output = output.mutable_data_ptr();
+  C10_CUDA_CHECK(launch_scale_and_shift(params, dtype_of(input), getCurrentCUDAStream()));
+}
+
+ResponseGradients launch_response_gradients(const Tensor& products, const Tensor& sums, const Tensor& gamma,
+                                            const Tensor& response, double eps) {
+  ResponseFactorsParams params = factors_params(products, gamma, eps);
+  ResponseGradients out{at::empty_like(response), at::empty_like(response),
+                        at::empty({params.batch, 2, params.channels}, products.options()), params};
+  out.params.plain_sums = sums.const_data_ptr();
+  out.params.response = const_cast<void*>(response.const_data_ptr());
+  out.params.scale = out.scale.mutable_data_ptr();
+  out.params.slope = out.slope.mutable_data_ptr();
+  out.params.grads_of_images = out.grads_of_images.mutable_data_ptr();
+  C10_CUDA_CHECK(launch_response_factors(out.params, dtype_of(products), getCurrentCUDAStream()));
+  return out;
+}
+
+std::tuple<Tensor, Tensor> response_norm_by_pytorch(const Tensor& x, const Tensor& gamma, const Tensor& beta,
+                                                    double eps) {
+  const at::ScalarType sums = accumulation_type(x);
+  const Tensor response = at::linalg_vector_norm(x, 2, at::IntArrayRef{2, 3}, /*keepdim=*/false, sums);
+  const Tensor scale = gamma.to(sums) * (response / (response.mean(1, /*keepdim=*/true) + eps)) + 1;
+  return {laid_out_as(x, at::addcmul(for_map(beta, x), x, for_map(scale, x))), response};
+}
+
+std::tuple<Tensor, Tensor, Tensor> response_norm_backward_by_pytorch(const Tensor& grad_output, const Tensor& x,
+                                                                     const Tensor& gamma, const Tensor& response,
+                                                                     double eps) {
+  const at::ScalarType sums = accumulation_type(x);
+  const Tensor products = (grad_output * x).sum({2, 3}, /*keepdim=*/false, sums);
+  const Tensor plain = grad_output.sum({2, 3}, /*keepdim=*/false, sums), weight = gamma.to(sums);
+  const Tensor mean = response.mean(1, /*keepdim=*/true) + eps, normed = response / mean;
+  const Tensor grad_mean = (products * weight * response).mean(1, /*keepdim=*/true) / (mean * mean);
+  const Tensor slope = at::where(response > 0, (products * weight / mean - grad_mean) / response, 0);
+  const Tensor grad_x = at::addcmul(grad_output * for_map(weight * normed + 1, x), x, for_map(slope, x));
+  return {laid_out_as(x, grad_x), (products * normed).sum(0), plain.sum(0)};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> response_norm_cuda(const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps) {
+  check_response_norm(x, gamma, beta);
+  const c10::cuda::CUDAGuard guard(x.device());
+  if (x.numel() == 0) {
+    return {empty_like_map(x), at::zeros({x.size(0), x.size(1)}, x.options().dtype(accumulation_type(x)))};
+  }
+  const auto ours = [&]() -> std::tuple<Tensor, Tensor> {
+    const Tensor input = as_channels_last(x), squares = launch_sums_of_products(input, Tensor()).first;
+    const auto [response, scale] = launch_response_and_scale(squares, as_parameter(gamma, x), eps);
+    const Tensor output = empty_channels_last(input);
+    launch_scale_and_shift(input, scale, Tensor(), Tensor(), as_parameter(beta, x), output);
+    return {laid_out_as(x, output), response};
+  };
+  const auto pytorch = [&] { return response_norm_by_pytorch(x, gamma, beta, eps); };
+  return fastest(kind_of_call("global_response_norm", x), ours, pytorch);
+}
+
+Tensor global_response_norm_cuda(const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps) {
+  return std::get<0>(response_norm_cuda(x, gamma, beta, eps));
+}
+
+std::tuple<Tensor, Tensor, Tensor> response_norm_backward_cuda(const Tensor& grad_output, const Tensor& x,
+                                                               const Tensor& gamma, const Tensor& response,
+                                                               double eps) {
+  check_response_norm_backward(grad_output, x, gamma, response);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const Tensor norms = as_parameter(response, x);
+  if (x.numel() == 0) {
+    const auto zeros = [&] { return at::zeros(gamma.sizes(), norms.options()); };
+    return {empty_like_map(x), zeros(), zeros()};
+  }
+  const auto ours = [&]() -> std::tuple<Tensor, Tensor, Tensor> {
+    const Tensor input = as_channels_last(x), grad = as_channels_last(grad_output), weight = as_parameter(gamma, x);
+    const auto [products, sums] = launch_sums_of_products(input, grad);
+    const ResponseGradients gradients = launch_response_gradients(products, sums, weight, norms, eps);
+    const Tensor grad_x = empty_channels_last(input);
+    launch_scale_and_shift(grad, gradients.scale, input, gradients.slope, Tensor(), grad_x);
+    const Tensor grad_gamma = at::empty_like(weight), grad_beta = at::empty_like(weight);
+    C10_CUDA_CHECK(launch_sum_over_images(gradients.params, grad_gamma.mutable_data_ptr(), grad_beta.mutable_data_ptr(),
+                                          dtype_of(x), getCurrentCUDAStream()));
+    return {laid_out_as(x, grad_x), grad_gamma, grad_beta};
+  };
+  const auto pytorch = [&] { return response_norm_backward_by_pytorch(grad_output, x, gamma, norms, eps); };
+  return fastest(kind_of_call("global_response_norm backward", x), ours, pytorch);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(overlock_mm, m) {
+  // ResponseNormParams::strips of a map of this size, for tools that count bytes without a GPU.
+  m.def("_response_norm_strips(int[] size) -> int",
+        [](at::IntArrayRef size) { return params_of(at::empty(size, at::TensorOptions(at::kMeta))).strips; });
+}
+
+TORCH_LIBRARY_IMPL(overlock_mm, CUDA, m) {
+  m.impl("global_response_norm", &global_response_norm_cuda);
+  m.impl("_response_norm", &response_norm_cuda);
+  m.impl("_response_norm_backward", &response_norm_backward_cuda);
+}
+
+}  // namespace overlock_mm

@@ -660,6 +660,7 @@ def test_a_binary_for_another_torch_is_refused(monkeypatch):
 def test_exports():
     assert set(ops.__all__) == {
         'branch_norms',
+        'branch_norms_given',
         'contmix',
         'contmix_kernels',
         'contmix_reference',
@@ -667,6 +668,7 @@ def test_exports():
         'cuda_choices',
         'depthwise_conv2d',
         'gelu',
+        'gelu_residual_depthwise_norm',
         'layer_norm',
         'set_cuda_kernels',
         'residual_depthwise_norm',

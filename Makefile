@@ -1,4 +1,4 @@
-# make env | demo | test | sanitize | lint. Each finished step leaves a stamp. Finished steps are skipped, interrupted ones
+# make env | demo | test | sanitize | lint | docs. Each finished step leaves a stamp. Finished steps are skipped, interrupted ones
 # resume, and a changed pin repeats the steps that depend on it.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,14 +8,14 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 DONE := $(VENV)/.done
 
-.PHONY: env mmcv demo test sanitize lint help
+.PHONY: env mmcv demo test sanitize lint docs help
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 help:
 	@echo "make env   the environment in $(VENV): torch, mmcv with operators, mmdet, mmseg, mmpretrain, this package"
 	@echo "make demo  make a small data set, train and test OverLoCK Mask R-CNN on it, draw its detections ($(WORK_DIR))"
-	@echo "make test  the tests        make lint  the linters"
+	@echo "make test  the tests        make lint  the linters        make docs  the documentation in site/"
 	@echo "make sanitize  the operators under AddressSanitizer and UBSan, and 100,000 random calls of each: hours"
 
 $(DONE)/venv:
@@ -25,6 +25,10 @@ $(DONE)/venv:
 
 $(DONE)/lint: requirements/lint.txt $(DONE)/venv
 	$(PIP) install -r requirements/lint.txt
+	@touch $@
+
+$(DONE)/docs: requirements/docs.txt $(DONE)/venv
+	$(PIP) install -r requirements/docs.txt
 	@touch $@
 
 $(DONE)/torch: requirements/build.txt requirements/torch.txt $(DONE)/venv
@@ -74,4 +78,8 @@ lint: $(DONE)/lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror \
-		$(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(wildcard $(addprefix tests/test_ops/,emulation/* nvrtc/* simd/*)))
+		$(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(wildcard $(addprefix tests/test_ops/,choices/* emulation/* nvrtc/* simd/*)))
+
+# Warnings are errors. Ruff formats the signatures.
+docs: $(DONE)/docs $(DONE)/lint
+	$(PY) -m mkdocs build --strict

@@ -12,7 +12,6 @@ image. Parameters are those of the whole model, without the auxiliary heads of c
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from typing import NamedTuple, Optional
 
@@ -36,22 +35,6 @@ class Complexity(NamedTuple):
     of_backbone: bool  # the multiply-adds
 
 
-def contmix_flops(value: tuple, query: tuple, keys: tuple, bias, rpb_small, rpb_large, small: int, large: int, **_) -> int:
-    """Floating-point operations of ContMix, two for each multiply-add, from the shapes of its inputs (docs/contmix.md).
-
-    At each position: in each group the products of the query with a key for every slot (``keys`` is (B, G, slots, C/2/G),
-    the folded keys), and the sums over both windows, each over half of the channels.
-    """
-    batch, channels, height, width = value
-    _, groups, slots, channels_per_group = keys
-    return 2 * batch * height * width * (groups * slots * channels_per_group + channels // 2 * (small**2 + large**2))
-
-
-def depthwise_flops(x: tuple, weight: tuple, *_, **__) -> int:
-    """Floating-point operations of a depth-wise convolution: one multiply-add for each tap at each position."""
-    return 2 * math.prod(x) * math.prod(weight[1:])
-
-
 def complexity(config: str, shape: Optional[tuple[int, int]] = None) -> Complexity:
     """Count a shipped config.
 
@@ -71,11 +54,7 @@ def complexity(config: str, shape: Optional[tuple[int, int]] = None) -> Complexi
     with torch.device('meta'):
         model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
         image = torch.empty(1, 3, *shape)
-    operators = {
-        torch.ops.overlock_mm._contmix: contmix_flops,
-        torch.ops.overlock_mm.depthwise_conv2d: depthwise_flops,
-    }
-    counter = FlopCounterMode(display=False, custom_mapping=operators)
+    counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model.backbone(image) if of_backbone else model(image, mode='tensor')
     # The matrix W_d is read by calling its layer on basis vectors: work that does not depend on the image.

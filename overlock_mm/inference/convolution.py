@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..models.layers import GELU, DepthwiseConv, LayerScale, ResidualDepthwiseConv
-from ..models.reparam import DilatedReparamConv, exact_dtype
+from ..models.reparam import DilatedReparamConv
 from ..ops import depthwise_conv2d, gelu
 from ..ops._autocast import cast_as_autocast, dtype_under_autocast, is_autocast_enabled
+from ..ops._reference import exact_dtype
 from .onednn import HAS_FAST_BFLOAT16, PackedConv2d, can_pack
 
 #: Positions of a bfloat16 map from which on oneDNN's depth-wise 3x3 convolution is faster than this package's, where the

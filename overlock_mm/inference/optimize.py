@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..models.blocks import BasicBlock, DynamicBlock
 from ..models.layers import GELU, AdaptiveAvgPool2d, Conv2d, DepthwiseConv, ResidualDepthwiseConv, has_hooks, is_sharded
+from ..models.norms import SyncBatchNorm
 from ..models.overlock import OverLoCK
 from ..training import unfuse
 from .blocks import FoldedBasicBlock, FoldedDynamicBlock
@@ -122,5 +123,6 @@ def _kind(module: nn.Module) -> type:
     is_batch_norm = isinstance(module, _BatchNorm) and type(module).forward in (
         _BatchNorm.forward,
         nn.SyncBatchNorm.forward,
+        SyncBatchNorm.forward,
     )
     return _BatchNorm if is_batch_norm else type(module)

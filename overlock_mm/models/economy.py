@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from ..ops._autocast import autocast_disabled, autocast_dtype, is_autocast_enabled
 from ..ops._library import operator, using_references
 from ..ops._modes import is_compiling, is_exporting, unseen_by_modes
+from ..ops.sync_norms import normalise_batch
 from .layers import is_sharded
 
 #: What ``OverLoCK(memory=...)`` takes.
@@ -134,7 +135,8 @@ _CHEAP: dict[Callable, Callable[[Callable, tuple, dict], Optional[Call]]] = {
     **dict.fromkeys(
         (
             F.layer_norm, F.gelu, F.silu, operator('layer_norm'), operator('gelu'), operator('global_response_norm'),
-            operator('gelu_residual_depthwise_norm'), torch.addcmul, Tensor.mul, Tensor.split, Tensor.permute,
+            operator('scale_and_shift'), operator('gelu_residual_depthwise_norm'), normalise_batch, torch.addcmul,
+            Tensor.mul, Tensor.split, Tensor.permute,
             Tensor.contiguous, Tensor.to, Tensor.__getitem__,
         ),
         _same_call,

@@ -145,7 +145,7 @@ class SqueezeExcitation(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.proj(x)
+        return scale_and_shift(x, self.proj(x))
 
 
 class DropPath(nn.Module):

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple, Union
+from typing import Any, NamedTuple, Union
 
 import torch
 import torch.nn as nn
 from mmengine.logging import print_log
 from torch import Tensor
 
-from ..ops import branch_norms, depthwise_conv2d
+from ..ops import branch_norms, branch_norms_given, sync_branch_norms
+from ..ops._reference import accumulation_type, fold_kernels
 from .layers import DepthwiseConv, is_as_built
+from .norms import SyncBatchNorm, exchanging_group
+
+#: Norms whose tensors may be read in place of calling them.
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
 
 #: (kernel size, dilation) of the branches that run beside a large kernel of size K.
 DILATED_BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
@@ -68,7 +73,7 @@ class DilatedReparamConv(nn.Module):
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight (C, 1, K, K) and bias (C) of the branches with their running statistics, in float64 where there is one."""
-        return _one_kernel([_Branch.of(conv, norm) for conv, norm in self.branches()])
+        return _one_kernel(self.branches())
 
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
@@ -118,18 +123,17 @@ def sum_of_branches(x: Tensor, branches: Sequence[tuple[nn.Module, nn.Module]]) 
         branches: convolution and norm of each branch.
     """
     if all(
-        is_as_built(conv, (DepthwiseConv,), 'weight') and is_as_built(norm, (nn.BatchNorm2d,), 'weight', 'bias')
+        is_as_built(conv, (DepthwiseConv,), 'weight') and is_as_built(norm, _NORMS, 'weight', 'bias')
         for conv, norm in branches
     ):
         norms = [norm for _, norm in branches]
         by_batch = {norm.training or norm.running_mean is None for norm in norms}
-        if by_batch == {True} and len({norm.eps for norm in norms}) == 1:
-            return _normalised_by_batch(x, branches)
-        if by_batch == {False}:
-            # With given statistics the branches are one kernel. Autograd goes through its folding.
-            weight, bias = _one_kernel([_Branch.of(conv, norm) for conv, norm in branches])
-            dtype = branches[0][0].weight.dtype
-            return depthwise_conv2d(x, weight.to(dtype), bias.to(dtype))
+        groups = {exchanging_group(norm) for norm in norms}
+        have_one_eps = len({norm.eps for norm in norms}) == 1
+        if by_batch == {True} and have_one_eps and len(groups) == 1:
+            return _normalised_by_batch(x, branches, groups.pop())
+        if by_batch == {False} and have_one_eps:
+            return _normalised_by_running_statistics(x, branches)
     (conv, norm), *others = branches
     out = norm(conv(x))
     for conv, norm in others:
@@ -137,13 +141,10 @@ def sum_of_branches(x: Tensor, branches: Sequence[tuple[nn.Module, nn.Module]]) 
     return out
 
 
-def _normalised_by_batch(x: Tensor, branches: Sequence[tuple[nn.Module, nn.Module]]) -> Tensor:
-    """All branches and their norms as one operator, with the statistics of the batch."""
+def _normalised_by_batch(x: Tensor, branches: Sequence[tuple[nn.Module, nn.Module]], process_group: Any) -> Tensor:
+    """All branches and their norms as one operator, with the statistics of the batch, of a process group or of ``x``."""
     convs, norms = zip(*branches)
-    count = x.shape[0] * x.shape[2] * x.shape[3]
-    if count == 1:
-        raise ValueError(f'batch norms need more than one value per channel in training, got shape {tuple(x.shape)}')
-    out, means, variances = branch_norms(
+    arguments = (
         x,
         [conv.weight for conv in convs],
         [norm.weight for norm in norms],
@@ -151,8 +152,31 @@ def _normalised_by_batch(x: Tensor, branches: Sequence[tuple[nn.Module, nn.Modul
         [conv.dilation[0] for conv in convs],
         norms[0].eps,
     )
+    if process_group is not None:
+        out, means, variances, count = sync_branch_norms(*arguments, process_group)
+    else:
+        count = x.shape[0] * x.shape[2] * x.shape[3]
+        if count == 1:
+            raise ValueError(f'batch norms need more than one value per channel in training, got shape {tuple(x.shape)}')
+        out, means, variances = branch_norms(*arguments)
     _update_running_statistics(norms, means, variances * (count / (count - 1)))
     return out
+
+
+def _normalised_by_running_statistics(x: Tensor, branches: Sequence[tuple[nn.Module, nn.Module]]) -> Tensor:
+    """With given statistics the branches are one kernel."""
+    convs, norms = zip(*branches)
+    dtype = accumulation_type(norms[0].running_mean)
+    return branch_norms_given(
+        x,
+        [conv.weight for conv in convs],
+        [norm.weight for norm in norms],
+        [norm.bias for norm in norms],
+        torch.stack([norm.running_mean for norm in norms]).to(dtype),
+        torch.stack([norm.running_var for norm in norms]).to(dtype),
+        [conv.dilation[0] for conv in convs],
+        norms[0].eps,
+    )
 
 
 @torch.no_grad()
@@ -183,9 +207,7 @@ def _update_running_statistics(norms: Sequence[nn.BatchNorm2d], means: Tensor, v
 def fold_branches(state_dict: dict[str, Tensor], prefix: str, kernel_size: int, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """Fold the weights of an unfolded ``DilatedReparamConv``: weight (C, 1, K, K) and bias (C) of one convolution.
 
-    A batch norm after a convolution scales its kernel by weight / sqrt(running_var + eps) and shifts its output. A
-    kernel with dilation d is a sparse kernel without dilation whose taps are d apart. It lies in the middle of the large
-    one. The sum is in float64 and rounded once, to the dtype of the weights.
+    The sum is in float64 and rounded once, to the dtype of the weights.
 
     Args:
         state_dict: holds the unfolded weights under ``prefix``.
@@ -202,8 +224,13 @@ def fold_branches(state_dict: dict[str, Tensor], prefix: str, kernel_size: int, 
         )
         for conv, norm, d in names
     ]
-    weight, bias = _one_kernel(branches)
+    weight, bias = fold_kernels(*zip(*branches))
     return weight.to(branches[0].kernel.dtype), bias.to(branches[0].kernel.dtype)
+
+
+def _one_kernel(branches: Sequence[tuple[nn.Module, nn.Module]]) -> tuple[Tensor, Tensor]:
+    """Weight (C, 1, K, K) and bias (C) of the sum of branches with their running statistics, unrounded."""
+    return fold_kernels(*zip(*(_Branch.of(conv, norm) for conv, norm in branches)))
 
 
 class _Branch(NamedTuple):
@@ -223,24 +250,3 @@ class _Branch(NamedTuple):
             zero, one = torch.zeros_like(conv.bias), torch.ones_like(conv.bias)
             return cls(conv.weight, conv.dilation[0], gamma=one, beta=conv.bias, mean=zero, var=one, eps=0.0)
         return cls(conv.weight, conv.dilation[0], norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
-
-
-def _one_kernel(branches: Sequence[_Branch]) -> tuple[Tensor, Tensor]:
-    """Weight (C, 1, K, K) and bias (C) of the sum of the branches, the first of which has the large kernel, unrounded."""
-    exact = exact_dtype(branches[0].kernel)
-    large = branches[0].kernel.shape[-1]
-    weight = torch.zeros_like(branches[0].kernel, dtype=exact)
-    bias = 0.0
-    for kernel, dilation, *statistics, eps in branches:
-        gamma, beta, mean, var = (tensor.to(exact) for tensor in statistics)
-        scale = gamma * torch.rsqrt(var + eps)
-        margin = large // 2 - dilation * (kernel.shape[-1] // 2)
-        taps = slice(margin, large - margin, dilation)
-        weight[:, :, taps, taps] += kernel.to(exact) * scale.view(-1, 1, 1, 1)
-        bias = bias + beta - mean * scale
-    return weight, bias
-
-
-def exact_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype to fold in: float64, but on devices that have none."""
-    return torch.float32 if tensor.device.type == 'mps' else torch.float64

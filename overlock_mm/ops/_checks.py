@@ -122,25 +122,62 @@ def check_contmix(
     small_kernel_size: int,
     large_kernel_size: int,
 ) -> None:
-    _check_floating('value', value)
     parameters = dict(proj_weight=proj_weight, proj_bias=proj_bias, rpb_small=rpb_small, rpb_large=rpb_large)
-    for name, tensor in dict(query=query, key=key, **parameters).items():
-        if tensor is not None:
-            _check_device(name, tensor, value, 'value')
-            _check_dtype(name, tensor, value, 'value', parameter=name in parameters)
-    for name, tensor, rank in (('value', value, 4), ('query', query, 4), ('key', key, 4), ('proj_weight', proj_weight, 2)):
-        _check_rank(name, tensor, rank)
+    _check_contmix_types(dict(value=value, query=query, key=key), parameters)
+    for name, tensor in (('value', value), ('query', query)):
+        _check_rank(name, tensor, 4)
     batch, channels, height, width = value.shape
     if channels == 0 or channels % (2 * num_groups):
         raise ValueError(f'value must have channels divisible by 2 * num_groups = {2 * num_groups}, got {channels}')
-    if query.shape[1] == 0 or query.shape[1] % num_groups:
-        raise ValueError(f'query must have channels divisible by num_groups = {num_groups}, got {query.shape[1]}')
     if (query.shape[0], *query.shape[2:]) != (batch, height, width):
         raise ValueError(
             f'query must have the batch and map of value, ({batch}, *, {height}, {width}), got shape {tuple(query.shape)}'
         )
-    if tuple(key.shape[:2]) != tuple(query.shape[:2]):
-        raise ValueError(f'key must have shape ({batch}, {query.shape[1]}, S, S), got {tuple(key.shape)}')
+    _check_contmix_shapes(query, key, parameters, num_groups, small_kernel_size, large_kernel_size)
+
+
+def check_contmix_kernels(
+    query: Tensor,
+    key: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Optional[Tensor],
+    rpb_small: Optional[Tensor],
+    rpb_large: Optional[Tensor],
+    *,
+    num_groups: int,
+    small_kernel_size: int,
+    large_kernel_size: int,
+) -> None:
+    parameters = dict(proj_weight=proj_weight, proj_bias=proj_bias, rpb_small=rpb_small, rpb_large=rpb_large)
+    _check_contmix_types(dict(query=query, key=key), parameters)
+    _check_contmix_shapes(query, key, parameters, num_groups, small_kernel_size, large_kernel_size)
+
+
+def _check_contmix_types(maps: dict[str, Tensor], parameters: dict[str, Optional[Tensor]]) -> None:
+    """All tensors must fit the first map."""
+    reference_name, reference = next(iter(maps.items()))
+    _check_floating(reference_name, reference)
+    for name, tensor in {**maps, **parameters}.items():
+        if tensor is not None:
+            _check_device(name, tensor, reference, reference_name)
+            _check_dtype(name, tensor, reference, reference_name, parameter=name in parameters)
+
+
+def _check_contmix_shapes(
+    query: Tensor,
+    key: Tensor,
+    parameters: dict[str, Optional[Tensor]],
+    num_groups: int,
+    small_kernel_size: int,
+    large_kernel_size: int,
+) -> None:
+    for name, tensor, rank in (('query', query, 4), ('key', key, 4), ('proj_weight', parameters['proj_weight'], 2)):
+        _check_rank(name, tensor, rank)
+    batch, channels, height, width = query.shape
+    if channels == 0 or channels % num_groups:
+        raise ValueError(f'query must have channels divisible by num_groups = {num_groups}, got {channels}')
+    if tuple(key.shape[:2]) != (batch, channels):
+        raise ValueError(f'key must have shape ({batch}, {channels}, S, S), got {tuple(key.shape)}')
     for name, kernel_size in (('small_kernel_size', small_kernel_size), ('large_kernel_size', large_kernel_size)):
         if kernel_size % 2 == 0:
             raise ValueError(f'{name} must be odd, got {kernel_size}')
@@ -193,14 +230,7 @@ def check_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor], di
         _check_parameter('bias', bias, x)
 
 
-def check_branch_norms(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    norm_weights: Sequence[Tensor],
-    norm_biases: Sequence[Tensor],
-    dilations: Sequence[int],
-    eps: float,
-) -> None:
+def check_branches(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> None:
     _check_map(x)
     branches = len(weights)
     if not 1 <= branches <= _MOST_BRANCHES:
@@ -218,13 +248,93 @@ def check_branch_norms(
         raise ValueError(
             f'the first branch must reach as far as any, got kernel sizes {kernel_sizes} and dilations {list(dilations)}'
         )
-    for name, parameters in (('norm_weights', norm_weights), ('norm_biases', norm_biases)):
-        if len(parameters) != branches:
-            raise ValueError(f'{name} must be a tensor for each of {branches} weights, got {len(parameters)}')
-        for parameter in parameters:
-            _check_parameter(name, parameter, x)
+
+
+def _check_norm_parameters(name: str, parameters: Sequence[Tensor], x: Tensor, branches: int) -> None:
+    if len(parameters) != branches:
+        raise ValueError(f'{name} must be a tensor for each of {branches} weights, got {len(parameters)}')
+    for parameter in parameters:
+        _check_parameter(name, parameter, x)
+
+
+def _check_branch_statistics(name: str, statistics: Tensor, x: Tensor, branches: int) -> None:
+    _check_device(name, statistics, x, 'x')
+    _check_dtype(name, statistics, x, 'x', parameter=True)
+    _check_shape(name, statistics, (branches, x.shape[1]))
+
+
+def _check_grad_output(grad_output: Tensor, x: Tensor) -> None:
+    _check_device('grad_output', grad_output, x, 'x')
+    _check_dtype('grad_output', grad_output, x, 'x', parameter=False)
+    if grad_output.shape != x.shape:
+        raise ValueError(f'grad_output must have the shape of x, {tuple(x.shape)}, got {tuple(grad_output.shape)}')
+
+
+def check_branch_norms(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    dilations: Sequence[int],
+    eps: float,
+) -> None:
+    check_branches(x, weights, dilations)
+    _check_norm_parameters('norm_weights', norm_weights, x, len(weights))
+    _check_norm_parameters('norm_biases', norm_biases, x, len(weights))
     if x.numel() <= x.shape[1]:
         raise ValueError(f'x must have more than one value for each channel, got shape {tuple(x.shape)}')
+
+
+def check_branch_norms_given(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    mean: Tensor,
+    variance: Tensor,
+    dilations: Sequence[int],
+    eps: float,
+) -> None:
+    check_branches(x, weights, dilations)
+    _check_norm_parameters('norm_weights', norm_weights, x, len(weights))
+    _check_norm_parameters('norm_biases', norm_biases, x, len(weights))
+    _check_branch_statistics('mean', mean, x, len(weights))
+    _check_branch_statistics('variance', variance, x, len(weights))
+
+
+def check_branch_norms_sums(
+    grad_output: Tensor, x: Tensor, weights: Sequence[Tensor], mean: Tensor, dilations: Sequence[int]
+) -> None:
+    check_branches(x, weights, dilations)
+    _check_grad_output(grad_output, x)
+    _check_branch_statistics('mean', mean, x, len(weights))
+
+
+def check_branch_norms_gradients(
+    grad_output: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    mean: Tensor,
+    variance: Tensor,
+    grad_mean: Tensor,
+    product_mean: Tensor,
+    dilations: Sequence[int],
+    eps: float,
+) -> None:
+    check_branches(x, weights, dilations)
+    _check_norm_parameters('norm_weights', norm_weights, x, len(weights))
+    _check_grad_output(grad_output, x)
+    _check_parameter('grad_mean', grad_mean, x)
+    for name, statistics in dict(mean=mean, variance=variance, product_mean=product_mean).items():
+        _check_branch_statistics(name, statistics, x, len(weights))
+
+
+def check_scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor]) -> None:
+    _check_map(x)
+    _check_parameter('scale', scale, x, x.shape[:2] if scale.ndim == 2 and shift is None else x.shape[1:2])
+    if shift is not None:
+        _check_parameter('shift', shift, x)
 
 
 def check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:

@@ -36,12 +36,21 @@ SCHEMAS = {
     'gelu': '(Tensor x) -> Tensor',
     'branch_norms': '(Tensor x, Tensor[] weights, Tensor[] norm_weights, Tensor[] norm_biases, int[] dilations, '
     'float eps) -> (Tensor output, Tensor mean, Tensor variance)',
+    '_branch_statistics': '(Tensor x, Tensor[] weights, int[] dilations) -> (Tensor mean, Tensor variance)',
+    '_branch_norms_given': '(Tensor x, Tensor[] weights, Tensor[] norm_weights, Tensor[] norm_biases, Tensor mean, '
+    'Tensor variance, int[] dilations, float eps) -> Tensor',
+    '_branch_norms_sums': '(Tensor grad_output, Tensor x, Tensor[] weights, Tensor mean, int[] dilations) -> '
+    '(Tensor grad_sum, Tensor products)',
+    '_branch_norms_gradients': '(Tensor grad_output, Tensor x, Tensor[] weights, Tensor[] norm_weights, Tensor mean, '
+    'Tensor variance, Tensor grad_mean, Tensor product_mean, int[] dilations, float eps) -> '
+    '(Tensor grad_x, Tensor grad_weights)',
     'global_response_norm': '(Tensor x, Tensor gamma, Tensor beta, float eps) -> Tensor',
     'layer_norm': '(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor',
     'residual_depthwise_norm': '(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) -> Tensor',
     'residual_depthwise_norm_': '(Tensor(a!) x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) -> ()',
     'gelu_residual_depthwise_norm': '(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) '
     '-> Tensor',
+    'scale_and_shift': '(Tensor x, Tensor scale, Tensor? shift) -> Tensor',
     'transpose': '(Tensor matrices) -> Tensor',
 }
 
@@ -120,6 +129,22 @@ def _contmix(value: Tensor, query: Tensor, key: Tensor, *args: Any, **kwargs: An
         return _laid_out_as(value, _reference.contmix_reference(value, query, key, *args, **kwargs))
 
 
+def _branch_statistics(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    _checks.check_branches(x, *args)
+    return _reference.branch_statistics(x, *args)
+
+
+def _branch_norms_sums(*args: Any) -> tuple[Tensor, Tensor]:
+    _checks.check_branch_norms_sums(*args)
+    return _reference.branch_norms_sums(*args)
+
+
+def _branch_norms_gradients(grad_output: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    _checks.check_branch_norms_gradients(grad_output, x, *args)
+    grad_x, grad_weights = _reference.branch_norms_gradients(grad_output, x, *args)
+    return _laid_out_as(x, grad_x), grad_weights
+
+
 def _gelu(x: Tensor) -> Tensor:
     _checks.check_gelu(x)
     return F.gelu(x)
@@ -136,6 +161,10 @@ references: dict[str, Callable] = {
     'depthwise_conv2d': _as_operator(_reference.depthwise_conv2d, _checks.check_depthwise_conv2d),
     'gelu': _gelu,
     'branch_norms': _as_operator(_reference.branch_norms, _checks.check_branch_norms),
+    '_branch_statistics': _branch_statistics,
+    '_branch_norms_given': _as_operator(_reference.branch_norms_given, _checks.check_branch_norms_given),
+    '_branch_norms_sums': _branch_norms_sums,
+    '_branch_norms_gradients': _branch_norms_gradients,
     'global_response_norm': _as_operator(_reference.global_response_norm, _checks.check_response_norm),
     'layer_norm': _as_operator(_reference.layer_norm, _checks.check_layer_norm),
     'residual_depthwise_norm': _as_operator(_reference.residual_depthwise_norm, _checks.check_residual_depthwise_norm),
@@ -143,6 +172,7 @@ references: dict[str, Callable] = {
     'gelu_residual_depthwise_norm': _as_operator(
         _reference.gelu_residual_depthwise_norm, _checks.check_residual_depthwise_norm
     ),
+    'scale_and_shift': _as_operator(_reference.scale_and_shift, _checks.check_scale_and_shift),
     'transpose': _transpose,
 }
 

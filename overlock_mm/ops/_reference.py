@@ -83,6 +83,41 @@ def aggregate(value: Tensor, kernels: Tensor) -> Tensor:
     return out.permute(0, 1, 4, 2, 3)
 
 
+def contmix_kernels(
+    query: Tensor,
+    key: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Optional[Tensor],
+    rpb_small: Optional[Tensor],
+    rpb_large: Optional[Tensor],
+    *,
+    num_groups: int,
+    small_kernel_size: int,
+    large_kernel_size: int,
+) -> tuple[Tensor, Tensor]:
+    """:func:`overlock_mm.ops.contmix_kernels`, with the same arguments: (B, G, H, W, ks, ks), (B, G, H, W, kl, kl)."""
+    batch, _, height, width = query.shape
+    dtype = accumulation_type(query)
+    query, key, proj_weight = query.to(dtype), key.to(dtype), proj_weight.to(dtype)
+
+    query_channels, tokens = key.shape[1] // num_groups, key.shape[2] * key.shape[3]
+    q = query.reshape(batch, num_groups, query_channels, height * width)  # (B, G, Cq/G, HW)
+    k = key.reshape(batch, num_groups, query_channels, tokens)  # (B, G, Cq/G, S²)
+    affinity = q.transpose(-2, -1) @ k  # (B, G, HW, S²): of every position with every context token (eq. 1)
+    logits = affinity @ proj_weight.t()  # (B, G, HW, ks² + kl²): W_d makes kernels of them (eq. 2)
+    if proj_bias is not None:
+        logits = logits + proj_bias.to(dtype)
+
+    def kernels(logits: Tensor, kernel_size: int, rpb: Optional[Tensor]) -> Tensor:
+        z = logits.reshape(batch, num_groups, height, width, kernel_size, kernel_size)  # (B, G, H, W, k, k)
+        if rpb is not None:
+            z = z + relative_position_bias(rpb.to(dtype), height, width)  # (B, G, H, W, k, k)
+        return z.flatten(-2).softmax(dim=-1).view_as(z)  # (B, G, H, W, k, k): every kernel sums to 1
+
+    small, large = logits.split([small_kernel_size**2, large_kernel_size**2], dim=-1)
+    return kernels(small, small_kernel_size, rpb_small), kernels(large, large_kernel_size, rpb_large)
+
+
 def contmix_reference(
     value: Tensor,
     query: Tensor,
@@ -101,27 +136,21 @@ def contmix_reference(
     It materialises all affinities and kernels, as the published code does, and supports higher-order derivatives.
     """
     batch, channels, height, width = value.shape
-    dtype = accumulation_type(value)
-    query, key, proj_weight = query.to(dtype), key.to(dtype), proj_weight.to(dtype)
-
-    query_channels, tokens = key.shape[1] // num_groups, key.shape[2] * key.shape[3]
-    q = query.reshape(batch, num_groups, query_channels, height * width)  # (B, G, Cq/G, HW)
-    k = key.reshape(batch, num_groups, query_channels, tokens)  # (B, G, Cq/G, S²)
-    affinity = q.transpose(-2, -1) @ k  # (B, G, HW, S²): of every position with every context token (eq. 1)
-    logits = affinity @ proj_weight.t()  # (B, G, HW, ks² + kl²): W_d makes kernels of them (eq. 2)
-    if proj_bias is not None:
-        logits = logits + proj_bias.to(dtype)
-
+    kernels_of_both = contmix_kernels(
+        query,
+        key,
+        proj_weight,
+        proj_bias,
+        rpb_small,
+        rpb_large,
+        num_groups=num_groups,
+        small_kernel_size=small_kernel_size,
+        large_kernel_size=large_kernel_size,
+    )
     outputs = []
-    branches = ((small_kernel_size, rpb_small), (large_kernel_size, rpb_large))
-    split_logits = logits.split([small_kernel_size**2, large_kernel_size**2], dim=-1)
-    for half, branch_logits, (kernel_size, rpb) in zip(value.chunk(2, dim=1), split_logits, branches):
-        z = branch_logits.reshape(batch, num_groups, height, width, kernel_size, kernel_size)  # (B, G, H, W, k, k)
-        if rpb is not None:
-            z = z + relative_position_bias(rpb.to(dtype), height, width)  # (B, G, H, W, k, k)
-        p = z.flatten(-2).softmax(dim=-1).view_as(z)  # (B, G, H, W, k, k): every kernel sums to 1
-        v = half.to(dtype).reshape(batch, num_groups, channels // 2 // num_groups, height, width)  # (B, G, c, H, W)
-        outputs.append(aggregate(v, p).reshape(batch, channels // 2, height, width))  # (B, C/2, H, W) (eq. 3)
+    for half, kernels in zip(value.chunk(2, dim=1), kernels_of_both):
+        v = half.to(kernels.dtype).reshape(batch, num_groups, channels // 2 // num_groups, height, width)  # (B, G, c, H, W)
+        outputs.append(aggregate(v, kernels).reshape(batch, channels // 2, height, width))  # (B, C/2, H, W) (eq. 3)
     return torch.cat(outputs, dim=1).to(value.dtype)  # (B, C, H, W)
 
 
@@ -143,6 +172,12 @@ def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> 
     response = response / (response.mean(dim=1, keepdim=True) + eps)  # (eq. 2)
     scale = (gamma.view(1, -1, 1, 1) * response + 1).to(x.dtype)
     return torch.addcmul(beta.view(1, -1, 1, 1).to(x.dtype), x, scale)  # (eq. 3)
+
+
+def scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor]) -> Tensor:
+    """``x * scale + shift``: scale is (C), or (B, C) without a shift."""
+    out = x * scale[..., None, None].to(x.dtype)
+    return out if shift is None else out + shift[:, None, None].to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -273,16 +308,20 @@ class _LeanBranchNorms(torch.autograd.Function):
             grad_y, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_batch_norm_backward(
                 grad_output, y, scale, None, None, means[i], inverse_deviations[i], True, ctx.eps, [True, True, True],
             )  # fmt: skip
-            padding, kernel = dilation * (weight.shape[-1] // 2), weight.to(x.dtype)
-            grad_of_branch, grad_weight, _ = torch.ops.aten.convolution_backward(
-                grad_y, x, kernel, None, [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], len(kernel),
-                [True, True, False],
-            )  # fmt: skip
+            grad_of_branch, grad_weight = _gradients_of_branch(grad_y, x, weight, dilation)
             grad_x = grad_of_branch if grad_x is None else grad_x + grad_of_branch
             grad_weights.append(grad_weight.to(weight.dtype))
             grad_norm_weights.append(grad_norm_weight.to(norm_weight.dtype))
             grad_norm_biases.append(grad_norm_bias.to(ctx.bias_dtypes[i]))
         return grad_x, None, None, *grad_weights, *grad_norm_weights, *grad_norm_biases
+
+
+def _gradients_of_branch(grad_y: Tensor, x: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
+    """Of a branch's input and kernel."""
+    padding, kernel = dilation * (weight.shape[-1] // 2), weight.to(x.dtype)
+    return torch.ops.aten.convolution_backward(
+        grad_y, x, kernel, None, [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], len(kernel), [True, True, False]
+    )[:2]
 
 
 def _batch_norm(y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -298,3 +337,108 @@ def _batch_norm(y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Te
 def _dense(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """PyTorch's gradient of a batch norm in channels_last takes a strided weight for a dense one (torch 2.11)."""
     return parameter.to(dtype).contiguous()
+
+
+# Branch norms in parts, between which processes exchange what they found (sync_norms.py). The batch is that of all
+# processes. y is a branch's output.
+
+
+def branch_statistics(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of y in this process, (branches, C) each. Those of no values are 0."""
+    if x.numel() == 0:
+        mean = x.new_zeros(len(weights), x.shape[1], dtype=accumulation_type(x))
+        return mean, mean.clone()
+    means, variances = [], []
+    for weight, dilation in zip(weights, dilations):
+        y = depthwise_conv2d(x, weight, None, dilation, False).to(accumulation_type(x))
+        variance, mean = torch.var_mean(y, dim=(0, 2, 3), correction=0)
+        means.append(mean)
+        variances.append(variance)
+    return torch.stack(means), torch.stack(variances)
+
+
+def branch_norms_given(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    mean: Tensor,
+    variance: Tensor,
+    dilations: Sequence[int],
+    eps: float,
+) -> Tensor:
+    """With given statistics the branches are one kernel: (B, C, H, W)."""
+    statistics = norm_weights, norm_biases, mean.unbind(), variance.unbind()
+    weight, bias = fold_kernels(weights, dilations, *statistics, [eps] * len(weights))
+    dtype = weights[0].dtype
+    return depthwise_conv2d(x, weight.to(dtype), bias.to(dtype), 1, False)
+
+
+def fold_kernels(
+    kernels: Sequence[Tensor],
+    dilations: Sequence[int],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    eps: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """Weight (C, 1, K, K) and bias (C) of the sum of branches, the first of which has the large kernel, unrounded.
+
+    A batch norm after a convolution scales its kernel by weight / sqrt(variance + eps) and shifts its output. A kernel with
+    dilation d is a sparse kernel without dilation whose taps are d apart. It lies in the middle of the large one.
+    """
+    exact, large = exact_dtype(kernels[0]), kernels[0].shape[-1]
+    weight, bias = torch.zeros_like(kernels[0], dtype=exact), 0.0
+    for kernel, dilation, *statistics, own_eps in zip(kernels, dilations, norm_weights, norm_biases, means, variances, eps):
+        gamma, beta, mean, variance = (each.to(exact) for each in statistics)
+        scale = gamma * torch.rsqrt(variance + own_eps)
+        margin = large // 2 - dilation * (kernel.shape[-1] // 2)
+        taps = slice(margin, large - margin, dilation)
+        weight[:, :, taps, taps] += kernel.to(exact) * scale.view(-1, 1, 1, 1)
+        bias = bias + beta - mean * scale
+    return weight, bias
+
+
+def exact_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype to fold in: float64, but on devices that have none."""
+    return torch.float32 if tensor.device.type == 'mps' else torch.float64
+
+
+def branch_norms_sums(
+    grad_output: Tensor, x: Tensor, weights: Sequence[Tensor], mean: Tensor, dilations: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Sums over this process: of ``grad_output``, (C), and of ``grad_output * (y - mean)``, (branches, C)."""
+    grad = grad_output.to(accumulation_type(x))
+    products = []
+    for weight, branch_mean, dilation in zip(weights, mean, dilations):
+        distance = depthwise_conv2d(x, weight, None, dilation, False) - branch_mean.view(-1, 1, 1)
+        products.append((grad * distance).sum(dim=(0, 2, 3)))
+    return grad.sum(dim=(0, 2, 3)), torch.stack(products)
+
+
+def branch_norms_gradients(
+    grad_output: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    mean: Tensor,
+    variance: Tensor,
+    grad_mean: Tensor,
+    product_mean: Tensor,
+    dilations: Sequence[int],
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``x`` and of the kernels side by side, (C, sum of k * k), from those sums over the batch, as means."""
+    grad = grad_output - grad_mean.view(-1, 1, 1)
+    inverse_deviation = torch.rsqrt(variance + eps)
+    slope = product_mean * inverse_deviation.square()
+    grad_x, grad_weights = None, []
+    for i, (weight, norm_weight, dilation) in enumerate(zip(weights, norm_weights, dilations)):
+        distance = depthwise_conv2d(x, weight, None, dilation, False) - mean[i].view(-1, 1, 1)
+        scale = norm_weight.to(mean.dtype) * inverse_deviation[i]
+        grad_y = scale.view(-1, 1, 1) * (grad - slope[i].view(-1, 1, 1) * distance)
+        grad_of_branch, grad_weight = _gradients_of_branch(grad_y.to(x.dtype), x, weight, dilation)
+        grad_x = grad_of_branch if grad_x is None else grad_x + grad_of_branch
+        grad_weights.append(grad_weight.flatten(1).to(mean.dtype))
+    return grad_x, torch.cat(grad_weights, dim=1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 from torch import Tensor
 
-from ._checks import check_optional_tensor, check_size, check_tensor
+from . import _reference
+from ._autocast import autocast_disabled, cast_as_autocast
+from ._checks import check_contmix_kernels, check_optional_tensor, check_size, check_tensor
 from ._library import operator
 
 
@@ -62,10 +64,50 @@ def contmix(
     tensors = dict(value=value, query=query, key=key, proj_weight=proj_weight)
     biases = dict(proj_bias=proj_bias, rpb_small=rpb_small, rpb_large=rpb_large)
     sizes = dict(num_groups=num_groups, small_kernel_size=small_kernel_size, large_kernel_size=large_kernel_size)
+    _check_kinds(tensors, biases, sizes)
+    return operator('contmix')(*tensors.values(), *biases.values(), **sizes)
+
+
+def contmix_kernels(
+    query: Tensor,
+    key: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Optional[Tensor],
+    rpb_small: Optional[Tensor],
+    rpb_large: Optional[Tensor],
+    *,
+    num_groups: int,
+    small_kernel_size: int,
+    large_kernel_size: int,
+) -> tuple[Tensor, Tensor]:
+    """The dynamic kernels that :func:`contmix` mixes with, in plain PyTorch, to look at or to analyse.
+
+    The arguments are those of :func:`contmix`, without ``value``. A network needs no such call: :func:`contmix` never
+    writes kernels to memory, and this function takes ks² + kl² numbers for each position and group.
+
+    Returns:
+        (Tensor[B, G, H, W, ks, ks], Tensor[B, G, H, W, kl, kl]): the small and the large kernel of every position and
+        group, at least in float32. Each kernel sums to 1. Slot (i, j) of the kernel at (y, x) weights the value at
+        (clamp(y - k//2, 0, H - k) + i, clamp(x - k//2, 0, W - k) + j).
+
+    Raises:
+        TypeError: an argument is not a tensor (or an integer), or the dtypes do not fit together.
+        ValueError: a shape, a kernel size or a device does not fit; the message names the argument and what it got.
+    """
+    tensors = dict(query=query, key=key, proj_weight=proj_weight)
+    biases = dict(proj_bias=proj_bias, rpb_small=rpb_small, rpb_large=rpb_large)
+    sizes = dict(num_groups=num_groups, small_kernel_size=small_kernel_size, large_kernel_size=large_kernel_size)
+    _check_kinds(tensors, biases, sizes)
+    query, key = cast_as_autocast(query), cast_as_autocast(key)
+    check_contmix_kernels(query, key, proj_weight, *biases.values(), **sizes)
+    with autocast_disabled(query.device.type):
+        return _reference.contmix_kernels(query, key, proj_weight, *biases.values(), **sizes)
+
+
+def _check_kinds(tensors: dict[str, Any], biases: dict[str, Any], sizes: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
         check_tensor(name, tensor)
     for name, tensor in biases.items():
         check_optional_tensor(name, tensor)
     for name, size in sizes.items():
         check_size(name, size)
-    return operator('contmix')(*tensors.values(), *biases.values(), **sizes)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._autocast import cast_as_autocast
 from ._checks import (
+    check_branch_norms_given,
     check_dilations,
     check_flag,
     check_layer_norm,
@@ -22,7 +23,8 @@ from ._checks import (
 )
 from ._library import operator
 from ._modes import is_compiling
-from .depthwise import residual_depthwise_conv2d
+from ._reference import accumulation_type, fold_kernels
+from .depthwise import depthwise_conv2d, residual_depthwise_conv2d
 
 
 def branch_norms(
@@ -61,6 +63,47 @@ def branch_norms(
     dilations = check_dilations(dilations)
     check_number('eps', eps)
     return operator('branch_norms')(cast_as_autocast(x), weights, norm_weights, norm_biases, dilations, eps)
+
+
+def branch_norms_given(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    mean: Tensor,
+    variance: Tensor,
+    dilations: Sequence[int],
+    eps: float = 1e-5,
+) -> Tensor:
+    """The sum of :func:`branch_norms` with given statistics: one convolution, with a kernel that is folded.
+
+    Without gradients, folding and convolution are one operator. With gradients, autograd goes through the folding.
+
+    Args:
+        x, weights, norm_weights, norm_biases, dilations, eps: as of :func:`branch_norms`.
+        mean, variance (Tensor[branches, C]): of the branches' outputs. Their dtype is that of ``x``, or float32.
+
+    Returns:
+        Tensor[B, C, H, W]: as :func:`branch_norms`.
+
+    Raises:
+        TypeError, ValueError: as :func:`depthwise_conv2d`.
+    """
+    for name, tensor in (('x', x), ('mean', mean), ('variance', variance)):
+        check_tensor(name, tensor)
+    weights = check_tensors('weights', weights)
+    norm_weights = check_tensors('norm_weights', norm_weights)
+    norm_biases = check_tensors('norm_biases', norm_biases)
+    dilations = check_dilations(dilations)
+    check_number('eps', eps)
+    x = cast_as_autocast(x)
+    arguments = x, weights, norm_weights, norm_biases, mean, variance, dilations, eps
+    if not _wants_gradient(x, *weights, *norm_weights, *norm_biases, mean, variance):
+        return operator('_branch_norms_given')(*arguments)
+    check_branch_norms_given(*arguments)
+    statistics = norm_weights, norm_biases, mean.unbind(), variance.unbind()
+    weight, bias = fold_kernels(weights, dilations, *statistics, [eps] * len(weights))
+    return depthwise_conv2d(x, weight.to(weights[0].dtype), bias.to(weights[0].dtype))
 
 
 def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-6) -> Tensor:
@@ -108,8 +151,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Te
     check_tensor('bias', bias)
     check_number('eps', eps)
     if x.is_cuda and not is_compiling():
-        return operator('layer_norm')(cast_as_autocast(x), weight, bias, eps)
+        out = operator('layer_norm')(cast_as_autocast(x), weight, bias, eps)
+        return out.contiguous(memory_format=torch.channels_last)
     check_layer_norm(cast_as_autocast(x), weight, bias, eps)
+    weight, bias = (each.to(accumulation_type(x)) for each in (weight, bias))
     out = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps)
     return cast_as_autocast(out.permute(0, 3, 1, 2))
 
@@ -148,7 +193,7 @@ def residual_depthwise_norm(
     check_flag('inplace', inplace)
     given, x = x, cast_as_autocast(x)
     tensors = [each for each in (x, weight, bias, gamma, beta) if each is not None]
-    wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+    wants_gradient = _wants_gradient(*tensors)
     if inplace and (wants_gradient or x.dtype != given.dtype):
         reason = 'a gradient is asked for' if wants_gradient else f'autocast makes {x.dtype} of {given.dtype}'
         raise ValueError(f'inplace must be False where {reason}, got True')
@@ -186,3 +231,7 @@ def gelu_residual_depthwise_norm(
     check_optional_tensor('bias', bias)
     check_number('eps', eps)
     return operator('gelu_residual_depthwise_norm')(cast_as_autocast(x), weight, bias, gamma, beta, eps)
+
+
+def _wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(each.requires_grad for each in tensors)

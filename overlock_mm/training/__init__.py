@@ -1,4 +1,4 @@
-"""Training: models whose layers run in fewer passes over their maps."""
+"""Training: what makes steps of a model faster, without changing what it computes."""
 
 from .fuse import fuse, unfuse
 from .hook import FuseForTrainingHook

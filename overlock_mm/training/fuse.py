@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..models.layers import GELU, GlobalResponseNorm, ResidualDepthwiseConv, is_as_built
 from ..ops import gelu_residual_depthwise_norm
+from .norms import convert_sync_norms, restore_sync_norms
 
 Model = TypeVar('Model', bound=nn.Module)
 
@@ -18,9 +19,10 @@ def fuse(model: Model) -> Model:
     """Let layers of a model run together, where one operator takes fewer passes over a map than they do. In place.
 
     In an ``nn.Sequential``, GELU, residual depth-wise convolution and response norm, one after the other, become one call
-    of :func:`overlock_mm.ops.gelu_residual_depthwise_norm`: the middle of OverLoCK's MLPs. Outputs and gradients are the
-    same to rounding. Modules, parameters and the names of the state dict stay what they are. A layer that was replaced,
-    wrapped or given a hook, before or after this call, is called by itself, and so are its neighbours.
+    of :func:`overlock_mm.ops.gelu_residual_depthwise_norm`: the middle of OverLoCK's MLPs. torch's ``SyncBatchNorm``
+    becomes :class:`overlock_mm.models.norms.SyncBatchNorm`, for which the host does not wait. Outputs and gradients are
+    the same to rounding. Modules, parameters and the names of the state dict stay what they are. A layer that was
+    replaced, wrapped or given a hook, before or after this call, is called by itself, and so are its neighbours.
 
     Args:
         model: a backbone, or a whole model, also one that is wrapped for several processes.
@@ -35,7 +37,7 @@ def fuse(model: Model) -> Model:
     for module in model.modules():
         if type(module) is nn.Sequential and any(_is_middle_of_mlp(layers) for layers in _triples(module)):
             module.__class__ = FusedSequential
-    return model
+    return convert_sync_norms(model)
 
 
 def unfuse(model: Model) -> Model:
@@ -48,7 +50,7 @@ def unfuse(model: Model) -> Model:
     for module in model.modules():
         if type(module) is FusedSequential:
             module.__class__ = nn.Sequential
-    return model
+    return restore_sync_norms(model)
 
 
 def _check(model: object) -> None:

@@ -21,6 +21,7 @@ from overlock_mm.inference.convolution import FoldedConv2d
 from overlock_mm.inference.onednn import HAS_FAST_BFLOAT16, _has_bfloat16
 from overlock_mm.models import OverLoCK
 from overlock_mm.models.blocks import BasicBlock, DynamicBlock
+from overlock_mm.training.norms import convert_sync_norms
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason='this torch has no oneDNN, and nothing is packed'
@@ -200,13 +201,14 @@ def test_changed_blocks_are_left_as_they_are(trained, change):
 
 
 @torch.no_grad()
-def test_changed_eps_and_synchronised_norms_are_folded(trained):
+@pytest.mark.parametrize('convert', [lambda model: model, convert_sync_norms], ids=['torch', 'ours'])
+def test_changed_eps_and_synchronised_norms_are_folded(trained, convert):
     for module in trained.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 0.5
     x = torch.randn(1, 3, 64, 64)
     expected = trained(x)
-    optimized = optimize(nn.SyncBatchNorm.convert_sync_batchnorm(trained))
+    optimized = optimize(convert(nn.SyncBatchNorm.convert_sync_batchnorm(trained)))
     assert {type(part) for part in parts(optimized)} == {FoldedBasicBlock, FoldedDynamicBlock}
     assert_same_outputs(optimized(x), expected)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -142,6 +143,7 @@ class Operator:
         like_torch: whether PyTorch's operators say how exact a result can be in a dtype.
         terms: of exact arguments, results and the gradient of the output, norms of the terms of which sums are made that
             nearly cancel: each may be rounded.
+        layout: of the output. By default, that of x.
     """
 
     function: Callable
@@ -150,6 +152,7 @@ class Operator:
     tolerances: dict[torch.dtype, float]
     like_torch: bool = False
     terms: Callable[[dict, dict, Tensor], dict[str, float]] = lambda arguments, results, grad_output: {}
+    layout: Optional[torch.memory_format] = None
 
 
 def draw_contmix(draw: Draw) -> dict[str, Any]:
@@ -269,6 +272,14 @@ def draw_branches(draw: Draw) -> dict[str, Any]:
     )
 
 
+def draw_given_branches(draw: Draw) -> dict[str, Any]:
+    arguments = draw_branches(draw)
+    x, branches = arguments['x'], len(arguments['weights'])
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, variance = (draw.normal(branches, x.shape[1]).to(dtype) for _ in range(2))
+    return dict(arguments, mean=mean, variance=variance.square() + 0.1)
+
+
 def terms_of_branches(arguments: dict, results: dict, grad_output: Tensor) -> dict[str, float]:
     """Of the gradients of kernels: a norm takes out what scales a kernel, of a single tap all but eps leaves."""
     terms = {}
@@ -279,14 +290,14 @@ def terms_of_branches(arguments: dict, results: dict, grad_output: Tensor) -> di
     return terms
 
 
-def spoil_depthwise(draw: Draw, arguments: dict[str, Any]) -> list[str]:
-    """For all operators of a map x with parameters."""
+def spoil_depthwise(draw: Draw, arguments: dict[str, Any], few_values: bool = False) -> list[str]:
+    """For all operators of a map x with parameters. For some, few values for each channel are wrong."""
     name = draw.choice([name for name, value in arguments.items() if value is not None])
     value = arguments[name]
     if isinstance(value, Tensor):
         if name == 'x':
             arguments[name] = wrong_input(draw, value)
-            if 'norm_weights' in arguments and draw.happens(0.2):
+            if few_values and draw.happens(0.2):
                 arguments[name] = draw.choice([value[:0], value[:1, :, :1, :1]])
             return ['x', *(other for other in arguments if other in ('weight', 'weights', 'gamma'))]
         arguments[name] = wrong_tensor(draw, value, arguments['x'].dtype, range(value.ndim), optional=name == 'bias')
@@ -411,10 +422,18 @@ OPERATORS = {
     'residual_depthwise_conv2d': Operator(ops.residual_depthwise_conv2d, draw_residual, spoil_depthwise, TOLERANCES),
     'gelu': Operator(ops.gelu, draw_gelu, spoil_gelu, TOLERANCES),
     'global_response_norm': Operator(ops.global_response_norm, draw_response_norm, spoil_depthwise, TOLERANCES),
-    'layer_norm': Operator(ops.layer_norm, draw_layer_norm, spoil_depthwise, TOLERANCES, like_torch=True),
+    'layer_norm': Operator(
+        ops.layer_norm, draw_layer_norm, spoil_depthwise, TOLERANCES, like_torch=True, layout=torch.channels_last
+    ),
     'residual_depthwise_norm': Operator(ops.residual_depthwise_norm, draw_residual_norm, spoil_depthwise, TOLERANCES),
     'gelu_residual_depthwise_norm': Operator(ops.gelu_residual_depthwise_norm, draw_gelu_norm, spoil_depthwise, TOLERANCES),
-    'branch_norms': Operator(ops.branch_norms, draw_branches, spoil_depthwise, TOLERANCES, True, terms_of_branches),
+    'branch_norms': Operator(
+        ops.branch_norms, draw_branches, partial(spoil_depthwise, few_values=True), TOLERANCES, True, terms_of_branches
+    ),
+    'branch_norms_given': Operator(ops.branch_norms_given, draw_given_branches, spoil_depthwise, TOLERANCES, True),
+    'sync_branch_norms': Operator(
+        ops.sync_branch_norms, draw_branches, spoil_depthwise, TOLERANCES, True, terms_of_branches
+    ),
 }
 
 
@@ -430,7 +449,7 @@ def call(name: str, number: int) -> None:
     """
     operator, draw = OPERATORS[name], Draw(f'{name} {number}')
     arguments = operator.draw(draw)
-    with threads(draw.choice([1, 1, 2, 3])):
+    with threads(draw.choice([1, 1, 2, 3])), process_group() if name.startswith('sync') else contextlib.nullcontext():
         if not draw.happens(WRONG_CALLS):
             check_results(operator, draw, arguments)
             return
@@ -441,6 +460,16 @@ def call(name: str, number: int) -> None:
             check_as_pytorch(arguments)
         else:
             check_error(operator, arguments, names)
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Of this process alone."""
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -570,8 +599,8 @@ def check_kinds(operator: Operator, dtype: torch.dtype, arguments: dict[str, Any
         gradient = got.get(f'gradient of {name}')
         assert gradient is None or gradient.dtype == tensor.dtype, (name, gradient.dtype)
     if operator.function is not ops.conv2d and 'inplace' not in arguments:
-        for format in (torch.contiguous_format, torch.channels_last):
-            if x.is_contiguous(memory_format=format):
+        for format in [operator.layout] if operator.layout else (torch.contiguous_format, torch.channels_last):
+            if operator.layout or x.is_contiguous(memory_format=format):
                 assert out.is_contiguous(memory_format=format), (x.stride(), out.stride())
                 break
 

@@ -661,13 +661,18 @@ def test_exports():
     assert set(ops.__all__) == {
         'branch_norms',
         'contmix',
+        'contmix_kernels',
         'contmix_reference',
         'conv2d',
+        'cuda_choices',
         'depthwise_conv2d',
         'gelu',
+        'layer_norm',
+        'set_cuda_kernels',
         'residual_depthwise_norm',
         'global_response_norm',
         'residual_depthwise_conv2d',
+        'sync_branch_norms',
         'use_references',
     }
     assert all(callable(getattr(ops, name)) for name in ops.__all__)

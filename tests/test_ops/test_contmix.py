@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import autocast_dtypes, devices, relative_error
 
-from overlock_mm.ops import contmix, contmix_reference, use_references
+from overlock_mm.ops import contmix, contmix_kernels, contmix_reference, use_references
+from overlock_mm.ops._reference import aggregate
 
 SIZES = dict(num_groups=2, small_kernel_size=3, large_kernel_size=5)
 IMPLEMENTATIONS = pytest.mark.parametrize('function', [contmix, contmix_reference], ids=['contmix', 'reference'])
@@ -273,3 +274,93 @@ def test_bad_arguments(change, error, message, compiled):
 def test_half_beside_double_is_named():
     with pytest.raises(TypeError, match='proj_weight must have dtype torch.float16 or torch.float32 .* got torch.float64'):
         contmix(**{**make_arguments(dtype=torch.float16), 'proj_weight': make_arguments()['proj_weight']})
+
+
+# The kernels by themselves.
+
+
+def kernels_of(arguments):
+    return contmix_kernels(**{name: value for name, value in arguments.items() if name != 'value'})
+
+
+def mixed_by(kernels, value):
+    """(B, C, H, W): the halves of the channels, each summed under its kernels."""
+    halves = [half.unflatten(1, (kernels[0].shape[1], -1)) for half in value.chunk(2, dim=1)]
+    return torch.cat([aggregate(half, each).flatten(1, 2) for half, each in zip(halves, kernels)], dim=1)
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [dict(), dict(height=5, width=23), dict(height=9, width=8, small_kernel_size=1, large_kernel_size=7, num_groups=3)],
+    ids=str,
+)
+def test_kernels_are_those_of_contmix(settings):
+    arguments = make_arguments(**settings)
+    for name in (None, 'proj_bias', 'rpb_small', 'rpb_large'):
+        changed = arguments if name is None else {**arguments, name: None}
+        kernels = kernels_of(changed)
+        assert relative_error(mixed_by(kernels, arguments['value']), contmix(**changed)) < 1e-14
+        for each, size in zip(kernels, (arguments['small_kernel_size'], arguments['large_kernel_size'])):
+            batch, _, height, width = arguments['value'].shape
+            assert each.shape == (batch, arguments['num_groups'], height, width, size, size)
+            assert (each >= 0).all()
+            assert relative_error(each.sum(dim=(-2, -1)), torch.ones(each.shape[:-2])) < 1e-15
+
+
+def test_slots_of_a_kernel_at_a_corner():
+    """The window of the last position ends at the last row and column: its last slot is the position itself."""
+    arguments = make_arguments()
+    arguments['rpb_large'].fill_(-torch.inf)
+    arguments['rpb_large'][:, 4, 4] = 0  # offset 0
+    kernels = kernels_of(arguments)[1]
+    for position, slot in (((5, 8), (4, 4)), ((0, 0), (0, 0)), ((3, 4), (2, 2))):
+        expected = torch.zeros(5, 5, dtype=torch.float64)
+        expected[slot] = 1
+        assert torch.equal(kernels[:, :, position[0], position[1]], expected.expand(2, 2, 5, 5))
+
+
+def test_kernels_of_half_types_are_float32():
+    arguments = make_arguments(dtype=torch.bfloat16)
+    kernels = kernels_of(arguments)
+    assert [each.dtype for each in kernels] == [torch.float32, torch.float32]
+    assert relative_error(mixed_by(kernels, arguments['value'].float()), contmix(**arguments).float()) < 5e-3
+
+
+def test_kernels_under_autocast():
+    arguments = make_arguments(dtype=torch.float32)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        kernels = kernels_of(arguments)
+    rounded = {name: arguments[name].to(torch.bfloat16) for name in ('query', 'key')}
+    for got, expected in zip(kernels, kernels_of({**arguments, **rounded})):
+        assert torch.equal(got, expected)
+
+
+def test_kernels_have_gradients():
+    arguments = make_arguments(batch=1, height=5, width=5, per_group=1, query_per_group=2, tokens=2)
+    names = [name for name, value in arguments.items() if isinstance(value, torch.Tensor) and name != 'value']
+
+    def run(*inputs):
+        return kernels_of({**arguments, **dict(zip(names, inputs))})
+
+    assert torch.autograd.gradcheck(run, [arguments[name].requires_grad_() for name in names], fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    'change, error, message',
+    [
+        (replaced('query', lambda x: x.tolist()), TypeError, 'query must be a Tensor, got list'),
+        (replaced('proj_bias', lambda x: 1.0), TypeError, 'proj_bias must be a Tensor or None, got float'),
+        (replaced('num_groups', lambda x: 0), ValueError, 'num_groups must be at least 1, got 0'),
+        (replaced('query', lambda x: x.int()), TypeError, 'query must be float16, .* got torch.int32'),
+        (replaced('query', lambda x: x[0]), ValueError, r'query must have 4 dimensions, got shape \(4, 6, 9\)'),
+        (replaced('query', lambda x: x[:, :3]), ValueError, 'query must have channels divisible by num_groups = 2, got 3'),
+        (replaced('key', lambda x: x.to('meta')), ValueError, 'key must be on the device of query, cpu, got meta'),
+        (replaced('key', lambda x: x.float()), TypeError, 'key must have dtype torch.float64 with query of torch.float64'),
+        (replaced('key', lambda x: x[:1]), ValueError, r'key must have shape \(2, 4, S, S\), got \(1, 4, 3, 3\)'),
+        (replaced('rpb_large', lambda x: x[0]), ValueError, r'rpb_large must have shape \(2, 9, 9\), got \(9, 9\)'),
+        (replaced('large_kernel_size', lambda x: 7), ValueError, 'large_kernel_size must be at most .* 6, got 7'),
+    ],
+)
+def test_bad_arguments_of_kernels(change, error, message):
+    with pytest.raises(error, match=message):
+        kernels_of(change(make_arguments()))

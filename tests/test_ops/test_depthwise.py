@@ -33,6 +33,7 @@ from overlock_mm.ops import (
     residual_depthwise_norm,
     use_references,
 )
+from overlock_mm.ops.cuda_kernels import has_cuda_kernels
 from overlock_mm.ops.elementwise import scale_and_shift
 
 pytestmark = pytest.mark.skipif(
@@ -729,7 +730,15 @@ def operator_arguments(name: str, dtype=torch.float32, layout='contiguous') -> l
         if name == 'branch_norms':
             return inputs
         _, mean, variance = torch.ops.overlock_mm.branch_norms(*inputs)
-        return [grad_output, x, weights, norm_weights, mean, variance, dilations, 1e-5]
+        return {
+            '_branch_norms_backward': [grad_output, x, weights, norm_weights, mean, variance, dilations, 1e-5],
+            '_branch_statistics': [x, weights, dilations],
+            '_branch_norms_given': [x, weights, norm_weights, norm_biases, mean, variance, dilations, 1e-5],
+            '_branch_norms_sums': [grad_output, x, weights, mean, dilations],
+            '_branch_norms_gradients': [
+                grad_output, x, weights, norm_weights, mean, variance, mean[0], variance, dilations, 1e-5,
+            ],
+        }[name]  # fmt: skip
     weight, bias, gamma, beta = (arguments[each] for each in ('weight', 'bias', 'gamma', 'beta'))
     if name == 'depthwise_conv2d':
         return [x, weight, bias, 1, True]
@@ -763,7 +772,14 @@ BACKWARDS = [
     '_response_norm_backward',
 ]
 FOR_INFERENCE = ['residual_depthwise_norm', 'residual_depthwise_norm_']
-INTERNAL = ['_gelu_residual_depthwise_norm', '_response_norm']
+INTERNAL = [
+    '_gelu_residual_depthwise_norm',
+    '_response_norm',
+    '_branch_statistics',
+    '_branch_norms_given',
+    '_branch_norms_sums',
+    '_branch_norms_gradients',
+]
 
 
 @pytest.mark.skipif(TORCH < (2, 4), reason='torch < 2.4 has no torch.library.opcheck')
@@ -880,10 +896,14 @@ def test_schemas_are_the_same_without_the_binary():
         assert str(of_binary) == str(torch._C.parse_schema(f'overlock_mm::{name}{schema}'))
 
 
+#: Of OPERATORS, those with kernels for CUDA.
+WITH_CUDA_KERNELS = {'convolution', 'residual', 'norm'}
+
+
 @pytest.mark.skipif(torch.version.cuda is None, reason='this torch has no device cuda')
 @operators
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
-def test_other_devices_run_the_references(name, layout):
+def test_gpus_run_their_kernels_or_the_references(name, layout):
     """With tensors that have no data: no GPU is needed."""
     operator = OPERATORS[name]
     with FakeTensorMode():
@@ -894,7 +914,8 @@ def test_other_devices_run_the_references(name, layout):
             out = operator.run(**arguments)
             with torch.no_grad():
                 inference = operator.run(**arguments)
-    assert namespaces.seen <= {'aten', 'prim', 'prims'}
+    has_kernels = has_cuda_kernels() and name in WITH_CUDA_KERNELS
+    assert namespaces.seen - {'aten', 'prim', 'prims'} == ({'overlock_mm'} if has_kernels else set())
     assert out.requires_grad
     for each in (out, inference):
         assert (each.device, each.stride()) == (arguments['x'].device, arguments['x'].stride())

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from overlock_mm.models import OverLoCK
 from overlock_mm.models.overlock import ARCHITECTURES
+from overlock_mm.models.reparam import DilatedReparamConv
 from overlock_mm.ops.cuda_kernels import has_cuda_kernels
 
 Cost, measure = gpu_cost.Cost, gpu_cost.measure
@@ -172,12 +173,37 @@ def test_layouts_of_convolutions_are_those_of_their_input(layout):
 # --------------------------------------------------------------------------------------- other processes, and the host
 
 
-@pytest.mark.parametrize('training, collectives, host_syncs', [(True, 4, 6), (False, 0, 0)])
-def test_synchronised_norms(training, collectives, host_syncs):
-    """Each has one exchange forward and one backward, and waits for a mask three times (torch's SyncBatchNorm)."""
+@pytest.mark.parametrize(
+    'training, fuse, collectives, host_syncs', [(True, False, 4, 6), (True, True, 4, 0), (False, False, 0, 0)]
+)
+def test_synchronised_norms(training, fuse, collectives, host_syncs):
+    """Each has one exchange forward and one backward. torch's SyncBatchNorm waits for a mask three times."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
-    counts, _ = measure(model, (2, 3, 8, 8), sync_bn=True, training=training)
+    counts, _ = measure(model, (2, 3, 8, 8), sync_bn=True, fuse=fuse, training=training)
     assert (counts['collectives'], counts['host_syncs']) == (collectives, host_syncs)
+
+
+def test_a_synchronised_norm_without_waiting():
+    """Each kernel of a step: of torch's SyncBatchNorm, those that make and apply masks are missing."""
+    _, costs = measure(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), (2, 3, 8, 8), sync_bn=True, fuse=True)
+    launches = {name: cost.launches for name, cost in costs.items() if 'convolution' not in name}
+    assert launches == {
+        # The statistics of this process, with their count, in one message; those of all; the number of batches; the output.
+        'batch_norm_stats': 1, 'new_full': 1, 'cat': 1, '_allgather_base_': 1, 'batch_norm_gather_stats_with_counts': 1,
+        'add_': 1, 'batch_norm_elemt': 1,
+        # Two sums in one message; the gradient, which takes counts as integers.
+        'batch_norm_backward_reduce': 1, 'stack': 1, 'allreduce_': 1, '_to_copy': 1, 'batch_norm_backward_elemt': 1,
+    }  # fmt: skip
+
+
+def test_a_layer_of_branches_exchanges_once():
+    counts, _ = measure(small_overlock('xt'), (1, 3, 64, 64), sync_bn=True, fuse=True)
+    model = small_overlock('xt')
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    layers = [module for module in model.modules() if isinstance(module, DilatedReparamConv)]
+    assert len(layers) > 3
+    together = sum(len(layer.branches()) - 1 for layer in layers)
+    assert (counts['collectives'], counts['host_syncs']) == (2 * (norms - together), 0)
 
 
 def test_norms_by_themselves_exchange_nothing():
@@ -258,10 +284,10 @@ def test_options_reach_the_count(monkeypatch, capsys):
 
     monkeypatch.setattr(gpu_cost, 'measure', record)
     gpu_cost.main([])
-    gpu_cost.main([*XT, '--sync-bn', '--dtype', 'bfloat16', '--mode', 'eval'])
+    gpu_cost.main([*XT, '--sync-bn', '--fuse', '--dtype', 'bfloat16', '--mode', 'eval'])
     assert calls == [
-        (OverLoCK, (2, 3, 800, 1344), dict(dtype='float32', sync_bn=False, training=True)),
-        (OverLoCK, (1, 3, 64, 64), dict(dtype='bfloat16', sync_bn=True, training=False)),
+        (OverLoCK, (2, 3, 800, 1344), dict(dtype='float32', sync_bn=False, fuse=False, training=True)),
+        (OverLoCK, (1, 3, 64, 64), dict(dtype='bfloat16', sync_bn=True, fuse=True, training=False)),
     ]
 
 

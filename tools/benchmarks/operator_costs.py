@@ -168,6 +168,146 @@ def cost_of_layer_norm_backward(
     return Cost(2, bytes_of([grad_output, x, mean, rstd, *outputs]) + bytes_of_sums(weight) + of_sums)
 
 
+# Branch norms.
+
+
+class BranchSizes:
+    """Bytes and numbers that the launches of branch norms have in common (csrc/cuda/branch_norms_launch.h)."""
+
+    def __init__(self, x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> None:
+        self.kernel_sizes = [weight.shape[-1] for weight in weights]
+        self.batch, self.channels, self.branches = *x.shape[:2], len(weights)
+        self.parts, self.weight_parts, self.images, self.tiled = torch.ops.overlock_mm._branch_norms_parts(
+            x.shape, self.kernel_sizes, dilations, x.dtype, SHARED_MEMORY
+        )
+        self.number = 8 if x.dtype == torch.float64 else 4  # bytes of a sum
+        self.map = bytes_of([x])
+        self.taps = sum(k * k for k in self.kernel_sizes)  # multiply-adds of an output, too
+        self.weights = self.number * self.channels * self.taps
+        self.statistic = self.number * self.channels * self.branches
+        self.macs = x.numel() * self.taps
+
+
+def cost_of_branch_statistics(
+    x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], outputs: Sequence[Tensor]
+) -> Cost:
+    """A kernel for the statistics of parts of the map, and one that merges them."""
+    sizes = BranchSizes(x, weights, dilations)
+    partial = sizes.parts * (2 * sizes.statistic + 8)
+    return Cost(2, sizes.map + sizes.weights + 2 * partial + 2 * sizes.statistic, sizes.macs)
+
+
+def cost_of_branch_norms_given(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    mean: Tensor,
+    variance: Tensor,
+    dilations: Sequence[int],
+    eps: float,
+    outputs: Sequence[Tensor],
+) -> Cost:
+    """A kernel that folds the branches into one kernel and a bias, and the convolution."""
+    sizes = BranchSizes(x, weights, dilations)
+    folded = sizes.number * sizes.channels * (sizes.kernel_sizes[0] ** 2 + 1)
+    macs = x.numel() * sizes.kernel_sizes[0] ** 2
+    return Cost(2, sizes.weights + 4 * sizes.statistic + 2 * folded + 2 * sizes.map, macs)
+
+
+def cost_of_branch_norms(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    dilations: Sequence[int],
+    eps: float,
+    outputs: Sequence[Tensor],
+) -> Cost:
+    _, *statistics = outputs
+    given = (x, weights, norm_weights, norm_biases, *statistics, dilations, eps)
+    of_statistics = cost_of_branch_statistics(x, weights, dilations, outputs)
+    return of_statistics + cost_of_branch_norms_given(*given, outputs=outputs)
+
+
+def cost_of_branch_norms_sums(
+    grad_output: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    mean: Tensor,
+    dilations: Sequence[int],
+    outputs: Sequence[Tensor],
+    of_norms: bool = False,
+) -> Cost:
+    """A kernel for sums of parts of the map, and one that adds them; with the gradients of the norms' parameters."""
+    sizes = BranchSizes(x, weights, dilations)
+    sums = sizes.statistic + sizes.number * sizes.channels
+    read = 2 * sizes.map + sizes.weights + sizes.statistic + 3 * sizes.statistic * of_norms  # these: variances, gradients
+    return Cost(2, read + 2 * sizes.parts * sums + sums, sizes.macs)
+
+
+def cost_of_branch_norms_gradients(
+    grad_output: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    mean: Tensor,
+    variance: Tensor,
+    grad_mean: Tensor,
+    product_mean: Tensor,
+    dilations: Sequence[int],
+    eps: float,
+    outputs: Sequence[Tensor],
+) -> Cost:
+    """A kernel for the gradients of the branches' outputs, and one that makes of them those of the map, and of the weights.
+
+    The general kernels have one for each of these. All start again for every few images of a large batch. Parts of the
+    weights' gradients are added in the end.
+    """
+    sizes = BranchSizes(x, weights, dilations)
+    starts = math.ceil(sizes.batch / sizes.images)
+    branches = sizes.branches * sizes.map
+    of_outputs = 2 * sizes.map + branches + starts * (sizes.weights + 4 * sizes.statistic + sizes.number * sizes.channels)
+    of_inputs = 2 * sizes.map + branches + starts * sizes.weights * (1 + sizes.weight_parts)
+    if not sizes.tiled:
+        of_inputs += branches
+    of_sums = sizes.weights * (starts * sizes.weight_parts + 1)
+    launches = starts * (2 if sizes.tiled else 3) + 1
+    return Cost(launches, of_outputs + of_inputs + of_sums, 3 * sizes.macs)
+
+
+def cost_of_branch_norms_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    mean: Tensor,
+    variance: Tensor,
+    dilations: Sequence[int],
+    eps: float,
+    outputs: Sequence[Tensor],
+) -> Cost:
+    of_sums = cost_of_branch_norms_sums(grad_output, x, weights, mean, dilations, outputs, of_norms=True)
+    given = (grad_output, x, weights, norm_weights, mean, variance, mean[0], mean, dilations, eps)
+    return of_sums + cost_of_branch_norms_gradients(*given, outputs=outputs)
+# Scales and shifts.
+
+
+def cost_of_scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor], outputs: Sequence[Tensor]) -> Cost:
+    """One kernel."""
+    return Cost(1, bytes_of([x, *outputs]) + sum(bytes_of_sums(each) for each in (scale, shift) if each is not None))
+
+
+def cost_of_scale_and_shift_backward(
+    grad_output: Tensor, x: Tensor, scale: Tensor, has_shift: bool, outputs: Sequence[Tensor]
+) -> Cost:
+    """A kernel for the gradient of the map and partial sums of those of the parameters, and one that adds these."""
+    strips = torch.ops.overlock_mm._scale_and_shift_strips(x.shape)
+    copies = strips * (1 if scale.ndim == 2 else x.shape[0])
+    of_sums = 2 * copies * (1 + has_shift) * bytes_of_sums(scale)
+    return Cost(2, bytes_of([grad_output, x, *outputs]) + bytes_of_sums(scale) + of_sums)
+
+
 # Response norms, and the layers before them in an MLP.
 
 
@@ -288,8 +428,16 @@ STATED: dict[str, Callable[..., Cost]] = {
     'depthwise_conv2d': cost_of_depthwise,
     '_depthwise_conv2d_backward': cost_of_depthwise_backward,
     'layer_norm': cost_of_layer_norm,
+    'scale_and_shift': cost_of_scale_and_shift,
+    '_scale_and_shift_backward': cost_of_scale_and_shift_backward,
     '_layer_norm': cost_of_layer_norm,
     '_layer_norm_backward': cost_of_layer_norm_backward,
+    'branch_norms': cost_of_branch_norms,
+    '_branch_norms_backward': cost_of_branch_norms_backward,
+    '_branch_statistics': cost_of_branch_statistics,
+    '_branch_norms_given': cost_of_branch_norms_given,
+    '_branch_norms_sums': cost_of_branch_norms_sums,
+    '_branch_norms_gradients': cost_of_branch_norms_gradients,
     'global_response_norm': cost_of_response_norm,
     '_response_norm': cost_of_response_norm,
     '_response_norm_backward': cost_of_response_norm_backward,

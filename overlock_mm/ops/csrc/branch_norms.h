@@ -27,12 +27,14 @@ struct BranchNormsParams {
   // Backward. Let y be a branch's output, and grad the gradient of the output less its mean. The gradient of y is
   // scale * (grad - slope * (y - mean)), where slope = slope_of_product * product, and product is the sum of
   // grad * (y - mean) over the batch. A work item is a channel block of one image or of the whole batch. With the whole
-  // batch there is one pass. With one image there are two: the first only makes the products, and has no grad_input.
+  // batch there may be one pass, for which `product` is null. With one image there are two: the first only makes the
+  // products, and has no grad_input; for the second, `product` is their sum.
   bool whole_batch;
   const void* grad_output;                      ///< map
   const void* grad_mean;                        ///< (C): the mean of grad_output
   const void *mean, *scale, *slope_of_product;  ///< (branches, C)
-  void* products;                               ///< (B, branches, C)
+  const void* product;                          ///< (branches, C), or null
+  void* products;                               ///< (B, branches, C): of each image. Not written if `product` is given
   void* grad_input;                             ///< map, or null
   void* grad_weights;                           ///< (B, C, taps), to be summed over the first
 

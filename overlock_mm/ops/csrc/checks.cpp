@@ -225,8 +225,7 @@ void check_norm_parameters(const char* name, at::TensorList parameters, const Te
   for (const Tensor& parameter : parameters) check_parameter(name, parameter, x, {x.sym_size(1)});
 }
 
-void check_branch_norms(const Tensor& x, at::TensorList weights, at::TensorList norm_weights,
-                        at::IntArrayRef dilations) {
+void check_branches(const Tensor& x, at::TensorList weights, at::IntArrayRef dilations) {
   check_map(x);
   const int64_t branches = weights.size();
   TORCH_CHECK_VALUE(branches >= 1 && branches <= BranchNormsParams::kMostBranches, "weights must be 1 to ",
@@ -246,7 +245,16 @@ void check_branch_norms(const Tensor& x, at::TensorList weights, at::TensorList 
                       "the first branch must reach as far as any, got kernel sizes ", c10::SymIntArrayRef(kernel_sizes),
                       " and dilations ", dilations);
   }
-  check_norm_parameters("norm_weights", norm_weights, x, branches);
+}
+
+void check_branch_statistics(const char* name, const Tensor& statistics, const Tensor& x, int64_t branches) {
+  check_parameter(name, statistics, x, {branches, x.sym_size(1)});
+}
+
+void check_branch_norms(const Tensor& x, at::TensorList weights, at::TensorList norm_weights,
+                        at::IntArrayRef dilations) {
+  check_branches(x, weights, dilations);
+  check_norm_parameters("norm_weights", norm_weights, x, weights.size());
 }
 
 void check_branch_norms_backward(const Tensor& grad_output, const Tensor& x, at::TensorList weights,
@@ -254,8 +262,32 @@ void check_branch_norms_backward(const Tensor& grad_output, const Tensor& x, at:
                                  at::IntArrayRef dilations) {
   check_branch_norms(x, weights, norm_weights, dilations);
   check_grad_output(grad_output, x);
-  check_parameter("mean", mean, x, {int64_t(weights.size()), x.sym_size(1)});
-  check_parameter("variance", variance, x, {int64_t(weights.size()), x.sym_size(1)});
+  check_branch_statistics("mean", mean, x, weights.size());
+  check_branch_statistics("variance", variance, x, weights.size());
+}
+
+void check_branch_norms_given(const Tensor& x, at::TensorList weights, at::TensorList norm_weights,
+                              at::TensorList norm_biases, const Tensor& mean, const Tensor& variance,
+                              at::IntArrayRef dilations) {
+  check_branch_norms(x, weights, norm_weights, dilations);
+  check_norm_parameters("norm_biases", norm_biases, x, weights.size());
+  check_branch_statistics("mean", mean, x, weights.size());
+  check_branch_statistics("variance", variance, x, weights.size());
+}
+
+void check_branch_norms_sums(const Tensor& grad_output, const Tensor& x, at::TensorList weights, const Tensor& mean,
+                             at::IntArrayRef dilations) {
+  check_branches(x, weights, dilations);
+  check_grad_output(grad_output, x);
+  check_branch_statistics("mean", mean, x, weights.size());
+}
+
+void check_branch_norms_gradients(const Tensor& grad_output, const Tensor& x, at::TensorList weights,
+                                  at::TensorList norm_weights, const Tensor& mean, const Tensor& variance,
+                                  const Tensor& grad_mean, const Tensor& product_mean, at::IntArrayRef dilations) {
+  check_branch_norms_backward(grad_output, x, weights, norm_weights, mean, variance, dilations);
+  check_parameter("grad_mean", grad_mean, x, {x.sym_size(1)});
+  check_branch_statistics("product_mean", product_mean, x, weights.size());
 }
 
 void check_response_norm(const Tensor& x, const Tensor& gamma, const Tensor& beta) {
@@ -284,6 +316,16 @@ void check_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias)
   check_map(x);
   check_parameter("weight", weight, x, {x.sym_size(1)});
   check_parameter("bias", bias, x, {x.sym_size(1)});
+}
+
+void check_scale_and_shift(const Tensor& x, const Tensor& scale, const OptionalTensor& shift) {
+  check_map(x);
+  if (scale.dim() == 2 && !shift) {
+    check_parameter("scale", scale, x, {x.sym_size(0), x.sym_size(1)});
+  } else {
+    check_parameter("scale", scale, x, {x.sym_size(1)});
+  }
+  if (shift) check_parameter("shift", *shift, x, {x.sym_size(1)});
 }
 
 void check_gelu_residual_depthwise_norm_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight,

@@ -46,6 +46,10 @@ void check_parameter(const char* name, const Tensor& parameter, const Tensor& x,
 void check_kernel(const char* name, const Tensor& weight, const Tensor& x);
 
 void check_depthwise_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t dilation);
+/// The convolutions of branch norms.
+void check_branches(const Tensor& x, at::TensorList weights, at::IntArrayRef dilations);
+/// Statistics of the branches, or sums over their outputs: (branches, C).
+void check_branch_statistics(const char* name, const Tensor& statistics, const Tensor& x, int64_t branches);
 /// All arguments but norm_biases, which the backward does not have.
 void check_branch_norms(const Tensor& x, at::TensorList weights, at::TensorList norm_weights,
                         at::IntArrayRef dilations);
@@ -54,12 +58,22 @@ void check_norm_parameters(const char* name, at::TensorList parameters, const Te
 void check_branch_norms_backward(const Tensor& grad_output, const Tensor& x, at::TensorList weights,
                                  at::TensorList norm_weights, const Tensor& mean, const Tensor& variance,
                                  at::IntArrayRef dilations);
+void check_branch_norms_given(const Tensor& x, at::TensorList weights, at::TensorList norm_weights,
+                              at::TensorList norm_biases, const Tensor& mean, const Tensor& variance,
+                              at::IntArrayRef dilations);
+void check_branch_norms_sums(const Tensor& grad_output, const Tensor& x, at::TensorList weights, const Tensor& mean,
+                             at::IntArrayRef dilations);
+void check_branch_norms_gradients(const Tensor& grad_output, const Tensor& x, at::TensorList weights,
+                                  at::TensorList norm_weights, const Tensor& mean, const Tensor& variance,
+                                  const Tensor& grad_mean, const Tensor& product_mean, at::IntArrayRef dilations);
 void check_response_norm(const Tensor& x, const Tensor& gamma, const Tensor& beta);
 void check_response_norm_backward(const Tensor& grad_output, const Tensor& x, const Tensor& gamma,
                                   const Tensor& response);
 void check_residual_depthwise_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                    const Tensor& gamma, const Tensor& beta);
 void check_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias);
+/// scale is (C), or (B, C) without a shift.
+void check_scale_and_shift(const Tensor& x, const Tensor& scale, const OptionalTensor& shift);
 void check_gelu_residual_depthwise_norm_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight,
                                                  const OptionalTensor& bias, const Tensor& gamma,
                                                  const Tensor& response);

@@ -12,6 +12,8 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
+#include <vector>
+
 #include "../tensors.h"
 
 namespace overlock_mm {
@@ -20,17 +22,20 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-/// Register the function that an operator is under autograd, for the CPU and meta, and for CUDA if it has kernels there
-/// (and the binary has CUDA).
+/// The devices for which operators have functions under autograd: the CPU and meta, and CUDA if there are kernels for
+/// it, and the binary has CUDA.
+inline std::vector<c10::DispatchKey> autograd_keys([[maybe_unused]] bool has_cuda) {
+  std::vector<c10::DispatchKey> keys{c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutogradMeta};
+#if defined(OVERLOCK_MM_WITH_CUDA)
+  if (has_cuda) keys.push_back(c10::DispatchKey::AutogradCUDA);
+#endif
+  return keys;
+}
+
+/// Register the function that an operator is under autograd.
 template <typename Function>
 void impl_autograd(torch::Library& library, const char* name, Function* function, bool has_cuda = false) {
-  library.impl(name, torch::dispatch(c10::DispatchKey::AutogradCPU, function));
-  library.impl(name, torch::dispatch(c10::DispatchKey::AutogradMeta, function));
-#if defined(OVERLOCK_MM_WITH_CUDA)
-  if (has_cuda) library.impl(name, torch::dispatch(c10::DispatchKey::AutogradCUDA, function));
-#else
-  static_cast<void>(has_cuda);
-#endif
+  for (const c10::DispatchKey key : autograd_keys(has_cuda)) library.impl(name, torch::dispatch(key, function));
 }
 
 /// Whether a backward has to be prepared. On a small map the preparation takes longer than the operator.
@@ -68,6 +73,13 @@ inline void call_without_derivative(const c10::OperatorHandle& op, torch::jit::S
 
 inline torch::CppFunction without_derivative() {
   return torch::CppFunction::makeFromBoxedFunction<&call_without_derivative>();
+}
+
+/// The same for an operator that has a reference under the alias key Autograd.
+inline void impl_without_derivative(torch::Library& library, const char* name, bool has_cuda = false) {
+  for (const c10::DispatchKey key : autograd_keys(has_cuda)) {
+    library.impl(name, torch::dispatch(key, without_derivative()));
+  }
 }
 
 }  // namespace overlock_mm

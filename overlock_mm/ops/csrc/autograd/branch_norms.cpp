@@ -66,7 +66,13 @@ std::tuple<Tensor, Tensor, Tensor> branch_norms_autograd(const Tensor& x, at::Te
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(overlock_mm, m) { impl_autograd(m, "branch_norms", &branch_norms_autograd); }
+TORCH_LIBRARY_FRAGMENT(overlock_mm, m) {
+  impl_autograd(m, "branch_norms", &branch_norms_autograd, /*has_cuda=*/true);
+  for (const char* name :
+       {"_branch_statistics", "_branch_norms_given", "_branch_norms_sums", "_branch_norms_gradients"}) {
+    impl_without_derivative(m, name, /*has_cuda=*/true);
+  }
+}
 
 TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) { m.impl("_branch_norms_backward", without_derivative()); }
 

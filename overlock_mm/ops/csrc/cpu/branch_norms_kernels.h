@@ -177,7 +177,7 @@ class BranchGradients {
     for (int b = 0; b < p_.branches; ++b) {
       Vector<T> product = multiply_distances(b);
       if (!p_.grad_input) continue;
-      if (!p_.whole_batch) product = product_over_batch(b);
+      if (p_.product) product = load_statistic(p_.product, b);
       for (int64_t i = 0; i < images_; ++i) {
         differentiate_norm(b, i, product);
         correlate_with_input(b, i);
@@ -204,7 +204,7 @@ class BranchGradients {
     for (int64_t i = 0; i < images_; ++i) {
       const Vector<T> own = multiply_distances(b, i, mean);
       product += own;
-      if (p_.whole_batch || !p_.grad_input) store_block(product_at(first_image_ + i, b), block_, own);
+      if (!p_.product) store_block(product_at(first_image_ + i, b), block_, own);
     }
     return product;
   }
@@ -229,13 +229,6 @@ class BranchGradients {
       });
       product += line_product;
     }
-    return product;
-  }
-
-  /// From the products of all images, which the first pass made.
-  Vector<T> product_over_batch(int b) const {
-    Vector<T> product{};
-    for (int64_t i = 0; i < p_.batch; ++i) product += load_block(product_at(i, b), block_);
     return product;
   }
 

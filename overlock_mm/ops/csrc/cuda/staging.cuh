@@ -74,10 +74,10 @@ __device__ __forceinline__ void load_channels(const ImageChannels<const T>& imag
 }
 
 /// Brings a tile to shared memory. The block's threads take part; they have to synchronise afterwards.
-template <typename T, typename A>
+template <typename T, int kChannels = kBlockChannels<T>, typename A>
 __device__ __forceinline__ void stage(const ImageChannels<const T>& image, const Region& region, const Planes& planes,
                                       A* shared) {
-  constexpr int kSize = Channels<T>::kSize, kVectors = kBlockChannels<T> / kSize;
+  constexpr int kSize = Channels<T>::kSize, kVectors = kChannels / kSize;
   const int count = region.rows * region.columns * kVectors;
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     const int vector = i % kVectors, position = i / kVectors;
@@ -91,10 +91,10 @@ __device__ __forceinline__ void stage(const ImageChannels<const T>& image, const
 }
 
 /// Writes a tile that lies in shared memory. Positions outside of the map are left out.
-template <typename T, typename A>
+template <typename T, int kChannels = kBlockChannels<T>, typename A>
 __device__ __forceinline__ void unstage(const A* shared, const Planes& planes, const Region& region,
                                         const ImageChannels<T>& image) {
-  constexpr int kSize = Channels<T>::kSize, kVectors = kBlockChannels<T> / kSize;
+  constexpr int kSize = Channels<T>::kSize, kVectors = kChannels / kSize;
   const int count = region.rows * region.columns * kVectors;
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     const int vector = i % kVectors, position = i / kVectors, first = vector * kSize;

@@ -37,7 +37,8 @@ import torch
 from torch import Tensor
 
 import overlock_mm
-from overlock_mm.ops import _library
+from overlock_mm.ops import _library, cuda_choices
+from overlock_mm.ops.cuda_kernels import ENVIRONMENT_VARIABLE
 
 DTYPES = {name: getattr(torch, name) for name in ('float32', 'float64', 'float16', 'bfloat16')}
 SIZES = ((224, 224), (512, 512), (800, 1344))
@@ -193,6 +194,7 @@ def set_up_machine(options: argparse.Namespace) -> dict[str, Any]:
         compiled_operators=_library.build_info or dict(missing=_library.missing),
         git_commit=git_commit(),
         keeps_freed_memory=options.keep_freed_memory,
+        cuda_kernels=os.environ.get(ENVIRONMENT_VARIABLE, 'measured') if on_gpu else None,
     )
 
 
@@ -467,7 +469,6 @@ def measure_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
             results[name]['ratio'] = spread([theirs / ours for theirs, ours in zip(times, samples[case.yardstick])])
         if options.profile:
             results[name]['kernels'] = kernels_of(runs[name], device)
-            print(f'{case.name}, {case.section}, {name}\n{kernel_table(results[name]["kernels"])}', file=sys.stderr)
     return record
 
 
@@ -499,11 +500,6 @@ def kernels_of(run: Run, device: torch.device) -> list[dict[str, Any]]:
     times = [(each.self_device_time_total if device.type == 'cuda' else each.self_cpu_time_total, each) for each in events]
     times.sort(key=lambda pair: pair[0], reverse=True)
     return [dict(name=each.key, calls=each.count, seconds=time / 1e6) for time, each in times[:MOST_KERNELS]]
-
-
-def kernel_table(kernels: list[dict[str, Any]]) -> str:
-    rows = [[each['name'][:100], str(each['calls']), number(each['seconds'] * 1e3)] for each in kernels]
-    return markdown([['kernel', 'calls', 'ms'], *rows])
 
 
 # ------------------------------------------------------------------------------------------------------------- all cases
@@ -563,6 +559,7 @@ def run_cases(
             write_json(record, options.json)
     # Other users of the machine may have come or gone since the first measurement.
     record['ceilings'] = higher(record['ceilings'], measure_ceilings(kinds, options.device))
+    record['choices'] = [choice._asdict() for choice in cuda_choices()]
     if options.json:
         write_json(record, options.json)
     return record
@@ -620,6 +617,9 @@ def remarks_of(record: dict[str, Any]) -> list[str]:
     lines = [f'not measured: {name}, in {count} cases: {reason}' for (name, reason), count in skipped.items()]
     unchecked = Counter(case['unchecked'] for case in record['cases'] if 'unchecked' in case)
     lines += [f'not checked: {count} cases, without expected results: {reason}' for reason, count in unchecked.items()]
+    choices = Counter(choice['chosen'] for choice in record.get('choices', []))
+    if choices:
+        lines.append(f'by measurement, ours ran in {choices["ours"]} of {choices.total()} kinds of calls')
     if record['not_run']:
         lines.append(f'{record["not_run"]} cases were not run: the time limit was reached')
     return lines
@@ -630,8 +630,8 @@ def heading(record: dict[str, Any]) -> str:
     where = [machine['device']]
     if machine['device_type'] == 'cpu':
         where.append(f'{machine["threads"]} threads, {machine["cpu_capability"]}')
-    if machine.get('tf32') is not None:
-        where.append('TF32' if machine['tf32'] else 'no TF32')
+    if machine['device_type'] == 'cuda':
+        where.append(f'{"TF32" if machine["tf32"] else "no TF32"}, kernels: {machine["cuda_kernels"]}')
     if machine.get('keeps_freed_memory'):
         where.append('freed memory kept')
     commit, _, dirty = (machine['git_commit'] or 'unknown').partition('-')
@@ -669,8 +669,19 @@ def report(record: dict[str, Any], rows_of: Callable[[list[dict[str, Any]], dict
 
 
 def full_report(record: dict[str, Any]) -> str:
-    """A row for every case and implementation."""
-    return report(record, full_rows)
+    """A row for every case and implementation, and for every kernel of those that were profiled."""
+    profiles = [
+        f'### {case["name"]}, {case["section"]}, {name}\n\n{markdown(kernel_rows(result["kernels"]))}'
+        for case in record['cases']
+        for name, result in case['implementations'].items()
+        if 'kernels' in result
+    ]
+    return '\n\n'.join([report(record, full_rows), *profiles])
+
+
+def kernel_rows(kernels: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [[each['name'][:120], str(each['calls']), number(each['seconds'] * 1e3)] for each in kernels]
+    return [['kernel', 'calls', 'ms'], *rows]
 
 
 def full_rows(cases: list[dict[str, Any]], record: dict[str, Any]) -> list[list[str]]:

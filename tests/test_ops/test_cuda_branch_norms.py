@@ -11,11 +11,7 @@ import emulated
 import pytest
 import torch
 import torch.nn.functional as F
-<<<<<<< HEAD
 from emulated import DTYPES, H200, SOURCES, T4, Launch, nan_like, relative_error
-=======
-from emulated import DTYPES, H200, Launch, nan_like, relative_error
->>>>>>> main
 from torch import Tensor
 
 from overlock_mm.models.reparam import DILATED_BRANCHES

@@ -290,6 +290,8 @@ def cost_of_branch_norms_backward(
     of_sums = cost_of_branch_norms_sums(grad_output, x, weights, mean, dilations, outputs, of_norms=True)
     given = (grad_output, x, weights, norm_weights, mean, variance, mean[0], mean, dilations, eps)
     return of_sums + cost_of_branch_norms_gradients(*given, outputs=outputs)
+
+
 # Scales and shifts.
 
 

@@ -29,7 +29,8 @@ class Model(BaseModel):
         self.backbone = backbone
 
     def forward(self, inputs: torch.Tensor, mode: str):
-        out = self.backbone(inputs)[-1].mean(dim=(2, 3))
+        out = self.backbone(inputs)
+        out = (out if isinstance(out, torch.Tensor) else out[-1]).mean(dim=(2, 3))
         return dict(loss=F.mse_loss(out, torch.ones_like(out))) if mode == 'loss' else list(out)
 
 

@@ -195,7 +195,9 @@ class _NormaliseBatch(torch.autograd.Function):
             return torch.batch_norm_elemt(x, weight, bias, mean, inverse_deviation, 0.0)  # it does not read eps
         scale = inverse_deviation if weight is None else inverse_deviation * weight
         out = (x - _of_channels(mean, x)) * _of_channels(scale, x)
-        return (out if bias is None else out + _of_channels(bias, x)).to(x.dtype)
+        out = out if bias is None else out + _of_channels(bias, x)
+        # torch.compile takes a to() that changes nothing for an output without a gradient (torch 2.11).
+        return out if out.dtype == x.dtype else out.to(x.dtype)
 
     @staticmethod
     @once_differentiable

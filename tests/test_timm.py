@@ -69,7 +69,7 @@ def test_scores_are_ours(released, from_file):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('indices, depth', [((0,), 1), ((2, 1), 5), ((-1,), 6)])
+@pytest.mark.parametrize('indices, depth', [((0,), 1), ((1, 2), 5), ((-1,), 6)])
 def test_only_the_stages_of_chosen_maps_run(released, from_file, indices, depth):
     model = created(features_only=True, out_indices=indices, **from_file)
     ran = []
@@ -118,6 +118,14 @@ def test_weights_for_other_channels_and_classes(released, from_file):
     assert (
         relative_error(grey(IMAGES[:, :1]), created(num_classes=0, **from_file)(IMAGES[:, :1].expand(-1, 3, -1, -1))) < 1e-4
     )
+
+
+@torch.no_grad()
+def test_wrapped_weights(released, from_file):
+    """As training scripts save them."""
+    wrapped = dict(model={f'module.{name}': each for name, each in torch.load(released).items()})
+    model = created(pretrained=True, pretrained_cfg_overlay=dict(state_dict=wrapped))
+    assert torch.equal(model(IMAGES), created(**from_file)(IMAGES))
 
 
 def test_weights_of_another_variant_are_refused(released):

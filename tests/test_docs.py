@@ -357,8 +357,8 @@ def test_accuracies_are_those_of_the_metafiles():
 #: Messages on the page of troubleshooting that are those of other packages.
 OTHERS_MESSAGES = (
     'No module named', 'MMCV==', 'A module that was compiled using NumPy', 'operator torchvision::nms',
-    'OverLoCK is not in the', 'Given groups=1', 'in child config', 'need at least one array', '… is not a meta file', 'Target …',
-    'Weights only load failed', 'size mismatch for', 'Expected more than 1 value', 'CheckpointError',
+    'OverLoCK is not in the', 'Given groups=1', 'in child config', 'need at least one array', '… is not a meta file',
+    'Target …', 'Weights only load failed', 'size mismatch for', 'Expected more than 1 value', 'CheckpointError',
     'indices element out of data bounds',
 )  # fmt: skip
 

@@ -137,11 +137,10 @@ def write_released(url: str, file: str) -> None:
     init_default_scope(cfg.default_scope)
     cfg.model.backbone.init_cfg = None
     weights = {name: value for name, value in build(cfg).state_dict().items() if not name.startswith('data_prep')}
-    classes = tuple(map(str, range({'detection': 80, 'segmentation': 150}.get(released.family, 0))))
-    meta = dict(CLASSES=classes, PALETTE=[[0, 0, 0]] * len(classes))
-    torch.save(
-        dict(meta=meta, state_dict=conversion.to_released_names(weights, conversion.describe_checkpoint(weights))), file
-    )
+    weights = conversion.to_released_names(weights, conversion.describe_checkpoint(weights))
+    number = dict(detection=80, segmentation=150).get(released.family)
+    meta = dict(CLASSES=tuple(map(str, range(number or 0))), PALETTE=[[0, 0, 0]] * (number or 0))
+    torch.save(dict(meta=meta, state_dict=weights) if number else weights, file)
 
 
 def check_config(cfg: Config) -> None:

@@ -23,6 +23,19 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / 'shared'
 
 
+#: Tests compare with float64, and PyTorch's default is TF32 for convolutions.
+torch.backends.cudnn.allow_tf32 = False
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'gpu: needs a GPU')
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker('gpu') and not torch.cuda.is_available():
+        pytest.skip('needs a GPU')
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -167,11 +180,9 @@ autocast_dtypes = pytest.mark.parametrize(
     ids=['bfloat16', 'float16'],
 )
 
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-devices = pytest.mark.parametrize(
-    'device',
-    ['cpu', pytest.param('cuda', marks=no_gpu)],
-)
+#: Of tests that need a GPU. `pytest -m gpu` runs them alone.
+needs_gpu = pytest.mark.gpu
+devices = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=needs_gpu)])
 
 #: Values of ATEN_CPU_CAPABILITY, and the kernels of the binary that run with each.
 instruction_sets = pytest.mark.parametrize(

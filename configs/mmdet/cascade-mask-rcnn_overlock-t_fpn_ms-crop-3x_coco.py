@@ -36,6 +36,9 @@ param_scheduler = [
     dict(type='MultiStepLR', by_epoch=True, begin=0, end=36, milestones=[27, 33], gamma=0.1),
 ]
 
-default_hooks = dict(random_state=dict(type='overlock_mm.RandomStateHook'))
+default_hooks = dict(
+    random_state=dict(type='overlock_mm.RandomStateHook'),
+    fuse=dict(type='overlock_mm.FuseForTrainingHook'),
+)
 
 sync_bn = 'torch'

@@ -16,6 +16,9 @@ model = dict(
     neck=dict(in_channels=[128, 384, 640]),
 )
 
-default_hooks = dict(random_state=dict(type='overlock_mm.RandomStateHook'))
+default_hooks = dict(
+    random_state=dict(type='overlock_mm.RandomStateHook'),
+    fuse=dict(type='overlock_mm.FuseForTrainingHook'),
+)
 
 sync_bn = 'torch'

@@ -33,7 +33,10 @@ optim_wrapper = dict(
     ),
 )
 
-default_hooks = dict(random_state=dict(type='overlock_mm.RandomStateHook'))
+default_hooks = dict(
+    random_state=dict(type='overlock_mm.RandomStateHook'),
+    fuse=dict(type='overlock_mm.FuseForTrainingHook'),
+)
 
 # Batch norms need statistics of the whole batch: each GPU has only 2 images.
 sync_bn = 'torch'

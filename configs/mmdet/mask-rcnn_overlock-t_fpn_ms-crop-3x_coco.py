@@ -22,7 +22,10 @@ param_scheduler = [
     dict(type='MultiStepLR', by_epoch=True, begin=0, end=36, milestones=[27, 33], gamma=0.1),
 ]
 
-default_hooks = dict(random_state=dict(type='overlock_mm.RandomStateHook'))
+default_hooks = dict(
+    random_state=dict(type='overlock_mm.RandomStateHook'),
+    fuse=dict(type='overlock_mm.FuseForTrainingHook'),
+)
 
 # Batch norms need statistics of the whole batch: each GPU has only 2 images.
 sync_bn = 'torch'

@@ -21,6 +21,9 @@ optim_wrapper = dict(
     paramwise_cfg=dict(custom_keys={'norm': dict(decay_mult=0.0)}),
 )
 
-default_hooks = dict(random_state=dict(type='overlock_mm.RandomStateHook'))
+default_hooks = dict(
+    random_state=dict(type='overlock_mm.RandomStateHook'),
+    fuse=dict(type='overlock_mm.FuseForTrainingHook'),
+)
 
 sync_bn = 'torch'

@@ -50,6 +50,7 @@ custom_hooks = [dict(type='EMAHook', momentum=1e-4, update_buffers=True, priorit
 default_hooks = dict(
     checkpoint=dict(max_keep_ckpts=3, save_best='auto'),
     random_state=dict(type='overlock_mm.RandomStateHook'),
+    fuse=dict(type='overlock_mm.FuseForTrainingHook'),
 )
 
 sync_bn = 'torch'

@@ -28,4 +28,5 @@ optim_wrapper = dict(
 default_hooks = dict(
     checkpoint=dict(max_keep_ckpts=3, save_best='auto'),
     random_state=dict(type='overlock_mm.RandomStateHook'),
+    fuse=dict(type='overlock_mm.FuseForTrainingHook'),
 )

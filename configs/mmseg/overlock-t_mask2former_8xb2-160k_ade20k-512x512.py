@@ -15,6 +15,9 @@ model = dict(
     decode_head=dict(in_channels=[64, 128, 384, 640]),
 )
 
-default_hooks = dict(random_state=dict(type='overlock_mm.RandomStateHook'))
+default_hooks = dict(
+    random_state=dict(type='overlock_mm.RandomStateHook'),
+    fuse=dict(type='overlock_mm.FuseForTrainingHook'),
+)
 
 sync_bn = 'torch'

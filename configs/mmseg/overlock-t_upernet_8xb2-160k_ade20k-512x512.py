@@ -33,6 +33,7 @@ train_cfg = dict(val_interval=8000)
 default_hooks = dict(
     checkpoint=dict(interval=8000, save_best='mIoU', max_keep_ckpts=2),
     random_state=dict(type='overlock_mm.RandomStateHook'),
+    fuse=dict(type='overlock_mm.FuseForTrainingHook'),
 )
 auto_scale_lr = dict(enable=False, base_batch_size=16)
 

@@ -285,6 +285,18 @@ def check_branch_norms(
         raise ValueError(f'x must have more than one value for each channel, got shape {tuple(x.shape)}')
 
 
+def check_sync_branch_norms(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    dilations: Sequence[int],
+) -> None:
+    check_branches(x, weights, dilations)
+    _check_norm_parameters('norm_weights', norm_weights, x, len(weights))
+    _check_norm_parameters('norm_biases', norm_biases, x, len(weights))
+
+
 def check_branch_norms_given(
     x: Tensor,
     weights: Sequence[Tensor],

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ._autocast import cast_as_autocast
-from ._checks import check_dilations, check_number, check_tensor, check_tensors
+from ._checks import check_dilations, check_number, check_sync_branch_norms, check_tensor, check_tensors
 from ._library import operator
 from ._reference import accumulation_type
 
@@ -195,7 +195,9 @@ class _NormaliseBatch(torch.autograd.Function):
             return torch.batch_norm_elemt(x, weight, bias, mean, inverse_deviation, 0.0)  # it does not read eps
         scale = inverse_deviation if weight is None else inverse_deviation * weight
         out = (x - _of_channels(mean, x)) * _of_channels(scale, x)
-        return (out if bias is None else out + _of_channels(bias, x)).to(x.dtype)
+        out = out if bias is None else out + _of_channels(bias, x)
+        # torch.compile takes a to() that changes nothing for an output without a gradient (torch 2.11).
+        return out if out.dtype == x.dtype else out.to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -305,6 +307,8 @@ def sync_branch_norms(
     dilations = check_dilations(dilations)
     check_number('eps', eps)
     x = cast_as_autocast(x)
+    # Before the exchange: the other processes would wait for one that has raised an error in it.
+    check_sync_branch_norms(x, weights, norm_weights, norm_biases, dilations)
     with torch.no_grad():
         mean, variance = operator('_branch_statistics')(x, weights, dilations)
         count = x.shape[0] * x.shape[2] * x.shape[3]

@@ -6,7 +6,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from ..registry import HOOKS
-from .fuse import FusedSequential, fuse
+from .fuse import fuse
 
 
 @HOOKS.register_module()
@@ -19,6 +19,6 @@ class FuseForTrainingHook(Hook):
     """
 
     def before_train(self, runner: Runner) -> None:
-        fuse(runner.model)
-        if not any(isinstance(module, FusedSequential) for module in runner.model.modules()):
-            runner.logger.warning('FuseForTrainingHook has no effect: no layers of the model can be fused')
+        before = [type(module) for module in runner.model.modules()]
+        if [type(module) for module in fuse(runner.model).modules()] == before:
+            runner.logger.warning('FuseForTrainingHook has no effect: the model has no layers that can be fused')

@@ -194,6 +194,11 @@ def test_killed_runs_are_resumed_exactly(name):
     assert hooks.checkpoint.get('max_keep_ckpts', -1) != 1  # mmengine would remove the last one before it writes the next
 
 
+@pytest.mark.parametrize('name', RECIPES)
+def test_models_are_trained_with_fused_layers(name):
+    assert type(HOOKS.build(load(name).default_hooks.fuse)) is overlock_mm.FuseForTrainingHook
+
+
 @pytest.mark.parametrize('name', [name for name in RECIPES if '-t_' not in name and not name.endswith('_demo')])
 def test_variants_differ_from_t_in_the_network_only(name):
     """So the detailed tests of T hold for all variants."""

@@ -441,8 +441,8 @@ OPERATORS = {
 # Calls
 
 
-def call(name: str, number: int) -> None:
-    """Make a call of the operator and check what it does.
+def call(name: str, number: int, device: str = 'cpu') -> None:
+    """Make a call of the operator and check what it does, on a device if the call is a right one.
 
     Raises:
         AssertionError: the operator does something else than its contract says.
@@ -451,7 +451,7 @@ def call(name: str, number: int) -> None:
     arguments = operator.draw(draw)
     with threads(draw.choice([1, 1, 2, 3])), process_group() if name.startswith('sync') else contextlib.nullcontext():
         if not draw.happens(WRONG_CALLS):
-            check_results(operator, draw, arguments)
+            check_results(operator, draw, arguments, device)
             return
         names = operator.spoil(draw, arguments)
         if draw.happens(0.5) and arguments.get('inplace') is not True:
@@ -542,7 +542,16 @@ def results(function: Callable, arguments: dict[str, Any], wanted: list[str], gr
     return found
 
 
-def check_results(operator: Operator, draw: Draw, arguments: dict[str, Any]) -> None:
+def move(x: Tensor, device: str) -> Tensor:
+    """To a device, with its layout: Tensor.to gives a part of a larger tensor dense strides."""
+    if x.device.type == device:
+        return x
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(device)
+    moved = storage.as_strided(x.shape, x.stride(), x.storage_offset())
+    return torch._neg_view(moved) if x.is_neg() else moved
+
+
+def check_results(operator: Operator, draw: Draw, arguments: dict[str, Any], device: str = 'cpu') -> None:
     names = [name for name, _ in leaves_of(arguments)]
     inplace = arguments.get('inplace', False)
     wanted = [] if inplace or draw.happens(0.4) else draw.sample(names, draw.randint(1, len(names)))
@@ -558,8 +567,10 @@ def check_results(operator: Operator, draw: Draw, arguments: dict[str, Any]) -> 
     mode = contextlib.nullcontext() if wanted else draw.choice([torch.no_grad, torch.inference_mode])()
     before = {name: x.clone() for name, x in leaves_of(arguments)}
     with mode:
-        got = results(operator.function, arguments, wanted, grad_output)
-    for name, x in leaves_of(arguments):
+        there = replace_leaves(arguments, lambda _, x: move(x, device))
+        got = {name: x.cpu() for name, x in results(operator.function, there, wanted, move(grad_output, device)).items()}
+    for name, x in leaves_of(there):
+        x = x.cpu()
         assert (name == 'x' and inplace) or torch.equal(x, before[name]), f'{name} was changed'
 
     tolerance = operator.tolerances[draw.dtype]
@@ -618,13 +629,15 @@ def describe(value: Any) -> str:
     return f'{value!r:.200}'
 
 
-def run(name: str, first: int, end: int, at_call: Optional[Callable] = None) -> Iterator[tuple[int, str]]:
+def run(
+    name: str, first: int, end: int, at_call: Optional[Callable] = None, device: str = 'cpu'
+) -> Iterator[tuple[int, str]]:
     """The calls from `first` on, before `end`: numbers and tracebacks of those that go wrong."""
     for number in range(first, end):
         if at_call:
             at_call(number)
         try:
-            call(name, number)
+            call(name, number, device)
         except Exception:
             yield number, traceback.format_exc(limit=-3)
 
@@ -634,6 +647,7 @@ def main() -> None:
     parser.add_argument('operator', choices=OPERATORS)
     parser.add_argument('number', type=int, help='of the call, or of the first one')
     parser.add_argument('end', type=int, nargs='?', help='number after the last call (default: one call)')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--at', type=Path, help='a file for the number of the call that runs, where a later run goes on')
     options = parser.parse_args()
     first, end = options.number, options.number + 1 if options.end is None else options.end
@@ -644,7 +658,8 @@ def main() -> None:
         first = max(first, int(os.read(file, 20) or first))
         at_call = partial(write_number, file)
     found = False
-    for number, message in run(options.operator, first, end, at_call):
+    torch.backends.cudnn.allow_tf32 = False
+    for number, message in run(options.operator, first, end, at_call, options.device):
         found = True
         print(f'{options.operator} {number}\n{message}', flush=True)
     if at_call:

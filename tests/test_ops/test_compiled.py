@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import devices, instruction_sets, no_gpu, relative_error, run_with_instruction_set
+from conftest import devices, instruction_sets, needs_gpu, relative_error, run_with_instruction_set
 from test_contmix import SIZES, make_arguments, oracle
 from torch import Tensor
 
@@ -397,7 +397,7 @@ def test_repeats_itself_to_the_bit(device):
     assert all(torch.equal(x, y) for x, y in zip(first, second))
 
 
-@no_gpu
+@needs_gpu
 def test_cuda_graph():
     arguments = make_arguments(height=20, width=33, per_group=16, query_per_group=16, device='cuda', dtype=torch.float32)
     tensors = {name: value.requires_grad_() for name, value in tensors_of(arguments).items()}
@@ -422,7 +422,7 @@ def test_cuda_graph():
         assert relative_error(x, y) < 1e-4
 
 
-@no_gpu
+@needs_gpu
 def test_runs_on_the_current_stream():
     arguments = make_arguments(height=20, width=33, device='cuda', dtype=torch.float32)
     expected = contmix(**arguments)
@@ -660,6 +660,7 @@ def test_a_binary_for_another_torch_is_refused(monkeypatch):
 def test_exports():
     assert set(ops.__all__) == {
         'branch_norms',
+        'branch_norms_given',
         'contmix',
         'contmix_kernels',
         'contmix_reference',
@@ -667,6 +668,7 @@ def test_exports():
         'cuda_choices',
         'depthwise_conv2d',
         'gelu',
+        'gelu_residual_depthwise_norm',
         'layer_norm',
         'set_cuda_kernels',
         'residual_depthwise_norm',

@@ -9,7 +9,7 @@ import os
 import fuzz
 import pytest
 import torch
-from conftest import instruction_sets, run_with_instruction_set
+from conftest import instruction_sets, needs_gpu, run_with_instruction_set
 
 from overlock_mm import ops
 from overlock_mm.ops import _library
@@ -39,6 +39,13 @@ findings = [(name, *finding) for name in fuzz.OPERATORS for finding in fuzz.run(
 assert not findings, '\\n'.join(f'fuzz.py {{name}} {{number}}: {{text}}' for name, number, text in findings)
 """
     run_with_instruction_set(code, __file__, capability, instruction_set)
+
+
+@needs_gpu
+@pytest.mark.parametrize('name', sorted(fuzz.OPERATORS))
+def test_random_calls_on_a_gpu(name):
+    findings = list(fuzz.run(name, 0, CALLS, device='cuda'))
+    assert not findings, '\n'.join(f'fuzz.py {name} {number} --device cuda: {text}' for number, text in findings)
 
 
 def spoil(monkeypatch, name, change):
@@ -90,6 +97,18 @@ def test_layouts_keep_the_numbers():
     assert all(each.stride() != x.stride() or each.storage_offset() > 0 for each in laid_out)
     assert laid_out[-1].is_neg()
     assert torch.equal(fuzz.expanded(x)[1], x[0])
+
+
+@pytest.mark.parametrize('device', ['meta', pytest.param('cuda', marks=needs_gpu)])
+def test_moves_keep_numbers_and_layouts(device):
+    x = torch.randn(2, 3, 4, 5)
+    for layout in (fuzz.channels_last, fuzz.transposed, fuzz.sliced, fuzz.unaligned, fuzz.negated, fuzz.expanded):
+        laid_out = layout(x)
+        moved = fuzz.move(laid_out, device)
+        assert moved.device.type == device
+        assert (moved.stride(), moved.storage_offset()) == (laid_out.stride(), laid_out.storage_offset())
+        assert moved.is_neg() == laid_out.is_neg()
+        assert device == 'meta' or torch.equal(moved.cpu(), laid_out)
 
 
 def test_a_call_is_made_again_by_its_number():

@@ -12,7 +12,9 @@ sys.path.insert(0, str(FOLDER))
 import bench_backbone  # noqa: E402
 import bench_contmix  # noqa: E402
 import bench_depthwise  # noqa: E402
+import gpu_check  # noqa: E402
 import gpu_cost  # noqa: E402
+import gpu_memory  # noqa: E402
 import harness  # noqa: E402
 import operator_costs  # noqa: E402
 import published  # noqa: E402
@@ -23,7 +25,9 @@ __all__ = [
     'bench_backbone',
     'bench_contmix',
     'bench_depthwise',
+    'gpu_check',
     'gpu_cost',
+    'gpu_memory',
     'harness',
     'operator_costs',
     'published',

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from unittest import mock
 
 import pytest
 import torch
 from benchmarks import FOLDER, bench_backbone, harness
 from conftest import run_script
+from peers import PEERS
 
 from overlock_mm.models.overlock import ARCHITECTURES
 
@@ -56,8 +59,7 @@ def test_a_run_records_what_it_measured(run, capsys):
         mode = 'train' if training else 'eval'
         assert list(results) == [name for name in names if mode in bench_backbone.IMPLEMENTATIONS[name]]
         assert case['yardstick'] == ('ours' if training else 'optimized')
-        if not training:
-            assert results.pop('cuda-graph') == dict(skipped='for a GPU only', failed=False)
+        assert results.pop('cuda-graph') == dict(skipped='for a GPU only', failed=False)
         for name, result in results.items():
             assert 0 < result['seconds']['q1'] <= result['seconds']['median'] <= result['seconds']['q3']
             assert result['rounds'] == 2
@@ -146,15 +148,54 @@ def test_implementations_are_the_network(monkeypatch, name):
     assert all(torch.equal(tensor, before[key]) and tensor.grad is None for key, tensor in model.named_parameters())
 
 
-@pytest.mark.parametrize('name', ['convnext-tiny', 'swin-tiny'])
+class GraphOfNothing:
+    """A CUDA graph whose replay leaves what the recording wrote."""
+
+    def replay(self):
+        pass
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_a_recorded_step_has_the_results_of_the_network(monkeypatch, training):
+    """As if the CPU recorded: a step of the graph has outputs, gradients and an update, and the next one has them again."""
+    monkeypatch.setitem(ARCHITECTURES, 'smallest', SMALLEST)
+    monkeypatch.setattr(torch.cuda, 'Stream', mock.MagicMock)
+    monkeypatch.setattr(torch.cuda, 'current_stream', mock.MagicMock)
+    monkeypatch.setattr(torch.cuda, 'stream', contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, 'graph', contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, 'CUDAGraph', GraphOfNothing)
+    settings = settings_for(training)
+    weights = weights_for(settings)
+    model = bench_backbone.build_model('ours', weights, settings)
+    step = bench_backbone.RecordedStep(model, settings.image(), settings, model)
+    expected = bench_backbone.build('published', weights, settings).results()
+    for _ in range(2):
+        results = step.results()
+        assert results.keys() == expected.keys()
+        for kind in expected:
+            assert harness.worst_error(results[kind], expected[kind]) < 1e-4
+    for each in step.steps:
+        each()
+    assert not step.outputs
+
+
+def test_tf32_is_stated_and_allows_its_errors():
+    options = bench_backbone.make_parser().parse_args(['--dtype', 'float32', 'bfloat16', '--tf32'])
+    options.device = torch.device('cuda')
+    in_tf32, in_half = bench_backbone.cases_of(options)[::3]
+    assert (in_tf32.section, in_half.section) == ('eval, float32 in TF32', 'eval, bfloat16')
+    assert in_tf32.tolerances == bench_backbone.TOLERANCES['float16']
+
+
+@pytest.mark.parametrize('name', PEERS)
 def test_peers_have_four_maps(name):
-    pytest.importorskip('mmpretrain')
+    width = 128 if name == 'convnext-base' else 96
     model = bench_backbone.build_model(name, None, settings_for(False))
     assert not model.training
     with torch.no_grad():
         outputs = model(torch.randn(1, 3, 64, 96))
     assert [tuple(out.shape) for out in outputs] == [
-        (1, 96, 16, 24), (1, 192, 8, 12), (1, 384, 4, 6), (1, 768, 2, 3)
+        (1, width, 16, 24), (1, 2 * width, 8, 12), (1, 4 * width, 4, 6), (1, 8 * width, 2, 3)
     ]  # fmt: skip
 
 

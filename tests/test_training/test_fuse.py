@@ -60,7 +60,7 @@ def results(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     out = model(x)
     out = out if isinstance(out, torch.Tensor) else out[-1]
     out.sin().sum().backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return dict(out=out.detach(), **gradients)
 
@@ -173,7 +173,7 @@ def test_layers_that_are_not_as_built_are_called(change, first):
     fuse(model)
     assert (type(model) is FusedSequential) == (first == 'fuse')
     assert calls_of(model, x) == 0
-    assert_same(results(model, x), results(unfuse(copy.deepcopy(model)), x))
+    assert_same(results(model, x), results(unfuse(model), x))
 
 
 def test_a_layer_without_bias():

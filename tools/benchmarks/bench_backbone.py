@@ -15,9 +15,9 @@ The implementations have the same weights and the four outputs that detectors us
     optimized         overlock_mm.inference.optimize(backbone) (eval)
     channels-last     ours or, in eval, optimized, with model and input in channels_last
     compiled          torch.compile of ours (train) or of its folded form (eval), as one graph
-    cuda-graph        optimized, recorded as a CUDA graph (eval, on a GPU)
+    cuda-graph        forward and backward of ours or, in eval, optimized, recorded as a CUDA graph (on a GPU)
 
-Peers compute something else: ConvNeXt and Swin Transformer of mmpretrain, with four outputs.
+Peers compute something else: ConvNeXt and Swin Transformer of torchvision, with four outputs.
 
 eval is a forward without gradients. train is a forward, a backward of given gradients of the outputs, and a step of AdamW.
 Outputs and, in training, the gradients of all parameters are checked against the published form. kept is what the forward
@@ -40,6 +40,7 @@ import harness
 import torch
 import torch.nn as nn
 from harness import Case, Run, Skipped
+from peers import PEERS, build_peer
 from published import contmix_published
 from torch import Tensor
 
@@ -60,16 +61,9 @@ IMPLEMENTATIONS = {
     'optimized': ('eval',),
     'channels-last': ('eval', 'train'),
     'compiled': ('eval', 'train'),
-    'cuda-graph': ('eval',),
+    'cuda-graph': ('eval', 'train'),
 }
 DEFAULTS = ('published', 'published-folded', 'ours', 'ours-fast', 'ours-with-cp', 'optimized')
-#: Names of other backbones: class of mmpretrain, and its arguments.
-PEERS = {
-    'convnext-tiny': ('ConvNeXt', dict(arch='tiny', gap_before_final_norm=False)),
-    'convnext-small': ('ConvNeXt', dict(arch='small', gap_before_final_norm=False)),
-    'convnext-base': ('ConvNeXt', dict(arch='base', gap_before_final_norm=False)),
-    'swin-tiny': ('SwinTransformer', dict(arch='tiny', pad_small_map=True)),
-}
 DTYPES = ('float32', 'bfloat16', 'float16')
 #: Of each output, and of all gradients as one vector. Two ways of rounding to half types at every step differ by as much as
 #: either is off.
@@ -90,6 +84,7 @@ class Settings:
     dtype: str
     training: bool
     device: torch.device
+    tf32: bool = False  # for float32
 
     @property
     def name(self) -> str:
@@ -141,20 +136,6 @@ class Published(nn.Module):
             return self.model(x)
 
 
-def build_peer(name: str) -> nn.Module:
-    """Another backbone, with four outputs.
-
-    Raises:
-        Skipped: mmpretrain is not installed.
-    """
-    try:
-        import mmpretrain.models
-    except ImportError as error:
-        raise Skipped(f'mmpretrain is not installed ({error})') from None
-    kind, arguments = PEERS[name]
-    return getattr(mmpretrain.models, kind)(out_indices=(0, 1, 2, 3), **arguments)
-
-
 def build_model(name: str, weights: OverLoCK, settings: Settings) -> nn.Module:
     """The implementation of that name, in the case's mode, on its device.
 
@@ -164,7 +145,10 @@ def build_model(name: str, weights: OverLoCK, settings: Settings) -> nn.Module:
     if name == 'cuda-graph' and settings.device.type != 'cuda':
         raise Skipped('for a GPU only')
     if name in PEERS:
-        model = build_peer(name)
+        try:
+            model = build_peer(name)
+        except ImportError as error:
+            raise Skipped(f'torchvision is not installed ({error})') from None
     elif name.startswith('published'):
         model = copy_of(weights, settings, memory='fast')
         if name == 'published-folded':
@@ -173,13 +157,13 @@ def build_model(name: str, weights: OverLoCK, settings: Settings) -> nn.Module:
     else:
         memory = 'fast' if name == 'ours-fast' else 'lean'
         model = copy_of(weights, settings, with_cp=name == 'ours-with-cp', memory=memory)
-    model.train(settings.training)  # mmpretrain's return None
+    model.train(settings.training)
     model.to(settings.device)
     if name == 'compiled' and not settings.training:
         model.switch_to_deploy()
     if name == 'channels-last':
         model.to(memory_format=torch.channels_last)
-    if name in ('optimized', 'cuda-graph') or (name == 'channels-last' and not settings.training):
+    if name == 'optimized' or (name in ('cuda-graph', 'channels-last') and not settings.training):
         return optimize(model)
     return model
 
@@ -234,6 +218,45 @@ class Step:
         return [self.forward, self.backward, self.update] if self.training else [self.infer]
 
 
+class RecordedStep(Step):
+    """The forward and, in training, the backward are recorded as one CUDA graph, which a forward replays."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.record()
+                if self.training:
+                    super().update()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.recorded = self.record()
+
+    def record(self) -> tuple[Tensor, ...]:
+        if not self.training:
+            return super().infer()
+        super().forward()
+        outputs = self.outputs
+        super().backward()
+        return outputs
+
+    def infer(self) -> tuple[Tensor, ...]:
+        self.graph.replay()
+        return self.recorded
+
+    def forward(self) -> None:
+        self.outputs = self.infer()
+
+    def backward(self) -> None:
+        self.outputs = ()
+
+    def update(self) -> None:
+        self.optimizer.step()  # the graph writes the same gradients again
+
+
 def build(name: str, weights: OverLoCK, settings: Settings) -> Run:
     """The implementation of that name, ready to run."""
     model, image = build_model(name, weights, settings), settings.image()
@@ -246,30 +269,8 @@ def build(name: str, weights: OverLoCK, settings: Settings) -> Run:
     if name == 'compiled':
         torch._dynamo.reset()  # compiled for one shape at a time: earlier ones must not count as recompilations
         function = torch.compile(model, fullgraph=True, dynamic=False)
-    step = Step(model, image, settings, function)
-    if name == 'cuda-graph':
-        step.function = recorded(step)
-        step.autocast = contextlib.nullcontext
+    step = (RecordedStep if name == 'cuda-graph' else Step)(model, image, settings, function)
     return Run(step.steps, step.results, counts_memory=name != 'cuda-graph')
-
-
-def recorded(step: Step) -> Callable:
-    """A function that replays a CUDA graph of the forward."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step.infer()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step.infer()
-
-    def replay(image: Tensor) -> tuple[Tensor, ...]:
-        graph.replay()
-        return outputs
-
-    return replay
 
 
 # --------------------------------------------------------------------------------------------------------------- cases
@@ -287,14 +288,14 @@ def case_of(settings: Settings, names: list[str]) -> Case:
         return model
 
     return Case(
-        section=f'{mode}, {settings.dtype}',
+        section=f'{mode}, {settings.dtype}' + (' in TF32' if settings.tf32 else ''),
         group=settings.name,
         name=settings.name,
         implementations=names,
         yardstick=next((name for name in preferred if name in own), names[0]),
         build=lambda name: build(name, weights(), settings),
         expected=lambda: build('published', weights(), settings).results(),
-        tolerances=TOLERANCES[settings.dtype],
+        tolerances=TOLERANCES['float16' if settings.tf32 else settings.dtype],  # with as many bits
         baselines=('published', 'published-folded'),
         peers=tuple(PEERS),
     )
@@ -308,7 +309,8 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
         names = [name for name in options.implementations if mode in IMPLEMENTATIONS[name]] + options.peers
         if not names:
             raise ValueError(f'--implementations: none is for --mode {mode}, got {", ".join(options.implementations)}')
-        cases.append(case_of(Settings(arch, size, batch, dtype, mode == 'train', options.device), names))
+        tf32 = options.tf32 and dtype == 'float32'
+        cases.append(case_of(Settings(arch, size, batch, dtype, mode == 'train', options.device, tf32), names))
     return cases
 
 

@@ -37,7 +37,8 @@ import torch
 from torch import Tensor
 
 import overlock_mm
-from overlock_mm.ops import _library
+from overlock_mm.ops import _library, cuda_choices
+from overlock_mm.ops.cuda_kernels import ENVIRONMENT_VARIABLE
 
 DTYPES = {name: getattr(torch, name) for name in ('float32', 'float64', 'float16', 'bfloat16')}
 SIZES = ((224, 224), (512, 512), (800, 1344))
@@ -46,8 +47,10 @@ MODES = ('forward', 'forward + backward')
 LEAST_TIME = 5e-3
 #: Without --rounds: at least and at most so many rounds.
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
+#: A profile has so many kernels.
+MOST_KERNELS = 40
 #: A record is only resumed where these are the same.
-SAME_MACHINE = ('device', 'threads', 'torch', 'git_commit', 'keeps_freed_memory')
+SAME_MACHINE = ('device', 'threads', 'torch', 'git_commit', 'keeps_freed_memory', 'tf32')
 
 
 class Skipped(Exception):
@@ -129,6 +132,7 @@ def make_parser(description: Optional[str]) -> argparse.ArgumentParser:
     how = parser.add_argument_group('how to measure')
     how.add_argument('--device', type=torch.device, help='cpu or cuda; default: the GPU if there is one')
     how.add_argument('--threads', type=positive_int, metavar='N', help="threads on the CPU; default: torch's")
+    how.add_argument('--tf32', action='store_true', help='on a GPU, products and convolutions of float32 in TF32')
     how.add_argument('--keep-freed-memory', action='store_true', help='let the C library keep freed memory: no page faults')
     how.add_argument('--seconds', type=float, default=10, help='for the rounds of a case; default: 10')
     how.add_argument(
@@ -136,7 +140,7 @@ def make_parser(description: Optional[str]) -> argparse.ArgumentParser:
         help=f'exactly so many rounds; default: what fits into --seconds, {MIN_ROUNDS} to {MAX_ROUNDS}',
     )  # fmt: skip
     how.add_argument('--time-limit', type=float, metavar='SECONDS', help='start no more cases after this time')
-    how.add_argument('--profile', action='store_true', help='also print which operators of PyTorch take the time')
+    how.add_argument('--profile', action='store_true', help='also record which kernels take the time: on a CPU, operators')
     output = parser.add_argument_group('output')
     output.add_argument('--json', metavar='FILE', help='write the full record, anew after each case')
     output.add_argument('--resume', action='store_true', help='keep the cases that this file already has')
@@ -150,6 +154,8 @@ def resolve(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Non
         parser.error(f'--device must be cpu or cuda, got {options.device}')
     if options.device.type == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: torch sees no GPU')
+    if options.tf32 and options.device.type != 'cuda':
+        parser.error('--tf32 is for a GPU')
     if options.resume and not options.json:
         parser.error('--resume needs --json')
 
@@ -172,10 +178,13 @@ def set_up_machine(options: argparse.Namespace) -> dict[str, Any]:
             raise ValueError('--keep-freed-memory: the C library is not glibc')
     device = options.device
     on_gpu = device.type == 'cuda'
+    if on_gpu:  # PyTorch's defaults differ: TF32 for convolutions, none for products
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
     return dict(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
         device=torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         device_type=device.type,
+        tf32=options.tf32 if on_gpu else None,
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
@@ -185,6 +194,7 @@ def set_up_machine(options: argparse.Namespace) -> dict[str, Any]:
         compiled_operators=_library.build_info or dict(missing=_library.missing),
         git_commit=git_commit(),
         keeps_freed_memory=options.keep_freed_memory,
+        cuda_kernels=os.environ.get(ENVIRONMENT_VARIABLE, 'measured') if on_gpu else None,
     )
 
 
@@ -458,7 +468,7 @@ def measure_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         if case.yardstick in samples and name != case.yardstick:
             results[name]['ratio'] = spread([theirs / ours for theirs, ours in zip(times, samples[case.yardstick])])
         if options.profile:
-            print_profile(f'{case.name}, {case.section}, {name}', runs[name])
+            results[name]['kernels'] = kernels_of(runs[name], device)
     return record
 
 
@@ -479,10 +489,17 @@ def take_turns(runs: dict[str, Run], calls: dict[str, int], options: argparse.Na
     return samples
 
 
-def print_profile(title: str, run: Run) -> None:
+def kernels_of(run: Run, device: torch.device) -> list[dict[str, Any]]:
+    """Name, calls and seconds of the kernels of a call, or of PyTorch's operators on a CPU: those that take the most."""
     with torch.profiler.profile() as profile:
         run.call()
-    print(f'{title}\n{profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15)}', file=sys.stderr)
+        synchronize(device)
+    events = profile.key_averages()
+    if device.type == 'cuda':
+        events = [each for each in events if each.device_type == torch.autograd.DeviceType.CUDA]
+    times = [(each.self_device_time_total if device.type == 'cuda' else each.self_cpu_time_total, each) for each in events]
+    times.sort(key=lambda pair: pair[0], reverse=True)
+    return [dict(name=each.key, calls=each.count, seconds=time / 1e6) for time, each in times[:MOST_KERNELS]]
 
 
 # ------------------------------------------------------------------------------------------------------------- all cases
@@ -498,8 +515,9 @@ def resumed(options: argparse.Namespace, machine: dict[str, Any]) -> dict[str, A
         return dict(cases=[], ceilings={})
     record = json.loads(Path(options.json).read_text())
     for name in SAME_MACHINE:
-        if record['machine'][name] != machine[name]:
-            raise ValueError(f'{options.json} has {name} {record["machine"][name]}, and this is {machine[name]}')
+        before = record['machine'].get(name)
+        if before != machine[name]:
+            raise ValueError(f'{options.json} has {name} {before}, and this is {machine[name]}')
     return record
 
 
@@ -541,6 +559,7 @@ def run_cases(
             write_json(record, options.json)
     # Other users of the machine may have come or gone since the first measurement.
     record['ceilings'] = higher(record['ceilings'], measure_ceilings(kinds, options.device))
+    record['choices'] = [choice._asdict() for choice in cuda_choices()]
     if options.json:
         write_json(record, options.json)
     return record
@@ -598,6 +617,9 @@ def remarks_of(record: dict[str, Any]) -> list[str]:
     lines = [f'not measured: {name}, in {count} cases: {reason}' for (name, reason), count in skipped.items()]
     unchecked = Counter(case['unchecked'] for case in record['cases'] if 'unchecked' in case)
     lines += [f'not checked: {count} cases, without expected results: {reason}' for reason, count in unchecked.items()]
+    choices = Counter(choice['chosen'] for choice in record.get('choices', []))
+    if choices:
+        lines.append(f'by measurement, ours ran in {choices["ours"]} of {choices.total()} kinds of calls')
     if record['not_run']:
         lines.append(f'{record["not_run"]} cases were not run: the time limit was reached')
     return lines
@@ -608,6 +630,8 @@ def heading(record: dict[str, Any]) -> str:
     where = [machine['device']]
     if machine['device_type'] == 'cpu':
         where.append(f'{machine["threads"]} threads, {machine["cpu_capability"]}')
+    if machine['device_type'] == 'cuda':
+        where.append(f'{"TF32" if machine["tf32"] else "no TF32"}, kernels: {machine["cuda_kernels"]}')
     if machine.get('keeps_freed_memory'):
         where.append('freed memory kept')
     commit, _, dirty = (machine['git_commit'] or 'unknown').partition('-')
@@ -645,8 +669,19 @@ def report(record: dict[str, Any], rows_of: Callable[[list[dict[str, Any]], dict
 
 
 def full_report(record: dict[str, Any]) -> str:
-    """A row for every case and implementation."""
-    return report(record, full_rows)
+    """A row for every case and implementation, and for every kernel of those that were profiled."""
+    profiles = [
+        f'### {case["name"]}, {case["section"]}, {name}\n\n{markdown(kernel_rows(result["kernels"]))}'
+        for case in record['cases']
+        for name, result in case['implementations'].items()
+        if 'kernels' in result
+    ]
+    return '\n\n'.join([report(record, full_rows), *profiles])
+
+
+def kernel_rows(kernels: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [[each['name'][:120], str(each['calls']), number(each['seconds'] * 1e3)] for each in kernels]
+    return [['kernel', 'calls', 'ms'], *rows]
 
 
 def full_rows(cases: list[dict[str, Any]], record: dict[str, Any]) -> list[list[str]]:

@@ -18,7 +18,7 @@ namespace overlock_mm {
 namespace residual_depthwise_norm_kernels {
 
 constexpr int kRun = 8;  // positions of a line that a thread has
-constexpr int kMaxWarps = 6;
+constexpr int kMaxWarps = 4;
 constexpr int kTaps = 9;
 constexpr int kSums = kTaps + 1;            // gradients of taps, and of the bias
 constexpr int kDerivatives = 3 * kRun + 1;  // of a thread: odd, so that the threads of a warp use all banks
@@ -158,7 +158,7 @@ __device__ __forceinline__ void write_sum(A number, const Tile& tile, const Resi
 
 /// Sums, and u as it is or normalised. In a backward, sums of grad_output * u and of grad_output.
 template <typename T, bool kGelu, bool kBackward>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, kSmall<T> ? 3 : 2)
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kSmall<T> ? 4 : 2)
     residual_depthwise_kernel(const ResidualDepthwiseNormParams p) {
   using A = typename Accumulator<T>::type;
   OVERLOCK_MM_SHARED(A, shared);
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kSmall<T> ? 3 : 2)
 
 /// The gradient of the input, and sums of those of the parameters.
 template <typename T>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, kSmall<T> ? 2 : 1)
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kSmall<T> ? 3 : 1)
     residual_depthwise_gradients_kernel(const ResidualDepthwiseNormParams p) {
   using A = typename Accumulator<T>::type;
   OVERLOCK_MM_SHARED(A, shared);
@@ -297,10 +297,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) parameter_gradients_kernel(c
   if (threadIdx.x >= kWarp || !holds) return;
   if (which < kTaps) {
     static_cast<A*>(p.grad_weight)[channel * kTaps + which] = sum;
-  } else {
-    void* const grads[] = {p.grad_bias, p.grad_gamma, p.grad_beta};
-    static_cast<A*>(grads[which - kTaps])[channel] = sum;
+    return;
   }
+  void* const grads = which == kTaps ? p.grad_bias : which == kSums ? p.grad_gamma : p.grad_beta;
+  static_cast<A*>(grads)[channel] = sum;
 }
 
 }  // namespace residual_depthwise_norm_kernels

@@ -45,7 +45,7 @@ def gradients_in_parts(grad_output: Tensor, x: Tensor, dilations: list, eps: flo
     )
     grad_norm_weights = products * torch.rsqrt(variance + eps)
     gradients = dict(output=out, x=grad_x)
-    of_kernels = grad_weights.split([weight[0].numel() for weight in weights], dim=1)
+    of_kernels = grad_weights.split([weight.numel() for weight in weights])
     for i, weight in enumerate(weights):
         gradients[f'weight{i}'] = of_kernels[i].reshape(weight.shape)
         gradients[f'norm_weight{i}'] = grad_norm_weights[i]

@@ -213,9 +213,13 @@ def check_branches(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int
         )
 
 
-def _check_norm_parameters(name: str, parameters: Sequence[Tensor], x: Tensor, branches: int) -> None:
+def check_one_for_each_branch(name: str, parameters: Sequence[Tensor], branches: int) -> None:
     if len(parameters) != branches:
         raise ValueError(f'{name} must be a tensor for each of {branches} weights, got {len(parameters)}')
+
+
+def _check_norm_parameters(name: str, parameters: Sequence[Tensor], x: Tensor, branches: int) -> None:
+    check_one_for_each_branch(name, parameters, branches)
     for parameter in parameters:
         _check_parameter(name, parameter, x)
 

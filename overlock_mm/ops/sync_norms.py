@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ._autocast import cast_as_autocast
-from ._checks import check_dilations, check_number, check_tensor, check_tensors
+from ._checks import check_dilations, check_number, check_one_for_each_branch, check_tensor, check_tensors
 from ._library import operator
 from ._reference import accumulation_type
 
@@ -304,6 +304,8 @@ def sync_branch_norms(
     weights = check_tensors('weights', weights)
     norm_weights = check_tensors('norm_weights', norm_weights)
     norm_biases = check_tensors('norm_biases', norm_biases)
+    for name, parameters in (('norm_weights', norm_weights), ('norm_biases', norm_biases)):
+        check_one_for_each_branch(name, parameters, len(weights))
     dilations = check_dilations(dilations)
     check_number('eps', eps)
     x = cast_as_autocast(x)

@@ -232,11 +232,13 @@ def test_torch_compile(name, one_process):
 @pytest.mark.parametrize(
     'name, wanted',
     [
-        *(('norm', wanted) for wanted in (('x',), ('weight',), ('bias',), ('x', 'bias'))),
-        *(
-            ('branches', wanted)
-            for wanted in (('x',), ('weight1',), ('norm_weight1', 'norm_bias0'), ('weight0', 'norm_bias2'))
-        ),
+        ('norm', ('x',)),
+        ('norm', ('weight',)),
+        ('norm', ('x', 'bias')),
+        ('branches', ('x',)),
+        ('branches', ('weight1',)),
+        ('branches', ('norm_weight1', 'norm_bias0')),
+        ('branches', ('weight0', 'norm_bias2')),
     ],
     ids=str,
 )

@@ -30,7 +30,9 @@ KERNELS = {
     # A word or two that the main loops do not need. In a general variant, a number of channels is 0.
     'contmix_launch.cu': Kernels(30, most_spilled=32, may_spill='Li0E'),
     'depthwise_conv2d_launch.cu': Kernels(58, most_spilled=0),
+    'layer_norm_launch.cu': Kernels(26, most_spilled=0),
     'response_norm_launch.cu': Kernels(22, most_spilled=0),
+    'scale_and_shift_launch.cu': Kernels(18, most_spilled=0),
     # A few words before and after the walk over a tile, of the gradients alone.
     'residual_depthwise_norm_launch.cu': Kernels(18, most_spilled=40, may_spill='gradients_kernelIdE'),
 }

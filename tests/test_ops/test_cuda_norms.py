@@ -212,7 +212,7 @@ def test_nothing_is_launched_for_an_empty_map(programs, tmp_path, operator, size
         Case(FUSED, (2, 33, 35, 9), torch.float16, gelu=False),
         Case(FUSED, (2, 33, 35, 9), gelu=False, inplace=True),
     ],
-    ids=str,
+    ids=lambda case: f'{case.operator} {case.size}',
 )
 def test_launches_and_bytes_are_those_that_are_stated(programs, tmp_path, monkeypatch, case):
     """A launch reads every operand, once by this count, and nothing else."""

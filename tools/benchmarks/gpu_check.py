@@ -168,14 +168,16 @@ def run(part: Part, log: Path, left: float) -> str:
     begin = time.monotonic()
     with open(log, 'a') as output:
         print(f'\n$ {" ".join(part.command)}', file=output, flush=True)
-        # A session of its own, so that nothing of it is left.
+        # A process group of its own, so that nothing of it is left.
         process = subprocess.Popen(
-            part.command, stdout=output, stderr=output, env={**os.environ, **part.variables}, start_new_session=True
+            part.command, stdout=output, stderr=output, env={**os.environ, **part.variables}, preexec_fn=os.setpgrp
         )
         try:
             status = process.wait(min(left, part.seconds))
-        except subprocess.TimeoutExpired:
+        except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             status = process.wait()
     lasted = f'{time.monotonic() - begin:.0f} s'
     if not status:

@@ -231,7 +231,8 @@ def main() -> int:
             part.seconds = math.inf
         ends.append(run(part, log, deadline - time.monotonic()))
         summary = [f'{each.name:20}{end}' for each, end in zip(parts, ends)]
-        tables = [f'## {each.name}\n\n{results_of(each, options.out)}' for each in parts[: len(ends)]]
+        results = {each.name: results_of(each, options.out) for each in parts[: len(ends)]}
+        tables = [f'## {name}\n\n{text}' for name, text in results.items() if text]
         report.write_text('\n\n'.join(['\n'.join(['```', *summary, '```']), *tables]) + '\n')
     print(report.read_text())
     # Once more: the last lines are the ones that are read.

@@ -35,6 +35,7 @@ KERNELS = {
     'scale_and_shift_launch.cu': Kernels(18, most_spilled=0),
     # A few words before and after the walk over a tile, of the gradients alone.
     'residual_depthwise_norm_launch.cu': Kernels(18, most_spilled=40, may_spill='gradients_kernelIdE'),
+    'scale_and_shift_launch.cu': Kernels(18, most_spilled=0),
 }
 NAMES = sorted(path.name for path in SOURCES.glob('*.cu'))
 
@@ -83,8 +84,8 @@ def test_compiles_with_nvcc(tmp_path, name):
 # ---------------------------------------------------------------------------------------------------------------- NVRTC
 
 
-#: The oldest compiler and a device that has everything, and the oldest device.
-@pytest.mark.parametrize('toolkit, architecture', [('cu11', 'sm_90'), ('cu12', 'sm_70')])
+@pytest.mark.parametrize('architecture', ['compute_70', 'compute_90'])
+@pytest.mark.parametrize('toolkit', ['cu11', 'cu12'])
 @pytest.mark.parametrize('name', NAMES)
 def test_compiles_with_the_oldest_toolkits(name, toolkit, architecture):
     packages = TOOLKITS / toolkit / 'nvidia'
@@ -93,4 +94,4 @@ def test_compiles_with_the_oldest_toolkits(name, toolkit, architecture):
     command = [sys.executable, Path(__file__).parent / 'nvrtc' / 'compile.py', packages, architecture, SOURCES / name]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count('Compiling entry function') == KERNELS[name].number, done.stdout
+    assert done.stdout.endswith(f'\n{KERNELS[name].number} kernels\n'), done.stdout

@@ -168,14 +168,16 @@ def run(part: Part, log: Path, left: float) -> str:
     begin = time.monotonic()
     with open(log, 'a') as output:
         print(f'\n$ {" ".join(part.command)}', file=output, flush=True)
-        # A session of its own, so that nothing of it is left.
+        # A process group of its own, so that nothing of it is left.
         process = subprocess.Popen(
-            part.command, stdout=output, stderr=output, env={**os.environ, **part.variables}, start_new_session=True
+            part.command, stdout=output, stderr=output, env={**os.environ, **part.variables}, preexec_fn=os.setpgrp
         )
         try:
             status = process.wait(min(left, part.seconds))
-        except subprocess.TimeoutExpired:
+        except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             status = process.wait()
     lasted = f'{time.monotonic() - begin:.0f} s'
     if not status:
@@ -229,7 +231,8 @@ def main() -> int:
             part.seconds = math.inf
         ends.append(run(part, log, deadline - time.monotonic()))
         summary = [f'{each.name:20}{end}' for each, end in zip(parts, ends)]
-        tables = [f'## {each.name}\n\n{results_of(each, options.out)}' for each in parts[: len(ends)]]
+        results = {each.name: results_of(each, options.out) for each in parts[: len(ends)]}
+        tables = [f'## {name}\n\n{text}' for name, text in results.items() if text]
         report.write_text('\n\n'.join(['\n'.join(['```', *summary, '```']), *tables]) + '\n')
     print(report.read_text())
     # Once more: the last lines are the ones that are read.

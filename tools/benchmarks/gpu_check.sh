@@ -88,7 +88,7 @@ export PYTHONPATH=$work/source:$work/site${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTW
 if ((!prebuilt)); then
     export MAX_JOBS=${MAX_JOBS:-$(nproc)} FORCE_CUDA=$([[ -n $arch ]] && echo 1 || echo 0) TORCH_CUDA_ARCH_LIST=$arch
     # A build in place needs setuptools alone, and no certain pip or wheel.
-    if ! (cd "$work/source" && timeout 300 "$python" setup.py build_ext --inplace) >"$out/$call.log" 2>&1; then
+    if ! (cd "$work/source" && timeout "${TOTAL_SECONDS:-560}" "$python" setup.py build_ext --inplace) >"$out/$call.log" 2>&1; then
         tail -n 30 "$out/$call.log"
         stop "the build failed: see $out/$call.log"
     fi

@@ -1,4 +1,5 @@
-"""Compile a CUDA source with NVRTC: `compile.py PACKAGES ARCHITECTURE SOURCE`. Prints the log.
+"""Compile a CUDA source to PTX with NVRTC: `compile.py PACKAGES ARCHITECTURE SOURCE`. Prints the log and the number
+of kernels.
 
 PACKAGES is the folder of NVIDIA's wheels of NVRTC and of the runtime, which has the headers for devices. It is a process of
 its own because NVRTC changes the locale.
@@ -13,9 +14,9 @@ from pathlib import Path
 
 #: Stands for headers of the host, which NVRTC does not have.
 HOST = Path(__file__).parent / 'host.h'
-#: Without optimisation, which takes four times as long and refuses no code. Functions of the host become functions of the
+#: Without optimisation, which takes ten times as long and refuses no code. Functions of the host become functions of the
 #: device, whose symbols are in no library.
-OPTIONS = ('-std=c++17', '-G', '-default-device', '-rdc=true', '--ptxas-options=-v')
+OPTIONS = ('-std=c++17', '-G', '-default-device', '-rdc=true')
 
 
 def host_headers(sources: Path, include: Path) -> list[str]:
@@ -25,8 +26,8 @@ def host_headers(sources: Path, include: Path) -> list[str]:
     return sorted(name for name in names if name.startswith('cuda_runtime') or not (include / name).exists())
 
 
-def compile_source(packages: Path, architecture: str, source: Path) -> tuple[bool, str]:
-    """Whether it compiles, and the log."""
+def compile_source(packages: Path, architecture: str, source: Path) -> tuple[str, str]:
+    """The log, and the PTX: empty if it does not compile."""
     nvrtc = ctypes.CDLL(str(next(packages.glob('cuda_nvrtc/lib/libnvrtc.so*'))))
     include = packages / 'cuda_runtime' / 'include'
     names = host_headers(source.parent, include)
@@ -44,13 +45,18 @@ def compile_source(packages: Path, architecture: str, source: Path) -> tuple[boo
     check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, name, len(names), headers, strings(names)))
     options = [*OPTIONS, f'-arch={architecture}', f'-I{source.parent}', f'-I{include}']
     status = nvrtc.nvrtcCompileProgram(program, len(options), strings(options))
-    check(nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size)))
-    log = ctypes.create_string_buffer(size.value)
-    check(nvrtc.nvrtcGetProgramLog(program, log))
-    return status == 0, log.value.decode()
+
+    def output(name: str) -> str:
+        check(getattr(nvrtc, f'nvrtcGet{name}Size')(program, ctypes.byref(size)))
+        text = ctypes.create_string_buffer(size.value)
+        check(getattr(nvrtc, f'nvrtcGet{name}')(program, text))
+        return text.value.decode()
+
+    return output('ProgramLog'), '' if status else output('PTX')
 
 
 if __name__ == '__main__':
-    compiles, log = compile_source(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
-    print(log)
-    sys.exit(not compiles)
+    log, ptx = compile_source(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    kernels = set(re.findall(r'\.entry (\w+)', ptx))
+    print(f'{log}\n{len(kernels)} kernels')
+    sys.exit(not ptx)

@@ -897,7 +897,7 @@ def test_schemas_are_the_same_without_the_binary():
 
 
 #: Of OPERATORS, those with kernels for CUDA.
-WITH_CUDA_KERNELS = {'convolution', 'residual', 'norm'}
+WITH_CUDA_KERNELS = {'convolution', 'residual', 'norm', 'response_norm', 'gelu_norm', 'branches'}
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason='this torch has no device cuda')

@@ -14,6 +14,7 @@ SUPPORTED = {
     'mmdet': ('mmdet', '3.0.0', '3.4.0'),
     'mmseg': ('mmsegmentation', '1.0.0', '1.3.0'),
     'mmpretrain': ('mmpretrain', '1.0.0', '1.3.0'),
+    'timm': ('timm', '1.0.3', None),
 }
 
 #: Other supported versions of these modules: those of the maintained forks (docs/compatibility.md).

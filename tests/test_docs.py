@@ -4,7 +4,7 @@ A fenced block is checked by its language:
 
 - ``python``: runs, after the earlier blocks of its page.
 - ``python title="mine.py"``: a config. It is written to this file. Its model, optimizer, hooks and visualizer are built.
-- ``bash``: runs. ``python tools/train.py`` trains one epoch or two iterations if the data of its config are there, and else
+- ``bash``: runs. ``python tools/train.py`` trains one epoch or one iteration if the data of its config are there, and else
   builds the model; so do launchers. Other tools are asked whether they know the options. ``make`` prints its commands.
 - ``text``, ``bibtex``: not code.
 
@@ -137,11 +137,10 @@ def write_released(url: str, file: str) -> None:
     init_default_scope(cfg.default_scope)
     cfg.model.backbone.init_cfg = None
     weights = {name: value for name, value in build(cfg).state_dict().items() if not name.startswith('data_prep')}
-    classes = tuple(map(str, range({'detection': 80, 'segmentation': 150}.get(released.family, 0))))
-    meta = dict(CLASSES=classes, PALETTE=[[0, 0, 0]] * len(classes))
-    torch.save(
-        dict(meta=meta, state_dict=conversion.to_released_names(weights, conversion.describe_checkpoint(weights))), file
-    )
+    weights = conversion.to_released_names(weights, conversion.describe_checkpoint(weights))
+    number = dict(detection=80, segmentation=150).get(released.family)
+    meta = dict(CLASSES=tuple(map(str, range(number or 0))), PALETTE=[[0, 0, 0]] * (number or 0))
+    torch.save(dict(meta=meta, state_dict=weights) if number else weights, file)
 
 
 def check_config(cfg: Config) -> None:
@@ -199,11 +198,13 @@ def run_framework(tool, is_alone: bool) -> None:
         check_config(cfg)
         return
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
-        loader.update(batch_size=1, num_workers=0, persistent_workers=False)
-    if cfg.train_cfg.get('by_epoch', 'max_epochs' in cfg.train_cfg):
+        loader.update(num_workers=0, persistent_workers=False)
+    if 'max_epochs' in cfg.train_cfg:
         cfg.train_cfg.max_epochs = 1
     else:
-        cfg.train_cfg.update(max_iters=2, val_interval=2)
+        cfg.train_cfg.update(max_iters=1, val_interval=1)
+        for head in ('decode_head', 'auxiliary_head'):
+            cfg.model[head].channels = 16  # UPerNet has 512, which takes most of the time
     runner = tool.build_runner(cfg)
     if is_training:
         before = copy.deepcopy(runner.model.state_dict())
@@ -350,6 +351,27 @@ def test_accuracies_are_those_of_the_metafiles():
         for cell, models in zip((convnext, swin), others):
             model = None if arch == 'XT' else models['TSB'.index(arch)]
             assert cell == shown(framework_results(module)[model] if model else None)
+
+
+#: Messages on the page of troubleshooting that are those of other packages.
+OTHERS_MESSAGES = (
+    'No module named', 'MMCV==', 'A module that was compiled using NumPy', 'operator torchvision::nms',
+    'OverLoCK is not in the', 'Given groups=1', 'in child config', 'need at least one array', '… is not a meta file',
+    'Target …', 'Weights only load failed', 'size mismatch for', 'Expected more than 1 value', 'CheckpointError',
+    'indices element out of data bounds',
+)  # fmt: skip
+
+
+def test_messages_are_those_of_the_package():
+    files = [ROOT / 'setup.py', *(ROOT / 'overlock_mm').rglob('*.py'), *(ROOT / 'tools').glob('*.py')]
+    files += (ROOT / 'overlock_mm' / 'ops' / 'csrc').rglob('*.h')
+    # Messages go over several lines of the sources.
+    sources = [re.sub(r"""['"]\s*\n\s*f?['"]""", '', file.read_text()) for file in files]
+    rows = re.findall(r'^\| `(.+?)`', (ROOT / 'docs' / 'troubleshooting.md').read_text(), re.MULTILINE)
+    own = [message for message in rows if not message.startswith(OTHERS_MESSAGES)]
+    assert len(own) > 20
+    for message in own:
+        assert any(all(part in source for part in message.split('…')) for source in sources), message
 
 
 def readme() -> str:

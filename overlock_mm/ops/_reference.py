@@ -429,7 +429,7 @@ def branch_norms_gradients(
     dilations: Sequence[int],
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x`` and of the kernels side by side, (C, sum of k * k), from those sums over the batch, as means."""
+    """Gradients of ``x`` and of the kernels, one after the other, from those sums over the batch, as means."""
     grad = grad_output - grad_mean.view(-1, 1, 1)
     inverse_deviation = torch.rsqrt(variance + eps)
     slope = product_mean * inverse_deviation.square()
@@ -440,5 +440,5 @@ def branch_norms_gradients(
         grad_y = scale.view(-1, 1, 1) * (grad - slope[i].view(-1, 1, 1) * distance)
         grad_of_branch, grad_weight = _gradients_of_branch(grad_y.to(x.dtype), x, weight, dilation)
         grad_x = grad_of_branch if grad_x is None else grad_x + grad_of_branch
-        grad_weights.append(grad_weight.flatten(1).to(mean.dtype))
-    return grad_x, torch.cat(grad_weights, dim=1)
+        grad_weights.append(grad_weight.flatten().to(mean.dtype))
+    return grad_x, torch.cat(grad_weights)

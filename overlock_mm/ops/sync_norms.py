@@ -195,7 +195,9 @@ class _NormaliseBatch(torch.autograd.Function):
             return torch.batch_norm_elemt(x, weight, bias, mean, inverse_deviation, 0.0)  # it does not read eps
         scale = inverse_deviation if weight is None else inverse_deviation * weight
         out = (x - _of_channels(mean, x)) * _of_channels(scale, x)
-        return (out if bias is None else out + _of_channels(bias, x)).to(x.dtype)
+        out = out if bias is None else out + _of_channels(bias, x)
+        # torch.compile takes a to() that changes nothing for an output without a gradient (torch 2.11).
+        return out if out.dtype == x.dtype else out.to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -350,13 +352,12 @@ class _SyncBranchNorms(torch.autograd.Function):
         if needs_x or any(needs_parameters[:branches]):
             sums = _sum_over_processes(torch.cat([grad_sum.unsqueeze(0), products]), ctx.process_group)
             means = sums / count
-            grad_x, side_by_side = operator('_branch_norms_gradients')(
+            grad_x, one_after_the_other = operator('_branch_norms_gradients')(
                 grad_output, x, weights, norm_weights, mean, variance, means[0], means[1:], ctx.dilations, ctx.eps
             )
-            taps = [weight[0].numel() for weight in weights]
+            sizes = [weight.numel() for weight in weights]
             grad_weights = [
-                grad.reshape(weight.shape).to(weight.dtype)
-                for grad, weight in zip(side_by_side.split(taps, dim=1), weights)
+                grad.view(weight.shape).to(weight.dtype) for grad, weight in zip(one_after_the_other.split(sizes), weights)
             ]
         return grad_x, *(None,) * 6, *grad_weights, *grad_norm_weights, *grad_norm_biases
 

@@ -18,12 +18,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn as nn
+from conftest import KeptBytes
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from overlock_mm.models import OverLoCK
+from overlock_mm.models.economy import lean
 from overlock_mm.models.norms import SyncBatchNorm
 from overlock_mm.models.reparam import DilatedReparamConv
+from overlock_mm.ops.sync_norms import sync_batch_norm
 from overlock_mm.training.norms import convert_sync_norms, restore_sync_norms
 
 PROCESSES = 3
@@ -360,6 +363,29 @@ def test_in_evaluation_they_are_batch_norms():
         with mock.patch.object(dist, 'get_world_size', lambda group=None: 2):
             for name in ('norm', 'dilated 9'):
                 assert is_same(synchronised(name).eval(), CASES[name][0]().eval(), *MAPS[0])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_an_output_is_made_again_without_an_exchange():
+    """The lean policy does not keep it, and makes it with the same bits."""
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        x, weight, bias = (randn(*shape).requires_grad_() for shape in ((2, 5, 30, 31), (5,), (5,)))
+        running = torch.zeros(5).double(), torch.ones(5).double()
+        with KeptBytes() as storages, lean():
+            y = sync_batch_norm(x, *running, weight, bias, 0.1, 1e-5)
+            out = y.square()
+        copied, updated = y.detach().clone(), [each.clone() for each in running]
+        del y
+        assert storages.count(x, weight, bias, *running) < 1.1 * out.nbytes  # out, and not y
+        with counted_exchanges() as counts:
+            again = out.grad_fn._saved_self
+            assert counts == {}
+            out.sum().backward()
+            assert counts == dict(all_reduce=1)
+        assert torch.equal(again, copied)
+        assert all(torch.equal(*pair) for pair in zip(running, updated))
     finally:
         dist.destroy_process_group()
 

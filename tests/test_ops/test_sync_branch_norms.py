@@ -8,12 +8,15 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from conftest import relative_error
 from test_depthwise import LAYOUTS, lists_of, make_branches, plain_branches, to, with_gradients
 from torch import Tensor
 
-from overlock_mm.ops import use_references
+from overlock_mm.ops import branch_norms, sync_branch_norms, use_references
 from overlock_mm.ops._library import operator
+from overlock_mm.ops.sync_norms import sync_batch_norm
 
 pytestmark = pytest.mark.skipif(
     os.environ.get('OVERLOCK_MM_WITH_OPS') == '0', reason='OVERLOCK_MM_WITH_OPS=0: built without the compiled operator'
@@ -42,7 +45,7 @@ def gradients_in_parts(grad_output: Tensor, x: Tensor, dilations: list, eps: flo
     )
     grad_norm_weights = products * torch.rsqrt(variance + eps)
     gradients = dict(output=out, x=grad_x)
-    of_kernels = grad_weights.split([weight[0].numel() for weight in weights], dim=1)
+    of_kernels = grad_weights.split([weight.numel() for weight in weights])
     for i, weight in enumerate(weights):
         gradients[f'weight{i}'] = of_kernels[i].reshape(weight.shape)
         gradients[f'norm_weight{i}'] = grad_norm_weights[i]
@@ -178,3 +181,98 @@ def test_errors_name_the_argument(name, implementation):
         for i in takes:
             with pytest.raises((ValueError, TypeError), match=rf'\b{name} must'):
                 calls[i]()
+
+
+# ------------------------------------------------------------------------------------- the operators, of one process
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def sync_branches(x: Tensor, dilations: list, **tensors: Tensor) -> Tensor:
+    return sync_branch_norms(x, *lists_of(dilations, tensors), dilations)[0]
+
+
+def sync_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return sync_batch_norm(x, None, None, weight, bias, 0.1, 1e-5)
+
+
+def plain_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, weight, bias, training=True)
+
+
+def make_norm(dtype: torch.dtype = torch.float64) -> dict:
+    """Parameters are float32 beside half types."""
+    of_parameters = torch.float64 if dtype == torch.float64 else torch.float32
+    x = torch.randn(3, 5, 6, 7, dtype=torch.float64).to(dtype)
+    return dict(x=x, weight=torch.randn(5, dtype=of_parameters), bias=torch.randn(5, dtype=of_parameters))
+
+
+CALLS = {'branches': (sync_branches, plain_branches, make_branches), 'norm': (sync_norm, plain_norm, make_norm)}
+calls = pytest.mark.parametrize('name', sorted(CALLS))
+
+
+@calls
+def test_torch_compile(name, one_process):
+    """In one graph, with the exchanges, forward and backward."""
+    function, plain, make = CALLS[name]
+    arguments = make()
+    grad_output = torch.randn_like(arguments['x'])
+    expected = with_gradients(plain, arguments, grad_output)
+    torch._dynamo.reset()
+    got = with_gradients(torch.compile(function, fullgraph=True, backend='aot_eager'), arguments, grad_output)
+    for key, value in expected.items():
+        assert (got[key] - value).norm() < 1e-12 * max(value.norm(), grad_output.norm()), key
+
+
+@pytest.mark.parametrize(
+    'name, wanted',
+    [
+        ('norm', ('x',)),
+        ('norm', ('weight',)),
+        ('norm', ('x', 'bias')),
+        ('branches', ('x',)),
+        ('branches', ('weight1',)),
+        ('branches', ('norm_weight1', 'norm_bias0')),
+        ('branches', ('weight0', 'norm_bias2')),
+    ],
+    ids=str,
+)
+def test_some_gradients(name, wanted, one_process):
+    function, plain, make = CALLS[name]
+    arguments = make()
+    grad_output = torch.randn_like(arguments['x'])
+    expected = with_gradients(plain, arguments, grad_output, wanted)
+    got = with_gradients(function, arguments, grad_output, wanted)
+    assert got.keys() == expected.keys() == {'output', *wanted}
+    for key, value in expected.items():
+        assert (got[key] - value).norm() < 1e-12 * max(value.norm(), grad_output.norm()), key
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last', 'transposed'])
+def test_half_types_of_a_norm(dtype, tolerance, layout, one_process):
+    arguments = make_norm(dtype)
+    arguments['x'] = LAYOUTS[layout](100 + arguments['x'])  # a mean that takes most of the digits
+    grad_output = torch.randn_like(arguments['x'])
+    expected = with_gradients(plain_norm, to(arguments, torch.float64), grad_output.double())
+    got = with_gradients(sync_norm, arguments, grad_output)
+    for key, value in expected.items():
+        assert (got[key].double() - value).norm() < tolerance * max(value.norm(), grad_output.norm()), key
+        assert got[key].dtype == (dtype if key in ('output', 'x') else torch.float32)
+    assert got['output'].is_contiguous(memory_format=memory_format(arguments['x']))
+
+
+def test_statistics_of_branches(one_process):
+    arguments = make_branches()
+    dilations = arguments.pop('dilations')
+    x = arguments.pop('x')
+    lists = lists_of(dilations, arguments)
+    out, mean, variance, count = sync_branch_norms(x, *lists, dilations)
+    for got, expected in zip((out, mean, variance), branch_norms(x, *lists, dilations)):
+        assert relative_error(got, expected) < 1e-12
+    assert count.tolist() == [2 * 6 * 9]

@@ -14,6 +14,7 @@ import bench_contmix  # noqa: E402
 import bench_depthwise  # noqa: E402
 import gpu_check  # noqa: E402
 import gpu_cost  # noqa: E402
+import gpu_memory  # noqa: E402
 import harness  # noqa: E402
 import operator_costs  # noqa: E402
 import published  # noqa: E402
@@ -26,6 +27,7 @@ __all__ = [
     'bench_depthwise',
     'gpu_check',
     'gpu_cost',
+    'gpu_memory',
     'harness',
     'operator_costs',
     'published',

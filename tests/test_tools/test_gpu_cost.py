@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from benchmarks import gpu_cost, operator_costs
+from benchmarks import gpu_cost, gpu_memory, operator_costs
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
@@ -184,15 +184,15 @@ def test_synchronised_norms(training, fuse, collectives, host_syncs):
 
 
 def test_a_synchronised_norm_without_waiting():
-    """Each kernel of a step: of torch's SyncBatchNorm, those that make and apply masks are missing."""
+    """Its launches beside the exchanges: of torch's SyncBatchNorm, those that make and apply masks are missing."""
     _, costs = measure(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), (2, 3, 8, 8), sync_bn=True, fuse=True)
     launches = {name: cost.launches for name, cost in costs.items() if 'convolution' not in name}
     assert launches == {
         # The statistics of this process, with their count, in one message; those of all; the number of batches; the output.
-        'batch_norm_stats': 1, 'new_full': 1, 'cat': 1, '_allgather_base_': 1, 'batch_norm_gather_stats_with_counts': 1,
-        'add_': 1, 'batch_norm_elemt': 1,
+        'batch_norm_stats': 1, 'new_full': 1, 'cat': 1, 'batch_norm_gather_stats_with_counts': 1, 'add_': 1,
+        'batch_norm_elemt': 1,
         # Two sums in one message; the gradient, which takes counts as integers.
-        'batch_norm_backward_reduce': 1, 'stack': 1, 'allreduce_': 1, '_to_copy': 1, 'batch_norm_backward_elemt': 1,
+        'batch_norm_backward_reduce': 1, 'stack': 1, '_to_copy': 1, 'batch_norm_backward_elemt': 1,
     }  # fmt: skip
 
 
@@ -341,3 +341,24 @@ def test_an_unknown_backbone():
 def test_a_mask_among_other_indices_is_refused():
     with pytest.raises(NotImplementedError, match='2 indices'):
         infer(lambda x: x[x[:, 0] > 0, torch.zeros(3, dtype=torch.int64, device='cuda')], 3, 4)
+
+
+def test_measured_memory_stands_beside_the_counted_one(monkeypatch):
+    monkeypatch.setattr(gpu_cost, 'OverLoCK', small_overlock)
+    names = ('published', 'ours', 'channels-last', 'ours-with-cp', 'convnext-tiny')
+    results = {name: dict(kept_bytes=3 << 20, peak_bytes=5 << 20) for name in names}
+    cases = [
+        dict(name='xt, 64x64, batch 1', section=f'train, {precision}', implementations=results)
+        for precision in ('float32 in TF32', 'bfloat16')
+    ]
+    cases.append(dict(name='xt, 64x64, batch 1', section='eval, float32', implementations=dict(ours=dict(peak_bytes=1))))
+    head, *rows = gpu_memory.rows_of(dict(cases=cases))
+    sections = [f'xt, 64x64, batch 1, {case["section"]}' for case in cases[:2]]
+    assert [row[:2] for row in rows] == [[section, name] for section in sections for name in names[1:]]
+    for row in rows:
+        cells = dict(zip(head, row))
+        assert (cells['kept MiB'], cells['peak MiB']) == ('3', '5')
+        assert float(cells['kept / counted']) == pytest.approx(3 / float(cells['counted']), rel=0.02)
+    counted = [float(row[head.index('counted')]) for row in rows]
+    assert counted[0] == counted[1] > 3 * counted[2]
+    assert all(exact != half for exact, half in zip(counted[:4], counted[4:]))

@@ -6,7 +6,7 @@
 #
 #   operators   tests of the operators and of the network that need a GPU, and compute-sanitizer
 #   network     training steps at 800x1344 beside ConvNeXt and Swin: float32 with and without TF32, bfloat16 and float16,
-#               both layouts, with_cp, a CUDA graph, compiled
+#               both layouts, with_cp, a CUDA graph, compiled. gpu_memory.py compares the memory with the counted one
 #   kernels     depth-wise convolutions and ContMix beside PyTorch's, and the kernels of a training step by name
 #   counters    what Nsight Compute (ncu) says of the kernels of ContMix and of the depth-wise convolutions
 #   again       a short one of each, after a repair

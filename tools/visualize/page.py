@@ -26,7 +26,6 @@ _PAGE = """<!doctype html>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; color: #222; }}
 figure {{ margin: 2.5rem 0; }}
 img {{ max-width: 100%; border: 1px solid #ddd; border-radius: 4px; }}
-figcaption {{ color: #555; }}
 </style>
 <h1>{title}</h1>
 {figures}
@@ -34,7 +33,6 @@ figcaption {{ color: #555; }}
 """
 _FIGURE = """<figure id="{name}">
 <img src="data:image/png;base64,{data}" alt="{caption}">
-<figcaption>{caption}</figcaption>
 </figure>
 """
 

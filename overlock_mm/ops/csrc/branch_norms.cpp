@@ -13,11 +13,11 @@ Tensor empty_statistics(const Tensor& x, at::TensorList weights) {
   return at::empty_symint({int64_t(weights.size()), x.sym_size(1)}, x.options().dtype(accumulation_type(x)));
 }
 
-/// Gradients of the kernels side by side, (C, sum of k * k).
+/// Gradients of the kernels, one after the other: (C * sum of k * k).
 Tensor empty_grad_weights(const Tensor& x, at::TensorList weights) {
   c10::SymInt taps = 0;
   for (const Tensor& weight : weights) taps += weight.sym_size(2) * weight.sym_size(3);
-  return at::empty_symint({x.sym_size(1), taps}, x.options().dtype(accumulation_type(x)));
+  return at::empty_symint({x.sym_size(1) * taps}, x.options().dtype(accumulation_type(x)));
 }
 
 std::tuple<Tensor, Tensor, Tensor> branch_norms_meta(const Tensor& x, at::TensorList weights,
@@ -74,8 +74,9 @@ TORCH_LIBRARY_FRAGMENT(overlock_mm, m) {
   m.def(
       "branch_norms(Tensor x, Tensor[] weights, Tensor[] norm_weights, Tensor[] norm_biases, int[] dilations, "
       "float eps) -> (Tensor output, Tensor mean, Tensor variance)");
-  // Gradients of x, of the kernels side by side, (C, sum of k * k), of norm_weights and of norm_biases, (branches, C).
-  // Those of parameters have the accumulation type.
+  // Gradients of x, of the kernels, one after the other, (C * sum of k * k), of norm_weights and of norm_biases,
+  // (branches, C). Those of parameters have the accumulation type. A part of the second is the gradient of a kernel as
+  // it is, dense: autograd does not copy it.
   m.def(
       "_branch_norms_backward(Tensor grad_output, Tensor x, Tensor[] weights, Tensor[] norm_weights, Tensor mean, "
       "Tensor variance, int[] dilations, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -93,7 +94,7 @@ TORCH_LIBRARY_FRAGMENT(overlock_mm, m) {
   m.def(
       "_branch_norms_sums(Tensor grad_output, Tensor x, Tensor[] weights, Tensor mean, int[] dilations) -> "
       "(Tensor grad_sum, Tensor products)");
-  // Gradients of x and of the kernels side by side, from those sums over the batch, divided by N.
+  // Gradients of x and of the kernels, one after the other, from those sums over the batch, divided by N.
   m.def(
       "_branch_norms_gradients(Tensor grad_output, Tensor x, Tensor[] weights, Tensor[] norm_weights, Tensor mean, "
       "Tensor variance, Tensor grad_mean, Tensor product_mean, int[] dilations, float eps) -> "

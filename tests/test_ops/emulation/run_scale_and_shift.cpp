@@ -1,5 +1,5 @@
-// Runs the launchers of scale_and_shift_launch.cu. Numbers: dtype, batch, positions, channels, whether each image has its own
-// scale. Arrays: input, scale, shift, output, grad_output, grad_input, grad_scale, grad_shift.
+// Runs the launchers of scale_and_shift_launch.cu. Numbers: dtype, batch, positions, channels, whether each image has
+// its own scale. Arrays: input, scale, shift, output, grad_output, grad_input, grad_scale, grad_shift.
 #include "case.h"
 #include "scale_and_shift_launch.h"
 

@@ -44,10 +44,9 @@ class BranchNorms : public torch::autograd::Function<BranchNorms> {
     variable_list out{x};
     c10::SymInt first = 0;
     for (const Tensor& weight : weights) {
-      const c10::SymInt taps = weight.sym_size(2) * weight.sym_size(3);
-      const Tensor own = kernels.narrow_symint(1, first, taps).view_symint(weight.sym_sizes());
+      const Tensor own = kernels.narrow_symint(0, first, weight.sym_numel()).view_symint(weight.sym_sizes());
       out.push_back(own.to(weight.scalar_type()));
-      first += taps;
+      first += weight.sym_numel();
     }
     for (size_t i = 0; i < branches; ++i) out.push_back(scales.select(0, i).to(norm_weights[i].scalar_type()));
     for (size_t i = 0; i < branches; ++i)

@@ -224,9 +224,22 @@ Tensor sum_over_images(const Tensor& products) {
 /// Factors of the norms, (branches, C), in float64.
 Tensor inverse_deviations(const Tensor& variance, double eps) { return (variance.to(at::kDouble) + eps).rsqrt(); }
 
+/// (B, C, taps) summed over the images, the branches one after the other: (C * taps).
+Tensor weights_one_after_the_other(const Tensor& partial, const BranchNormsParams& p) {
+  const Tensor side_by_side = partial.sum(0);
+  std::vector<Tensor> flat;
+  int64_t first = 0;
+  for (int b = 0; b < p.branches; ++b) {
+    const int64_t taps = p.kernel_size[b] * p.kernel_size[b];
+    flat.push_back(side_by_side.narrow(1, first, taps).flatten());
+    first += taps;
+  }
+  return at::cat(flat);
+}
+
 struct MapGradients {
   Tensor input;     ///< a map
-  Tensor weights;   ///< (C, taps)
+  Tensor weights;   ///< (C * taps)
   Tensor products;  ///< (B, branches, C)
 };
 
@@ -251,7 +264,7 @@ MapGradients launch_gradients(const Arguments& arguments, const Tensor& grad, co
   p.grad_input = gradients.input.mutable_data_ptr();
   p.grad_weights = gradients.weights.mutable_data_ptr();
   launch_gradient_kernel(p, scale.scalar_type());
-  return {gradients.input, gradients.weights.sum(0), gradients.products};
+  return {gradients.input, weights_one_after_the_other(gradients.weights, p), gradients.products};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> branch_norms_backward_cpu(const Tensor& grad_output, const Tensor& x,
@@ -302,7 +315,7 @@ std::tuple<Tensor, Tensor> branch_norms_gradients_cpu(const Tensor& grad_output,
                                dilations);
   const Arguments arguments(x, weights, dilations);
   const BranchNormsParams& p = arguments.params;
-  if (x.numel() == 0) return {empty_like_map(x), at::zeros({p.channels, p.taps()}, arguments.taps.options())};
+  if (x.numel() == 0) return {empty_like_map(x), at::zeros({p.channels * p.taps()}, arguments.taps.options())};
   // Means and not sums: as if there were one position.
   const MapGradients gradients =
       launch_gradients(arguments, as_input(grad_output), arguments.cast(grad_mean), norm_weights, arguments.cast(mean),

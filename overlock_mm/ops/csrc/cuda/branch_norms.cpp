@@ -178,8 +178,9 @@ std::tuple<Tensor, Tensor> run_gradients(Arguments& arguments, const Tensor& gra
   all.product_mean = arguments.keep(product_mean);
   all.eps = eps;
   const int64_t images = images_at_a_time(all, grad.element_size()), launches = (all.batch - 1) / images + 1;
-  const Tensor grad_input = empty_channels_last(arguments.input), weights = arguments.empty({all.channels, all.taps()}),
-               partial = arguments.empty({launches, all.weight_parts, all.channels, all.taps()}),
+  const Tensor grad_input = empty_channels_last(arguments.input),
+               weights = arguments.empty({all.channels * all.taps()}),
+               partial = arguments.empty({launches, all.weight_parts, all.channels * all.taps()}),
                grad_branches = at::empty({all.branches * images * all.image_size()}, grad.options());
   for (int64_t i = 0; i < launches; ++i) {
     const int64_t first = i * images, count = std::min(images, all.batch - first);
@@ -218,7 +219,7 @@ std::tuple<Tensor, Tensor> branch_norms_gradients_cuda(const Tensor& grad_output
                                dilations);
   const c10::cuda::CUDAGuard guard(x.device());
   Arguments arguments(x, weights, dilations);
-  if (x.numel() == 0) return {empty_like_map(x), arguments.empty({x.size(1), arguments.params.taps()}).zero_()};
+  if (x.numel() == 0) return {empty_like_map(x), arguments.empty({x.size(1) * arguments.params.taps()}).zero_()};
   const auto [grad_input, grad_weights] = run_gradients(arguments, as_channels_last(grad_output), norm_weights, mean,
                                                         variance, grad_mean, product_mean, eps);
   return {laid_out_as(x, grad_input), grad_weights};
@@ -302,11 +303,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_norms_backward_cuda(const Tens
           grad_y, x, weights[b].to(x.scalar_type()), c10::nullopt, {1, 1}, {padding, padding},
           {dilations[b], dilations[b]}, /*transposed=*/false, {0, 0}, channels, {true, true, false});
       grad_x = grad_x.defined() ? grad_x.add_(of_x) : of_x;
-      grad_weights.push_back(of_weight.flatten(1).to(sums));
+      grad_weights.push_back(of_weight.flatten().to(sums));
       grad_scales.push_back(grad_scale.to(sums));
       grad_shifts.push_back(grad_shift.to(sums));
     }
-    return {laid_out_as(x, grad_x), at::cat(grad_weights, 1), at::stack(grad_scales), at::stack(grad_shifts)};
+    return {laid_out_as(x, grad_x), at::cat(grad_weights), at::stack(grad_scales), at::stack(grad_shifts)};
   };
   return fastest(kind_of_branches("branch_norms backward", x, weights), ours, pytorch);
 }

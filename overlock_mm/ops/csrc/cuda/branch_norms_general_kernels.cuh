@@ -191,7 +191,8 @@ __global__ void __launch_bounds__(kThreads, 2) general_weights_kernel(const Cuda
            work.read<T, A>(static_cast<const T*>(p.input), image, y + down, x + right);
   });
   const A sum = work.sum(own, shared);
-  if (work.writes()) static_cast<A*>(p.partial_grad_weights)[work.c * p.taps() + tap] = sum;
+  if (work.writes())
+    static_cast<A*>(p.partial_grad_weights)[p.channels * p.first_tap(b) + work.c * k * k + own_tap] = sum;
 }
 
 }  // namespace branch_norms_kernels

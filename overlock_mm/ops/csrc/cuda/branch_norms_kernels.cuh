@@ -519,7 +519,7 @@ __global__ void __launch_bounds__(kThreads, 2) inputs_kernel(const TiledParams p
     constexpr int kSize = Own::kSize, kTaps = Own::kTaps;
     for (int i = work.lane; work.has_channel && i < kTaps; i += kWarp) {
       const int tap = kTaps - 1 - i;
-      partial[work.c * p.taps() + Own::kFirstTap + i] =
+      partial[p.channels * Own::kFirstTap + work.c * kTaps + i] =
           sums[own + Own::kFirst + tap / kSize * Own::kPitch + tap % kSize];
     }
   });

@@ -46,9 +46,9 @@ struct CudaBranchNormsParams {
   const void *grad_mean, *product_mean;        ///< (C) and (branches, C)
   void* grad_branches;                         ///< (branches, B, H, W, C), of the map's dtype
   void* grad_input;                            ///< map
-  void* partial_grad_weights;                  ///< (parts, C, taps)
+  void* partial_grad_weights;                  ///< (parts, C * taps)
   int64_t weight_parts;                        ///< of the positions: parts of partial_grad_weights
-  void* grad_weights;                          ///< (C, taps): those of all branches side by side
+  void* grad_weights;                          ///< (C * taps): those of the branches one after the other
 
   OVERLOCK_MM_HOST_DEVICE int64_t image_size() const { return height * width * channels; }
   OVERLOCK_MM_HOST_DEVICE int64_t positions() const { return batch * height * width; }

@@ -54,6 +54,11 @@ def depthwise_conv2d_backward(
     return sum(wanted[:2]) * depthwise_conv2d(x, weight)
 
 
+def gelu_norm_backward(grad_output: Shape, x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    """The convolution again, and its gradients of the map and of the kernel."""
+    return 3 * depthwise_conv2d(x, weight)
+
+
 def branch_norms(x: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
     """Each branch's output for the statistics, and one convolution with the largest kernel."""
     return branch_statistics(x, weights) + depthwise_conv2d(x, weights[0])
@@ -80,6 +85,9 @@ FORMULAS: dict[str, Callable[..., int]] = {
     '_depthwise_conv2d_backward': depthwise_conv2d_backward,
     'residual_depthwise_norm': depthwise_conv2d,
     'residual_depthwise_norm_': depthwise_conv2d,
+    'gelu_residual_depthwise_norm': depthwise_conv2d,
+    '_gelu_residual_depthwise_norm': depthwise_conv2d,
+    '_gelu_residual_depthwise_norm_backward': gelu_norm_backward,
     'branch_norms': branch_norms,
     '_branch_norms_backward': branch_norms_backward,
     '_branch_norms_given': branch_norms_given,

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch.utils import flop_counter
 
-from overlock_mm.ops import _library, branch_norms, contmix, depthwise_conv2d, residual_depthwise_norm
+from overlock_mm.ops import (
+    _library,
+    branch_norms,
+    contmix,
+    depthwise_conv2d,
+    gelu_residual_depthwise_norm,
+    residual_depthwise_norm,
+)
 
 pytestmark = [
     pytest.mark.skipif(bool(_library.missing), reason='the references count as what they call'),
@@ -32,6 +39,14 @@ def test_depthwise_convolution():
 def test_residual_depthwise_norm():
     x, parameters = torch.randn(1, 4, 6, 5), torch.randn(2, 4)
     assert count(lambda: residual_depthwise_norm(x, torch.randn(4, 1, 3, 3), None, *parameters)) == 2 * x.numel() * 9
+
+
+def test_gelu_residual_depthwise_norm():
+    x, parameters = torch.randn(1, 4, 6, 5, requires_grad=True), torch.randn(2, 4)
+    arguments = (torch.randn(4, 1, 3, 3), None, *parameters)
+    one = 2 * x.numel() * 9
+    assert count(lambda: gelu_residual_depthwise_norm(x.detach(), *arguments)) == one
+    assert count(lambda: gelu_residual_depthwise_norm(x, *arguments).sum().backward()) == 4 * one
 
 
 def test_branch_norms():

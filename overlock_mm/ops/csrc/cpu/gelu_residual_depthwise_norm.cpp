@@ -10,16 +10,23 @@ namespace {
 
 using namespace cpu;
 
-using NormBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                                        double);
+using Conv = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, bool);
 using ConvBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t, bool,
                                                         std::array<bool, 3>);
+using NormBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                        double);
+
+/// A map in channels_last. That of bfloat16 stays: there are kernels of GELU and convolutions for it.
+Tensor as_map(const Tensor& x) {
+  const bool stays = x.scalar_type() == at::kBFloat16 && x.is_contiguous(at::MemoryFormat::ChannelsLast);
+  return stays ? x : as_input(x);
+}
 
 std::tuple<Tensor, Tensor> gelu_norm_with_response_cpu(const Tensor& x, const Tensor& weight,
                                                        const OptionalTensor& bias, const Tensor& gamma,
                                                        const Tensor& beta, double eps) {
   check_residual_depthwise_norm(x, weight, bias, gamma, beta);
-  const Tensor map = launch_gelu(as_input(x), Tensor());
+  const Tensor map = as_input(launch_gelu(as_map(x), Tensor()));
   const Tensor response = launch_residual_depthwise_norm(map, weight, bias, gamma, beta, eps, map);
   return {as_output(map, x), response};
 }
@@ -35,14 +42,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gelu_norm_backward_cpu(const 
                                                                           const Tensor& gamma, const Tensor& response,
                                                                           double eps) {
   check_gelu_residual_depthwise_norm_backward(grad_output, x, weight, bias, gamma, response);
-  static const auto norm_backward = operator_named<NormBackward>("overlock_mm::_response_norm_backward");
+  static const auto conv = operator_named<Conv>("overlock_mm::depthwise_conv2d");
   static const auto conv_backward = operator_named<ConvBackward>("overlock_mm::_depthwise_conv2d_backward");
-  const Tensor input = as_input(x), kernel = as_parameter(weight, input), v = launch_gelu(input, Tensor());
-  const Tensor shift = bias && bias->defined() ? as_parameter(*bias, input) : Tensor();
-  Tensor map = launch_depthwise_conv2d(v, kernel, shift, /*dilation=*/1, /*residual=*/true);
+  static const auto norm_backward = operator_named<NormBackward>("overlock_mm::_response_norm_backward");
+  const Tensor input = as_map(x), grad = grad_output.to(input.scalar_type());
+  const Tensor v = launch_gelu(input, Tensor()), kernel = as_parameter(weight, x);
+  const OptionalTensor shift = bias ? OptionalTensor(as_parameter(*bias, x)) : bias;
+  Tensor map = conv.call(v, kernel, shift, /*dilation=*/1, /*residual=*/true);
   Tensor grad_weight, grad_bias, grad_gamma, grad_beta;
-  std::tie(map, grad_gamma, grad_beta) =
-      norm_backward.call(as_input(grad_output), map, as_parameter(gamma, input), response, eps);
+  std::tie(map, grad_gamma, grad_beta) = norm_backward.call(grad, map, as_parameter(gamma, x), response, eps);
   std::tie(map, grad_weight, grad_bias) =
       conv_backward.call(map, v, kernel, /*dilation=*/1, /*residual=*/true, {true, true, true});
   return {as_output(launch_gelu(input, map), x), grad_weight, grad_bias, grad_gamma, grad_beta};

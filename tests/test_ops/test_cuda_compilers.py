@@ -35,7 +35,6 @@ KERNELS = {
     'scale_and_shift_launch.cu': Kernels(18, most_spilled=0),
     # A few words before and after the walk over a tile, of the gradients alone.
     'residual_depthwise_norm_launch.cu': Kernels(18, most_spilled=40, may_spill='gradients_kernelIdE'),
-    'scale_and_shift_launch.cu': Kernels(18, most_spilled=0),
 }
 NAMES = sorted(path.name for path in SOURCES.glob('*.cu'))
 

@@ -90,7 +90,8 @@ def test_mask2former_is_mmsegs_with_another_backbone(tmp_path):
     ours, stock = load(MASK2FORMER), Config.fromfile(tmp_path / 'stock.py')
     different = {key for key, _ in flat(ours.to_dict()) ^ flat(stock.to_dict())}
     assert {key for key in different if not key.startswith('model.backbone.')} == {
-        'custom_imports.imports', 'default_hooks.random_state.type', 'model.decode_head.in_channels', 'sync_bn',
+        'custom_imports.imports', 'default_hooks.random_state.type', 'default_hooks.fuse.type',
+        'model.decode_head.in_channels', 'sync_bn',
     }  # fmt: skip
     model = build(ours, 'meta')
     assert type(model.backbone) is OverLoCK

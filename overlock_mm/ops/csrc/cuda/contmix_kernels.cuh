@@ -27,6 +27,12 @@
 namespace overlock_mm {
 namespace contmix_kernels {
 
+/// A plain load. With one that says that memory is only read, threads of sm_75 keep more registers in memory.
+template <typename T>
+__device__ __forceinline__ auto load(const T* at) {
+  return widen(*at);
+}
+
 constexpr int kMaxThreads = 128;
 
 /// A warp is two lines of 16 positions: nearer to a square than 32 in line, so that less of what is read is halo

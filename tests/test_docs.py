@@ -403,4 +403,4 @@ def test_extras_have_the_supported_versions():
     assert project()['dependencies'] == [supported_range('torch')]
     named = set(re.search(r'"\.\[(.+)\]"', readme()).group(1).split(','))
     assert named == extras.keys() - {'deploy', 'timm', 'visualize'}
-    assert set(SUPPORTED) == {'torch', 'mmengine', 'mmdet', 'mmseg', 'mmpretrain'}
+    assert set(SUPPORTED) == {'torch', 'mmengine', 'mmdet', 'mmseg', 'mmpretrain', 'timm'}

@@ -136,8 +136,7 @@ _CHEAP: dict[Callable, Callable[[Callable, tuple, dict], Optional[Call]]] = {
         (
             F.layer_norm, F.gelu, F.silu, operator('layer_norm'), operator('gelu'), operator('global_response_norm'),
             operator('scale_and_shift'), operator('gelu_residual_depthwise_norm'), normalise_batch, torch.addcmul,
-            Tensor.mul, Tensor.split, Tensor.permute,
-            Tensor.contiguous, Tensor.to, Tensor.__getitem__,
+            Tensor.mul, Tensor.split, Tensor.permute, Tensor.contiguous, Tensor.to, Tensor.__getitem__,
         ),
         _same_call,
     ),

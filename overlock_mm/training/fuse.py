@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..models.layers import GELU, GlobalResponseNorm, ResidualDepthwiseConv, is_as_built
 from ..ops import gelu_residual_depthwise_norm
-from .norms import convert_sync_norms, restore_sync_norms
+from .norms import convert_sync_norms, replace_class, restore_sync_norms
 
 Model = TypeVar('Model', bound=nn.Module)
 
@@ -33,11 +33,11 @@ def fuse(model: Model) -> Model:
     Raises:
         TypeError: ``model`` is no module.
     """
-    _check(model)
+    convert_sync_norms(model)
     for module in model.modules():
         if type(module) is nn.Sequential and any(_is_middle_of_mlp(layers) for layers in _triples(module)):
             module.__class__ = FusedSequential
-    return convert_sync_norms(model)
+    return model
 
 
 def unfuse(model: Model) -> Model:
@@ -46,16 +46,8 @@ def unfuse(model: Model) -> Model:
     Raises:
         TypeError: ``model`` is no module.
     """
-    _check(model)
-    for module in model.modules():
-        if type(module) is FusedSequential:
-            module.__class__ = nn.Sequential
-    return restore_sync_norms(model)
-
-
-def _check(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
+    restore_sync_norms(model)
+    return replace_class(model, FusedSequential, nn.Sequential)
 
 
 class FusedSequential(nn.Sequential):

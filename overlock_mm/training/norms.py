@@ -19,17 +19,18 @@ def convert_sync_norms(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: ``model`` is no module.
     """
-    return _replace_class(model, nn.SyncBatchNorm, SyncBatchNorm)
+    return replace_class(model, nn.SyncBatchNorm, SyncBatchNorm)
 
 
 def restore_sync_norms(model: nn.Module) -> nn.Module:
     """Undo :func:`convert_sync_norms`. It returns and raises the same."""
-    return _replace_class(model, SyncBatchNorm, nn.SyncBatchNorm)
+    return replace_class(model, SyncBatchNorm, nn.SyncBatchNorm)
 
 
-def _replace_class(model: nn.Module, old: type, new: type) -> nn.Module:
+def replace_class(model: nn.Module, old: type, new: type) -> nn.Module:
+    """Change the class of all modules of a class, not of derived ones, in place."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f'model must be a Module, got {type(model).__name__}')
+        raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
     for module in model.modules():
         if type(module) is old:
             module.__class__ = new

@@ -418,5 +418,5 @@ def test_derived_classes_are_left_alone():
 
 @pytest.mark.parametrize('function', [convert_sync_norms, restore_sync_norms])
 def test_what_is_no_module(function):
-    with pytest.raises(TypeError, match='model must be a Module, got dict'):
+    with pytest.raises(TypeError, match='model must be a torch.nn.Module, got dict'):
         function({})

@@ -154,9 +154,6 @@ def check(program: Path, case: Case, folder: Path) -> list[Launch]:
     variants = {'general' if 'general' in launch.kernel else 'tiled' for launch in launches if is_large(launch)}
     assert variants == {case.variant}
     errors = {name: relative_error(actual[name], expected[name]) for name in RESULTS}
-    # This sum cancels. The size of its terms says how exact it can be.
-    terms = inputs['grad_output'].double().abs().mean((0, 2, 3))
-    errors['grad_sum'] *= (expected['grad_sum'].norm() / terms.norm()).item()
     for name, error in errors.items():
         assert error <= tolerance(case, name), (name, errors, case)
     return launches

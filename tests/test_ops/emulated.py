@@ -136,13 +136,20 @@ def nan_like(tensor: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
     return torch.full_like(tensor, torch.nan, dtype=dtype)
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """In the Frobenius norm. NaN must be where it is expected."""
+def relative_error(actual: Tensor, expected: Tensor, size: Optional[Tensor] = None) -> float:
+    """In the Frobenius norm. NaN must be where it is expected.
+
+    Args:
+        actual: result of a program.
+        expected: the same in float64.
+        size: of sums, whose terms can cancel: the root of the sum of their squares. It replaces the norm of ``expected``.
+    """
     assert actual.numel() == expected.numel()
     actual, expected = actual.double().reshape(expected.shape), expected.double()
     assert torch.equal(actual.isnan(), expected.isnan()), 'NaN elsewhere than expected'
     actual, expected = actual.nan_to_num(), expected.nan_to_num()
-    return ((actual - expected).norm() / expected.norm().clamp(min=1e-300)).item()
+    size = expected if size is None else size
+    return ((actual - expected).norm() / size.norm().clamp(min=1e-300)).item()
 
 
 def template_arguments(kernel: str) -> list[int]:

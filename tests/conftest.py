@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import gzip
 import importlib.util
 import json
@@ -34,6 +35,13 @@ def pytest_configure(config):
 def pytest_runtest_setup(item):
     if item.get_closest_marker('gpu') and not torch.cuda.is_available():
         pytest.skip('needs a GPU')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _set_aside():
+    """Garbage collections within a file look at its own objects. Those of a process that has run many files take seconds."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope='module', autouse=True)
 def _set_aside():
-    """Garbage collections within a file look at its own objects. Those of a process that has run many files take seconds."""
+    """Garbage collections look at the objects of their own file. After many files, collections of all take seconds."""
     gc.collect()
     gc.freeze()
 

@@ -207,11 +207,11 @@ def _check_map(x: Tensor) -> None:
     _check_rank('x', x, 4)
 
 
-def _check_parameter(name: str, parameter: Tensor, x: Tensor) -> None:
-    """One number for a channel."""
+def _check_parameter(name: str, parameter: Tensor, x: Tensor, shape: Optional[Sequence[int]] = None) -> None:
+    """One number for a channel, if there is no other shape."""
     _check_device(name, parameter, x, 'x')
     _check_dtype(name, parameter, x, 'x', parameter=True)
-    _check_shape(name, parameter, (x.shape[1],))
+    _check_shape(name, parameter, tuple(x.shape[1:2] if shape is None else shape))
 
 
 def _check_kernel(name: str, weight: Tensor, x: Tensor) -> None:
@@ -263,11 +263,16 @@ def _check_branch_statistics(name: str, statistics: Tensor, x: Tensor, branches:
     _check_shape(name, statistics, (branches, x.shape[1]))
 
 
+def _check_other_map(name: str, other: Tensor, x: Tensor) -> None:
+    """A gradient, or a map that is added."""
+    _check_device(name, other, x, 'x')
+    _check_dtype(name, other, x, 'x', parameter=False)
+    if other.shape != x.shape:
+        raise ValueError(f'{name} must have the shape of x, {tuple(x.shape)}, got {tuple(other.shape)}')
+
+
 def _check_grad_output(grad_output: Tensor, x: Tensor) -> None:
-    _check_device('grad_output', grad_output, x, 'x')
-    _check_dtype('grad_output', grad_output, x, 'x', parameter=False)
-    if grad_output.shape != x.shape:
-        raise ValueError(f'grad_output must have the shape of x, {tuple(x.shape)}, got {tuple(grad_output.shape)}')
+    _check_other_map('grad_output', grad_output, x)
 
 
 def check_branch_norms(
@@ -342,11 +347,38 @@ def check_branch_norms_gradients(
         _check_branch_statistics(name, statistics, x, len(weights))
 
 
-def check_scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor]) -> None:
+def check_scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor], other: Optional[Tensor]) -> None:
     _check_map(x)
     _check_parameter('scale', scale, x, x.shape[:2] if scale.ndim == 2 and shift is None else x.shape[1:2])
     if shift is not None:
         _check_parameter('shift', shift, x)
+    if other is not None:
+        _check_other_map('other', other, x)
+
+
+def check_squeeze_excitation(
+    x: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    other: Optional[Tensor],
+) -> None:
+    _check_map(x)
+    channels, hidden = x.shape[1], expand_weight.shape[1] if expand_weight.ndim == 2 else 0
+    _check_parameter('reduce_weight', reduce_weight, x, (hidden, channels))
+    _check_parameter('reduce_bias', reduce_bias, x, (hidden,))
+    _check_parameter('expand_weight', expand_weight, x, (channels, hidden))
+    _check_parameter('expand_bias', expand_bias, x, (channels,))
+    if other is not None:
+        _check_other_map('other', other, x)
+
+
+def check_gated(x: Tensor, gate: Tensor, other: Optional[Tensor]) -> None:
+    _check_map(x)
+    _check_parameter('gate', gate, x, x.shape[:2])
+    if other is not None:
+        _check_other_map('other', other, x)
 
 
 def check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:

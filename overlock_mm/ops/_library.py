@@ -50,7 +50,10 @@ SCHEMAS = {
     'residual_depthwise_norm_': '(Tensor(a!) x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) -> ()',
     'gelu_residual_depthwise_norm': '(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) '
     '-> Tensor',
-    'scale_and_shift': '(Tensor x, Tensor scale, Tensor? shift) -> Tensor',
+    'scale_and_shift': '(Tensor x, Tensor scale, Tensor? shift, Tensor? other) -> Tensor',
+    'squeeze_excitation': '(Tensor x, Tensor reduce_weight, Tensor reduce_bias, Tensor expand_weight, '
+    'Tensor expand_bias, Tensor? other) -> (Tensor output, Tensor gate)',
+    '_gated': '(Tensor x, Tensor gate, Tensor? other) -> Tensor',
     'transpose': '(Tensor matrices) -> Tensor',
 }
 
@@ -173,6 +176,8 @@ references: dict[str, Callable] = {
         _reference.gelu_residual_depthwise_norm, _checks.check_residual_depthwise_norm
     ),
     'scale_and_shift': _as_operator(_reference.scale_and_shift, _checks.check_scale_and_shift),
+    'squeeze_excitation': _as_operator(_reference.squeeze_excitation, _checks.check_squeeze_excitation),
+    '_gated': _as_operator(_reference.gated, _checks.check_gated),
     'transpose': _transpose,
 }
 

@@ -174,10 +174,33 @@ def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> 
     return torch.addcmul(beta.view(1, -1, 1, 1).to(x.dtype), x, scale)  # (eq. 3)
 
 
-def scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor]) -> Tensor:
-    """``x * scale + shift``: scale is (C), or (B, C) without a shift."""
+def scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor], other: Optional[Tensor]) -> Tensor:
+    """``x * scale + shift + other``: scale is (C), or (B, C) without a shift, and other a map."""
     out = x * scale[..., None, None].to(x.dtype)
-    return out if shift is None else out + shift[:, None, None].to(x.dtype)
+    out = out if shift is None else out + shift[:, None, None].to(x.dtype)
+    return out if other is None else out + other
+
+
+def squeeze_excitation(
+    x: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    other: Optional[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Hu et al., CVPR 2018, eq. 2-4, with a GELU: the map, and its gate (B, C), which has no gradient."""
+    dtype = accumulation_type(x)
+    mean = x.mean(dim=(2, 3), dtype=dtype)  # (B, C)
+    hidden = F.gelu(F.linear(mean, reduce_weight.to(dtype), reduce_bias.to(dtype)))  # (B, R)
+    gate = F.linear(hidden, expand_weight.to(dtype), expand_bias.to(dtype)).sigmoid()  # (B, C)
+    return gated(x, gate, other), gate.detach()
+
+
+def gated(x: Tensor, gate: Tensor, other: Optional[Tensor]) -> Tensor:
+    """``x * gate * silu(other)``: gate is (B, C), and other a map, or None."""
+    out = x * gate[..., None, None].to(x.dtype)
+    return out if other is None else out * F.silu(other)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Operators on the numbers of a map, one by one."""
+"""Operators on the numbers of a map, one by one, and their scales."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ._checks import check_tensor
+from ._checks import check_optional_tensor, check_tensor
 from ._library import operator
 from ._modes import is_compiling, unseen_by_modes
 
@@ -31,8 +31,8 @@ def gelu(x: Tensor) -> Tensor:
     return operator('gelu')(x)
 
 
-def scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor] = None) -> Tensor:
-    """``x * scale + shift``, with a number for each channel.
+def scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor] = None, other: Optional[Tensor] = None) -> Tensor:
+    """``x * scale + shift + other``, with a scale and a shift for each channel.
 
     On a GPU it is an operator of its own: its gradients take one pass over the maps. The CPU and torch.compile run
     PyTorch's, with parameters in the dtype of ``x``: so a map stays in half precision under autocast.
@@ -41,9 +41,10 @@ def scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor] = None) ->
         x (Tensor[B, C, H, W])
         scale (Tensor[C], or of another shape of C numbers; or Tensor[B, C] or [B, C, 1, 1] without a shift)
         shift (Tensor[C], or of another shape of C numbers, or None)
+        other (Tensor[B, C, H, W] | None): with the dtype of ``x``.
 
     Returns:
-        Tensor[B, C, H, W]: with the dtype and layout of ``x``.
+        Tensor[B, C, H, W]: with the dtype and layout of ``x``. On a GPU, of a slice of channels, channels_last.
     """
     by_image = shift is None and scale.shape[:2] == x.shape[:2]
     on_gpu = x.is_cuda and not is_compiling()
@@ -57,5 +58,46 @@ def scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor] = None) ->
         elif scale.ndim == 2:
             scale = scale[..., None, None]
     if on_gpu:
-        return operator('scale_and_shift')(x, scale, shift)
-    return x * scale if shift is None else torch.addcmul(shift, x, scale)
+        return operator('scale_and_shift')(_dense(x), scale, shift, other)
+    out = x * scale if shift is None else torch.addcmul(shift, x, scale)
+    return out if other is None else out + other
+
+
+def squeeze_excitation(
+    x: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    other: Optional[Tensor] = None,
+) -> Tensor:
+    """``x * sigmoid(expand(gelu(reduce(mean of x))))``, with a gate for each image and channel (Hu et al., CVPR 2018).
+
+    With another map it is ``x * gate * silu(other)``: two attentions in one. The compiled operator, for GPUs, computes the
+    gates in float32 at least, in one kernel. It keeps ``x`` and ``other`` for the backward, and no other map. Other devices
+    run the reference.
+
+    Args:
+        x (Tensor[B, C, H, W])
+        reduce_weight (Tensor[R, C]), reduce_bias (Tensor[R]): of the first layer.
+        expand_weight (Tensor[C, R]), expand_bias (Tensor[C]): of the second layer.
+        other (Tensor[B, C, H, W] | None): with the dtype of ``x``.
+
+    Returns:
+        Tensor[B, C, H, W]: with the dtype and layout of ``x``.
+
+    Raises:
+        TypeError, ValueError: as :func:`overlock_mm.ops.depthwise_conv2d`.
+    """
+    tensors = dict(
+        x=x, reduce_weight=reduce_weight, reduce_bias=reduce_bias, expand_weight=expand_weight, expand_bias=expand_bias
+    )
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor)
+    check_optional_tensor('other', other)
+    return operator('squeeze_excitation')(*tensors.values(), other)[0]
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A slice of channels of a map has a layout of its own."""
+    return x if x.is_contiguous() else x.contiguous(memory_format=torch.channels_last)

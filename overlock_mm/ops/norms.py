@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ._autocast import cast_as_autocast
 from ._checks import (
@@ -157,6 +159,52 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Te
     weight, bias = (each.to(accumulation_type(x)) for each in (weight, bias))
     out = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps)
     return cast_as_autocast(out.permute(0, 3, 1, 2))
+
+
+def layer_norm_of_branch(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """:func:`layer_norm`, and ``x`` itself, for a residual block: ``normed, x = layer_norm_of_branch(x, ...)``.
+
+    On a GPU, the backward adds the gradients of the block's branch and of its shortcut in the kernel of the norm. Other
+    devices run :func:`layer_norm`.
+
+    Args:
+        x, weight, bias, eps: as of :func:`layer_norm`.
+
+    Returns:
+        tuple[Tensor[B, C, H, W], Tensor[B, C, H, W]]: the normalised map as of :func:`layer_norm`, and ``x``.
+
+    Raises:
+        TypeError, ValueError: as :func:`layer_norm`.
+    """
+    for name, tensor in (('x', x), ('weight', weight), ('bias', bias)):
+        check_tensor(name, tensor)
+    check_number('eps', eps)
+    fits = x.is_cuda and not is_compiling() and cast_as_autocast(x) is x and _wants_gradient(x, weight, bias)
+    if not fits or not x.is_contiguous(memory_format=torch.channels_last):
+        return layer_norm(x, weight, bias, eps), x
+    return norm_and_input(x, weight, bias, eps)
+
+
+def norm_and_input(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if has_torch_function_variadic(x):  # modes see it as one function
+        return handle_torch_function(norm_and_input, (x,), x, weight, bias, eps)
+    return _NormAndInput.apply(x, weight, bias, eps)
+
+
+class _NormAndInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        out, mean, rstd = torch.ops.overlock_mm._layer_norm(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.bias_dtype = bias.dtype
+        return out, x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor, grad_x: Tensor) -> tuple[Optional[Tensor], ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        grads = torch.ops.overlock_mm._layer_norm_backward(grad_output, x, weight, mean, rstd, grad_x)
+        return grads[0], grads[1].to(weight.dtype), grads[2].to(ctx.bias_dtype), None
 
 
 def residual_depthwise_norm(

@@ -160,12 +160,18 @@ def cost_of_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, outp
 
 
 def cost_of_layer_norm_backward(
-    grad_output: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, outputs: Sequence[Tensor]
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    other_grad: Optional[Tensor],
+    outputs: Sequence[Tensor],
 ) -> Cost:
     """A kernel for the gradient of the map and partial sums of those of the parameters, and one that adds these."""
     partials = torch.ops.overlock_mm._layer_norm_partials(x.shape, x.dtype)
     of_sums = 2 * partials * 2 * bytes_of_sums(weight)
-    return Cost(2, bytes_of([grad_output, x, mean, rstd, *outputs]) + bytes_of_sums(weight) + of_sums)
+    return Cost(2, bytes_of([grad_output, x, mean, rstd, other_grad, *outputs]) + bytes_of_sums(weight) + of_sums)
 
 
 # Branch norms.
@@ -295,9 +301,12 @@ def cost_of_branch_norms_backward(
 # Scales and shifts.
 
 
-def cost_of_scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor], outputs: Sequence[Tensor]) -> Cost:
+def cost_of_scale_and_shift(
+    x: Tensor, scale: Tensor, shift: Optional[Tensor], other: Optional[Tensor], outputs: Sequence[Tensor]
+) -> Cost:
     """One kernel."""
-    return Cost(1, bytes_of([x, *outputs]) + sum(bytes_of_sums(each) for each in (scale, shift) if each is not None))
+    parameters = sum(bytes_of_sums(each) for each in (scale, shift) if each is not None)
+    return Cost(1, bytes_of([x, other, *outputs]) + parameters)
 
 
 def cost_of_scale_and_shift_backward(
@@ -308,6 +317,66 @@ def cost_of_scale_and_shift_backward(
     copies = strips * (1 if scale.ndim == 2 else x.shape[0])
     of_sums = 2 * copies * (1 + has_shift) * bytes_of_sums(scale)
     return Cost(2, bytes_of([grad_output, x, *outputs]) + bytes_of_sums(scale) + of_sums)
+
+
+# Squeeze-excitation.
+
+
+class GateBytes:
+    """Bytes of what is not a map.
+
+    Args:
+        x: the map.
+        reduce_weight: (R, C), of the first layer.
+    """
+
+    def __init__(self, x: Tensor, reduce_weight: Tensor) -> None:
+        hidden, channels = reduce_weight.shape
+        number = bytes_of_sums(x[0, :1, 0, 0])
+        self.weights, self.biases = 2 * number * hidden * channels, number * (hidden + channels)
+        self.per_image, self.squeezed = number * x.shape[0] * channels, number * x.shape[0] * hidden
+        self.sums = torch.ops.overlock_mm._scale_and_shift_strips(x.shape) * self.per_image
+
+
+def cost_of_squeeze_excitation(
+    x: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    other: Optional[Tensor],
+    outputs: Sequence[Tensor],
+) -> Cost:
+    """Sums over positions, means and gates of them, and the map that is scaled."""
+    gates = GateBytes(x, reduce_weight)
+    cost = Cost(1, bytes_of([x]) + gates.sums)
+    cost += Cost(1, gates.sums + gates.weights + gates.biases + 2 * gates.per_image + gates.squeezed)
+    return cost + Cost(1, bytes_of([x, x, other]) + gates.per_image)
+
+
+def cost_of_gated(x: Tensor, gate: Tensor, other: Optional[Tensor], outputs: Sequence[Tensor]) -> Cost:
+    """One kernel."""
+    return Cost(1, bytes_of([x, gate, other, *outputs]))
+
+
+def cost_of_squeeze_excitation_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    reduce_weight: Tensor,
+    expand_weight: Tensor,
+    other: Optional[Tensor],
+    gate: Tensor,
+    mean: Tensor,
+    squeezed: Tensor,
+    outputs: Sequence[Tensor],
+) -> Cost:
+    """Sums of products, the gradients before both layers and of the mean, of the parameters, and of the maps."""
+    gates = GateBytes(x, reduce_weight)
+    cost = Cost(1, bytes_of([grad_output, x, other]) + gates.sums)
+    cost += Cost(1, gates.sums + gates.weights + 3 * gates.per_image + 2 * gates.squeezed)
+    cost += Cost(1, 2 * gates.per_image + 2 * gates.squeezed + gates.weights + gates.biases)
+    maps = [grad_output, x] if other is None else [grad_output, x, other, x, other]
+    return cost + Cost(1, bytes_of(maps) + 2 * gates.per_image)
 
 
 # Response norms, and the layers before them in an MLP.
@@ -432,6 +501,10 @@ STATED: dict[str, Callable[..., Cost]] = {
     'layer_norm': cost_of_layer_norm,
     'scale_and_shift': cost_of_scale_and_shift,
     '_scale_and_shift_backward': cost_of_scale_and_shift_backward,
+    'squeeze_excitation': cost_of_squeeze_excitation,
+    '_gated': cost_of_gated,
+    '_squeeze_excitation': cost_of_squeeze_excitation,
+    '_squeeze_excitation_backward': cost_of_squeeze_excitation_backward,
     '_layer_norm': cost_of_layer_norm,
     '_layer_norm_backward': cost_of_layer_norm_backward,
     'branch_norms': cost_of_branch_norms,

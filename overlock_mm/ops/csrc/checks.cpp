@@ -188,12 +188,14 @@ void check_map(const Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() == 4, "x must have 4 dimensions, got shape ", shape_of(x));
 }
 
-void check_grad_output(const Tensor& grad_output, const Tensor& x) {
-  check_device("grad_output", grad_output, x, "x");
-  check_same_dtype("grad_output", grad_output, x, "x");
-  TORCH_CHECK_VALUE(grad_output.sym_sizes() == x.sym_sizes(), "grad_output must have the shape of x, ", shape_of(x),
-                    ", got ", shape_of(grad_output));
+void check_other_map(const char* name, const Tensor& other, const Tensor& x) {
+  check_device(name, other, x, "x");
+  check_same_dtype(name, other, x, "x");
+  TORCH_CHECK_VALUE(other.sym_sizes() == x.sym_sizes(), name, " must have the shape of x, ", shape_of(x), ", got ",
+                    shape_of(other));
 }
+
+void check_grad_output(const Tensor& grad_output, const Tensor& x) { check_other_map("grad_output", grad_output, x); }
 
 void check_parameter(const char* name, const Tensor& parameter, const Tensor& x, c10::SymIntArrayRef shape) {
   check_device(name, parameter, x, "x");
@@ -318,7 +320,8 @@ void check_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias)
   check_parameter("bias", bias, x, {x.sym_size(1)});
 }
 
-void check_scale_and_shift(const Tensor& x, const Tensor& scale, const OptionalTensor& shift) {
+void check_scale_and_shift(const Tensor& x, const Tensor& scale, const OptionalTensor& shift,
+                           const OptionalTensor& other) {
   check_map(x);
   if (scale.dim() == 2 && !shift) {
     check_parameter("scale", scale, x, {x.sym_size(0), x.sym_size(1)});
@@ -326,6 +329,25 @@ void check_scale_and_shift(const Tensor& x, const Tensor& scale, const OptionalT
     check_parameter("scale", scale, x, {x.sym_size(1)});
   }
   if (shift) check_parameter("shift", *shift, x, {x.sym_size(1)});
+  if (other) check_other_map("other", *other, x);
+}
+
+void check_squeeze_excitation(const Tensor& x, const Tensor& reduce_weight, const Tensor& reduce_bias,
+                              const Tensor& expand_weight, const Tensor& expand_bias, const OptionalTensor& other) {
+  check_map(x);
+  const c10::SymInt channels = x.sym_size(1);
+  const c10::SymInt hidden = expand_weight.dim() == 2 ? expand_weight.sym_size(1) : 0;
+  check_parameter("reduce_weight", reduce_weight, x, {hidden, channels});
+  check_parameter("reduce_bias", reduce_bias, x, {hidden});
+  check_parameter("expand_weight", expand_weight, x, {channels, hidden});
+  check_parameter("expand_bias", expand_bias, x, {channels});
+  if (other) check_other_map("other", *other, x);
+}
+
+void check_gated(const Tensor& x, const Tensor& gate, const OptionalTensor& other) {
+  check_map(x);
+  check_parameter("gate", gate, x, {x.sym_size(0), x.sym_size(1)});
+  if (other) check_other_map("other", *other, x);
 }
 
 void check_gelu_residual_depthwise_norm_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight,

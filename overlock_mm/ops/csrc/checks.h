@@ -39,6 +39,8 @@ void check_contmix_backward(const Tensor& grad_output, const Tensor& value, cons
 // The other operators, of a map x (B, C, H, W).
 
 void check_map(const Tensor& x);
+/// A map of the shape and dtype of x: a gradient, or one that is added.
+void check_other_map(const char* name, const Tensor& other, const Tensor& x);
 void check_grad_output(const Tensor& grad_output, const Tensor& x);
 /// A parameter, or statistics, of the given shape.
 void check_parameter(const char* name, const Tensor& parameter, const Tensor& x, c10::SymIntArrayRef shape);
@@ -72,8 +74,14 @@ void check_response_norm_backward(const Tensor& grad_output, const Tensor& x, co
 void check_residual_depthwise_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                    const Tensor& gamma, const Tensor& beta);
 void check_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias);
-/// scale is (C), or (B, C) without a shift.
-void check_scale_and_shift(const Tensor& x, const Tensor& scale, const OptionalTensor& shift);
+/// scale is (C), or (B, C) without a shift. other is a map as x.
+void check_scale_and_shift(const Tensor& x, const Tensor& scale, const OptionalTensor& shift,
+                           const OptionalTensor& other);
+/// Weights are (R, C) and (C, R), with biases. other is a map as x.
+void check_squeeze_excitation(const Tensor& x, const Tensor& reduce_weight, const Tensor& reduce_bias,
+                              const Tensor& expand_weight, const Tensor& expand_bias, const OptionalTensor& other);
+/// gate is (B, C), and other a map as x.
+void check_gated(const Tensor& x, const Tensor& gate, const OptionalTensor& other);
 void check_gelu_residual_depthwise_norm_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight,
                                                  const OptionalTensor& bias, const Tensor& gamma,
                                                  const Tensor& response);

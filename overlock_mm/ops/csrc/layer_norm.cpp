@@ -21,9 +21,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_with_statistics_meta(const Tensor&
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_meta(const Tensor& grad_output, const Tensor& x,
-                                                            const Tensor& weight, const Tensor& mean, const Tensor&) {
+                                                            const Tensor& weight, const Tensor& mean, const Tensor&,
+                                                            const OptionalTensor& other_grad) {
   check_layer_norm(x, weight, weight);
   check_grad_output(grad_output, x);
+  if (other_grad) check_other_map("other_grad", *other_grad, x);
   const auto parameter = [&] { return at::empty_symint(weight.sym_sizes(), mean.options()); };
   return {empty_like_map(x), parameter(), parameter()};
 }
@@ -36,9 +38,10 @@ TORCH_LIBRARY_FRAGMENT(overlock_mm, m) {
   // The same with the mean and the inverse of the standard deviation, (B, H, W) each, which the backward reads. They
   // have the accumulation type.
   m.def("_layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor output, Tensor mean, Tensor rstd)");
-  // Gradients of x, weight and bias. Those of parameters have the accumulation type.
+  // Gradients of x, weight and bias. Those of parameters have the accumulation type. other_grad is added to that of x.
   m.def(
-      "_layer_norm_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> "
+      "_layer_norm_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor mean, Tensor rstd, "
+      "Tensor? other_grad) -> "
       "(Tensor, Tensor, Tensor)");
 }
 

@@ -6,14 +6,15 @@
 namespace overlock_mm {
 namespace {
 
-Tensor scale_and_shift_meta(const Tensor& x, const Tensor& scale, const OptionalTensor& shift) {
-  check_scale_and_shift(x, scale, shift);
+Tensor scale_and_shift_meta(const Tensor& x, const Tensor& scale, const OptionalTensor& shift,
+                            const OptionalTensor& other) {
+  check_scale_and_shift(x, scale, shift, other);
   return empty_like_map(x);
 }
 
 std::tuple<Tensor, Tensor, Tensor> scale_and_shift_backward_meta(const Tensor& grad_output, const Tensor& x,
                                                                  const Tensor& scale, bool has_shift) {
-  check_scale_and_shift(x, scale, OptionalTensor());
+  check_scale_and_shift(x, scale, OptionalTensor(), OptionalTensor());
   check_grad_output(grad_output, x);
   const auto options = x.options().dtype(accumulation_type(x));
   return {empty_like_map(x), at::empty_symint(scale.sym_sizes(), options),
@@ -23,8 +24,8 @@ std::tuple<Tensor, Tensor, Tensor> scale_and_shift_backward_meta(const Tensor& g
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(overlock_mm, m) {
-  // x * scale + shift. scale is (C), or (B, C), of which no shift may be added.
-  m.def("scale_and_shift(Tensor x, Tensor scale, Tensor? shift) -> Tensor");
+  // x * scale + shift + other. scale is (C), or (B, C), beside which there is no shift. other is a map.
+  m.def("scale_and_shift(Tensor x, Tensor scale, Tensor? shift, Tensor? other) -> Tensor");
   // Gradients of x, scale and shift. Those of parameters have the accumulation type.
   m.def(
       "_scale_and_shift_backward(Tensor grad_output, Tensor x, Tensor scale, bool has_shift) -> "

@@ -1,6 +1,6 @@
 // Runs the launchers of layer_norm_launch.cu. Numbers: dtype, positions, channels. Arrays: input, weight, bias, eps
-// (one float64), output, mean, rstd, grad_output, grad_input, grad_weight, grad_bias. What has no output, or no
-// grad_output, is not launched.
+// (one float64), output, mean, rstd, grad_output, other_grad, grad_input, grad_weight, grad_bias. What has no output,
+// or no grad_output, is not launched.
 #include "case.h"
 #include "layer_norm_launch.h"
 
@@ -19,9 +19,10 @@ int main(int count, char** arguments) {
     params.mean = given.arrays[5].data;
     params.rstd = given.arrays[6].data;
     params.grad_output = given.arrays[7].data;
-    params.grad_input = given.arrays[8].data;
-    params.grad_weight = given.arrays[9].data;
-    params.grad_bias = given.arrays[10].data;
+    params.other_grad = given.arrays[8].data;
+    params.grad_input = given.arrays[9].data;
+    params.grad_weight = given.arrays[10].data;
+    params.grad_bias = given.arrays[11].data;
 
     cudaError_t error = cudaSuccess;
     if (params.output) error = launch_layer_norm_forward(params, dtype, nullptr);

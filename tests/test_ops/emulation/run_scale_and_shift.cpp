@@ -1,5 +1,5 @@
 // Runs the launchers of scale_and_shift_launch.cu. Numbers: dtype, batch, positions, channels, whether each image has
-// its own scale. Arrays: input, scale, shift, output, grad_output, grad_input, grad_scale, grad_shift.
+// its own scale. Arrays: input, scale, shift, other, output, grad_output, grad_input, grad_scale, grad_shift.
 #include "case.h"
 #include "scale_and_shift_launch.h"
 
@@ -15,11 +15,12 @@ int main(int count, char** arguments) {
     params.input = given.arrays[0].data;
     params.scale = given.arrays[1].data;
     params.shift = given.arrays[2].data;
-    params.output = given.arrays[3].data;
-    params.grad_output = given.arrays[4].data;
-    params.grad_input = given.arrays[5].data;
-    params.grad_scale = given.arrays[6].data;
-    params.grad_shift = given.arrays[7].data;
+    params.other = given.arrays[3].data;
+    params.output = given.arrays[4].data;
+    params.grad_output = given.arrays[5].data;
+    params.grad_input = given.arrays[6].data;
+    params.grad_scale = given.arrays[7].data;
+    params.grad_shift = given.arrays[8].data;
     params.strips = scale_and_shift_strips(params);
 
     const cudaError_t error = launch_scale_and_shift_forward(params, dtype, nullptr);

@@ -29,6 +29,7 @@ class BranchNorms : public torch::autograd::Function<BranchNorms> {
     for (const Tensor& bias : norm_biases) bias_dtypes.push_back(static_cast<int64_t>(bias.scalar_type()));
     context->saved_data["bias_dtypes"] = std::move(bias_dtypes);
     context->mark_non_differentiable({mean, variance});
+    context->set_materialize_grads(false);  // of the statistics there are none
     return {output, mean, variance};
   }
 
@@ -38,6 +39,7 @@ class BranchNorms : public torch::autograd::Function<BranchNorms> {
     const auto dilations = context->saved_data["dilations"].toIntVector();
     const auto bias_dtypes = context->saved_data["bias_dtypes"].toIntVector();
     const size_t branches = dilations.size();
+    if (!grads[0].defined()) return variable_list(1 + 3 * branches + 2);
     const at::TensorList weights(saved.data() + 3, branches), norm_weights(saved.data() + 3 + branches, branches);
     const auto [x, kernels, scales, shifts] = op.call(grads[0], saved[0], weights, norm_weights, saved[1], saved[2],
                                                       dilations, context->saved_data["eps"].toDouble());

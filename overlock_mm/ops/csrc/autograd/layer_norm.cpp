@@ -7,7 +7,7 @@ namespace {
 using Norm = Tensor(const Tensor&, const Tensor&, const Tensor&, double);
 using Forward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double);
 using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                                    const Tensor&);
+                                                    const Tensor&, const OptionalTensor&);
 
 class LayerNorm : public torch::autograd::Function<LayerNorm> {
  public:
@@ -24,7 +24,7 @@ class LayerNorm : public torch::autograd::Function<LayerNorm> {
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     static const auto op = operator_named<Backward>("overlock_mm::_layer_norm_backward");
     const auto saved = context->get_saved_variables();
-    const auto [x, weight, bias] = op.call(grads[0], saved[0], saved[1], saved[2], saved[3]);
+    const auto [x, weight, bias] = op.call(grads[0], saved[0], saved[1], saved[2], saved[3], OptionalTensor());
     const auto bias_dtype = static_cast<at::ScalarType>(context->saved_data["bias_dtype"].toInt());
     return {x, weight.to(saved[1].scalar_type()), bias.to(bias_dtype), Variable()};
   }

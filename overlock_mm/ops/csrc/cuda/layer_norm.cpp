@@ -68,14 +68,16 @@ Results layer_norm_with_statistics_cuda(const Tensor& x, const Tensor& weight, c
 }
 
 Results layer_norm_backward_cuda(const Tensor& grad_output, const Tensor& x, const Tensor& weight, const Tensor& mean,
-                                 const Tensor& rstd) {
+                                 const Tensor& rstd, const OptionalTensor& other_grad) {
   check_layer_norm(x, weight, weight);
   check_grad_output(grad_output, x);
+  if (other_grad) check_other_map("other_grad", *other_grad, x);
   const c10::cuda::CUDAGuard guard(x.device());
   const at::ScalarType sums = accumulation_type(x);
   const auto ours = [&]() -> Results {
     const Tensor input = as_channels_last(x), grad = as_channels_last(grad_output), scale = as_parameter(weight, x);
     const Tensor means = mean.contiguous(), rstds = rstd.contiguous(), grad_input = empty_channels_last(input);
+    const Tensor added = other_grad ? as_channels_last(*other_grad) : Tensor();
     const Tensor grad_weight = at::empty_like(scale), grad_bias = at::empty_like(scale);
     LayerNormParams params = params_of(input, scale);
     params.partials = layer_norm_partials(params, dtype_of(x));
@@ -83,6 +85,7 @@ Results layer_norm_backward_cuda(const Tensor& grad_output, const Tensor& x, con
     params.mean = const_cast<void*>(means.const_data_ptr());
     params.rstd = const_cast<void*>(rstds.const_data_ptr());
     params.grad_output = grad.const_data_ptr();
+    params.other_grad = other_grad ? added.const_data_ptr() : nullptr;
     params.grad_input = grad_input.mutable_data_ptr();
     params.partial_sums = partial_sums.mutable_data_ptr();
     params.grad_weight = grad_weight.mutable_data_ptr();
@@ -95,13 +98,14 @@ Results layer_norm_backward_cuda(const Tensor& grad_output, const Tensor& x, con
     const auto [grad_x, grad_weight, grad_bias] =
         at::native_layer_norm_backward(rows_of(grad_output), rows_of(x), {x.size(1)}, mean.unsqueeze(3),
                                        rstd.unsqueeze(3), weight.to(sums), weight.to(sums), {true, true, true});
-    return {laid_out_as(x, grad_x.permute({0, 3, 1, 2}).to(x.scalar_type())), grad_weight, grad_bias};
+    const Tensor grad = grad_x.permute({0, 3, 1, 2}).to(x.scalar_type());
+    return {laid_out_as(x, other_grad ? grad + *other_grad : grad), grad_weight, grad_bias};
   };
   if (x.numel() == 0) {
     const auto zeros = [&] { return at::zeros(weight.sizes(), x.options().dtype(sums)); };
     return {empty_like_map(x), zeros(), zeros()};
   }
-  return fastest(kind_of_call("layer_norm backward", x), ours, pytorch);
+  return fastest(kind_of_call(other_grad ? "layer_norm backward with a sum" : "layer_norm backward", x), ours, pytorch);
 }
 
 }  // namespace

@@ -127,7 +127,8 @@ __global__ void __launch_bounds__(kThreads) layer_norm_backward_kernel(LayerNorm
   __syncthreads();
 
   const A* const weights = static_cast<const A*>(p.weight);
-  const bool aligned = is_aligned<T>(p.input, p.channels) && is_aligned<T>(p.grad_output, p.channels);
+  const bool aligned = is_aligned<T>(p.input, p.channels) && is_aligned<T>(p.grad_output, p.channels) &&
+                       is_aligned<T>(p.other_grad, p.channels);
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * groups; first < p.positions; first += p.partials * groups) {
     const int64_t position = first + group;
     const bool works = position < p.positions;
@@ -156,6 +157,7 @@ __global__ void __launch_bounds__(kThreads) layer_norm_backward_kernel(LayerNorm
     sum = sum_over_lanes<kLanes>(sum) / static_cast<A>(p.channels);
     product = sum_over_lanes<kLanes>(product) / static_cast<A>(p.channels);
 
+    const T* const other_grad = static_cast<const T*>(p.other_grad) + row;
     T* const grad_input = static_cast<T*>(p.grad_input) + row;
     for_parts<kSize, kLanes>(channels, lane, [&](int64_t c, int count) {
       A numbers[kSize], grads[kSize];
@@ -166,6 +168,11 @@ __global__ void __launch_bounds__(kThreads) layer_norm_backward_kernel(LayerNorm
         if (i >= count) continue;
         const A normed = (numbers[i] - mean) * rstd, grad = grads[i] * load(weights + c + i);
         numbers[i] = (grad - sum - normed * product) * rstd;
+      }
+      if (p.other_grad) {
+        load_part(other_grad + c, count, aligned, grads);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) numbers[i] += grads[i];
       }
       store_part(grad_input + c, count, aligned, numbers);
     });

@@ -4,7 +4,8 @@
 // Launches, and the bytes that each moves (every operand once), for a map of M bytes:
 //
 //   forward    1   2 M, the parameters, and the statistics if they are wanted
-//   backward   2   3 M, the weight, the statistics, the partial sums; the partial sums again, and the gradients
+//   backward   2   3 M, and 1 M of a gradient that is added, the weight, the statistics, the partial sums; the partial
+//   sums again, and the gradients
 //
 // tools/benchmarks/operator_costs.py states the same, and tests/test_ops/test_cuda_layer_norm.py compares that with the
 // emulation.
@@ -32,6 +33,7 @@ struct LayerNormParams {
 
   // Backward only.
   const void* grad_output;        ///< map
+  const void* other_grad;         ///< map: a gradient of input that is added to this one, or null
   void* grad_input;               ///< map
   int64_t partials;               ///< layer_norm_partials(...)
   void* partial_sums;             ///< (partials, 2 * C)

@@ -1,4 +1,6 @@
 // Scales and shifts for tensors on a GPU, by the kernels here or by PyTorch's, whichever is faster.
+#include "scale_and_shift.h"
+
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -6,23 +8,28 @@
 
 #include "../checks.h"
 #include "choice.h"
-#include "scale_and_shift_launch.h"
 #include "tensors.h"
 
 namespace overlock_mm {
+
+ScaleAndShiftParams scale_and_shift_params(const Tensor& input) {
+  ScaleAndShiftParams params{};
+  params.batch = input.size(0);
+  params.positions = input.size(2) * input.size(3);
+  params.channels = input.size(1);
+  params.input = input.const_data_ptr();
+  params.strips = scale_and_shift_strips(params);
+  return params;
+}
+
 namespace {
 
 using c10::cuda::getCurrentCUDAStream;
 
 ScaleAndShiftParams params_of(const Tensor& input, const Tensor& scale) {
-  ScaleAndShiftParams params{};
-  params.batch = input.size(0);
-  params.positions = input.size(2) * input.size(3);
-  params.channels = input.size(1);
+  ScaleAndShiftParams params = scale_and_shift_params(input);
   params.by_image = scale.dim() == 2;
-  params.input = input.const_data_ptr();
   params.scale = scale.const_data_ptr();
-  params.strips = scale_and_shift_strips(params);
   return params;
 }
 
@@ -35,30 +42,34 @@ std::string kind_of(const char* name, const Tensor& x, const Tensor& scale) {
   return kind_of_call(std::string(name) + (scale.dim() == 2 ? " by image" : ""), x);
 }
 
-Tensor scale_and_shift_cuda(const Tensor& x, const Tensor& scale, const OptionalTensor& shift) {
-  check_scale_and_shift(x, scale, shift);
+Tensor scale_and_shift_cuda(const Tensor& x, const Tensor& scale, const OptionalTensor& shift,
+                            const OptionalTensor& other) {
+  check_scale_and_shift(x, scale, shift, other);
   const c10::cuda::CUDAGuard guard(x.device());
   const auto ours = [&] {
     const Tensor input = as_channels_last(x), factors = as_parameter(scale, x), output = empty_channels_last(input);
-    const Tensor added = shift ? as_parameter(*shift, x) : Tensor();
+    const Tensor shifts = shift ? as_parameter(*shift, x) : Tensor();
+    const Tensor added = other ? as_channels_last(*other) : Tensor();
     ScaleAndShiftParams params = params_of(input, factors);
-    params.shift = shift ? added.const_data_ptr() : nullptr;
+    params.shift = shift ? shifts.const_data_ptr() : nullptr;
+    params.other = other ? added.const_data_ptr() : nullptr;
     params.output = output.mutable_data_ptr();
     C10_CUDA_CHECK(launch_scale_and_shift_forward(params, dtype_of(x), getCurrentCUDAStream()));
     return laid_out_as(x, output);
   };
   const auto pytorch = [&] {
-    return laid_out_as(x, shift ? at::addcmul(beside(x, *shift), x, beside(x, scale)) : x * beside(x, scale));
+    const Tensor out = shift ? at::addcmul(beside(x, *shift), x, beside(x, scale)) : x * beside(x, scale);
+    return laid_out_as(x, other ? out + *other : out);
   };
   if (x.numel() == 0) return empty_like_map(x);
-  return fastest(kind_of("scale_and_shift", x, scale), ours, pytorch);
+  return fastest(kind_of(other ? "scale_and_shift with a sum" : "scale_and_shift", x, scale), ours, pytorch);
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
 Gradients scale_and_shift_backward_cuda(const Tensor& grad_output, const Tensor& x, const Tensor& scale,
                                         bool has_shift) {
-  check_scale_and_shift(x, scale, OptionalTensor());
+  check_scale_and_shift(x, scale, OptionalTensor(), OptionalTensor());
   check_grad_output(grad_output, x);
   const c10::cuda::CUDAGuard guard(x.device());
   const at::ScalarType sums = accumulation_type(x);

@@ -4,6 +4,8 @@
 // scale, its shift and its sums are in registers. The memory is what takes time.
 #pragma once
 
+#include <type_traits>
+
 #include "numbers.cuh"
 #include "scale_and_shift_launch.h"
 
@@ -59,16 +61,17 @@ __device__ __forceinline__ void load_parameters(const void* parameters, int64_t 
   for (int i = 0; i < kSize; ++i) out[i] = parameters ? load(static_cast<const A*>(parameters) + at + i) : A(0);
 }
 
-template <typename T, int kSize>
+template <typename T, int kSize, bool kOther>
 __global__ void __launch_bounds__(kThreads) scale_and_shift_forward_kernel(ScaleAndShiftParams p) {
   using A = typename Accumulator<T>::type;
   const Part<kSize> part(p);
   if (part.channel >= p.channels) return;
   A scale[kSize], shift[kSize];
-  load_parameters(p.scale, (p.by_image ? part.image * p.channels : 0) + part.channel, scale);
-  load_parameters(p.shift, part.channel, shift);
+  const int64_t of_parameters = (p.by_image ? part.image * p.channels : 0) + part.channel;
+  load_parameters(p.scale, of_parameters, scale);
+  load_parameters(p.shift, of_parameters, shift);
   const int64_t first = part.image * p.positions * p.channels + part.channel;
-  const T* const input = static_cast<const T*>(p.input) + first;
+  const T *const input = static_cast<const T*>(p.input) + first, *const other = static_cast<const T*>(p.other) + first;
   T* const output = static_cast<T*>(p.output) + first;
 #pragma unroll 4
   for (int64_t i = part.first_position; i < part.end; i += kThreads / kLanes) {
@@ -76,6 +79,12 @@ __global__ void __launch_bounds__(kThreads) scale_and_shift_forward_kernel(Scale
     load_part(input + i * p.channels, numbers);
 #pragma unroll
     for (int j = 0; j < kSize; ++j) numbers[j] = numbers[j] * scale[j] + shift[j];
+    if (kOther) {
+      A added[kSize];
+      load_part(other + i * p.channels, added);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) numbers[j] += added[j];
+    }
     store_part(output + i * p.channels, numbers);
   }
 }
@@ -135,6 +144,49 @@ __global__ void __launch_bounds__(kThreads) scale_and_shift_backward_kernel(Scal
     out[j] = products[j];
     if (p.grad_shift) out[p.channels + j] = sums[j];
   }
+}
+
+template <typename T, int kSize, bool kProducts>
+__global__ void __launch_bounds__(kThreads) sums_over_positions_kernel(ScaleAndShiftParams p) {
+  using A = typename Accumulator<T>::type;
+  OVERLOCK_MM_SHARED(A, shared);
+  const Part<kSize> part(p);
+  const bool works = part.channel < p.channels;
+  A sums[kSize] = {};
+  if (works) {
+    const int64_t first = part.image * p.positions * p.channels + part.channel;
+    const T *const input = static_cast<const T*>(p.input) + first, *const grad_output =
+                                                                       static_cast<const T*>(p.grad_output) + first;
+#pragma unroll 4
+    for (int64_t i = part.first_position; i < part.end; i += kThreads / kLanes) {
+      A numbers[kSize], grads[kSize];
+      load_part(input + i * p.channels, numbers);
+      if (kProducts) load_part(grad_output + i * p.channels, grads);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) sums[j] += kProducts ? numbers[j] * grads[j] : numbers[j];
+    }
+  }
+  sum_over_positions(sums, shared);
+  if (threadIdx.x >= kLanes || !works) return;
+  A* const out = static_cast<A*>(p.partial_sums) + (part.strip * p.batch + part.image) * p.channels + part.channel;
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) out[j] = sums[j];
+}
+
+/// Calls body with an integral constant: the channels of a thread.
+template <typename T, typename Body>
+cudaError_t with_size(const ScaleAndShiftParams& params, const Body& body) {
+  const auto is_aligned = [](const void* map) { return reinterpret_cast<uint64_t>(map) % 16 == 0; };
+  const bool aligned = params.channels % Channels<T>::kSize == 0 && is_aligned(params.input) &&
+                       is_aligned(params.other) && is_aligned(params.output) && is_aligned(params.grad_output) &&
+                       is_aligned(params.grad_input);
+  if (aligned) return body(std::integral_constant<int, Channels<T>::kSize>{});
+  return body(std::integral_constant<int, 1>{});
+}
+
+template <int kSize>
+int64_t blocks_of(const ScaleAndShiftParams& params) {
+  return ceil_div(params.channels, kLanes * kSize) * params.batch * params.strips;
 }
 
 }  // namespace scale_and_shift_kernels

@@ -1,6 +1,4 @@
 // Which kernel of scale_and_shift_kernels.cuh runs, and on which parts of the map.
-#include <type_traits>
-
 #include "launch.cuh"
 #include "scale_and_shift_kernels.cuh"
 #include "sums.cuh"
@@ -10,26 +8,13 @@ namespace {
 
 using namespace scale_and_shift_kernels;
 
-/// Calls body with an integral constant: the channels of a thread.
-template <typename T, typename Body>
-cudaError_t with_size(const ScaleAndShiftParams& params, const Body& body) {
-  const auto is_aligned = [](const void* map) { return reinterpret_cast<uint64_t>(map) % 16 == 0; };
-  const bool aligned = params.channels % Channels<T>::kSize == 0 && is_aligned(params.input) &&
-                       is_aligned(params.output) && is_aligned(params.grad_output) && is_aligned(params.grad_input);
-  if (aligned) return body(std::integral_constant<int, Channels<T>::kSize>{});
-  return body(std::integral_constant<int, 1>{});
-}
-
-template <int kSize>
-int64_t blocks_of(const ScaleAndShiftParams& params) {
-  return ceil_div(params.channels, kLanes * kSize) * params.batch * params.strips;
-}
-
 template <typename T>
 cudaError_t forward(const ScaleAndShiftParams& params, cudaStream_t stream) {
   return with_size<T>(params, [&](auto size) {
     constexpr int kSize = decltype(size)::value;
-    return launch(scale_and_shift_forward_kernel<T, kSize>, blocks_of<kSize>(params), kThreads, 0, params, stream);
+    const auto kernel =
+        params.other ? scale_and_shift_forward_kernel<T, kSize, true> : scale_and_shift_forward_kernel<T, kSize, false>;
+    return launch(kernel, blocks_of<kSize>(params), kThreads, 0, params, stream);
   });
 }
 
@@ -50,6 +35,18 @@ cudaError_t backward(const ScaleAndShiftParams& params, cudaStream_t stream) {
   totals.first_out = params.grad_scale;
   totals.second_out = params.grad_shift;
   return launch_sum_of_partials<A>(totals, stream);
+}
+
+template <typename T>
+cudaError_t sums_over_positions(const ScaleAndShiftParams& params, cudaStream_t stream) {
+  using A = typename Accumulator<T>::type;
+  return with_size<T>(params, [&](auto size) {
+    constexpr int kSize = decltype(size)::value;
+    const auto kernel =
+        params.grad_output ? sums_over_positions_kernel<T, kSize, true> : sums_over_positions_kernel<T, kSize, false>;
+    return launch(kernel, blocks_of<kSize>(params), kThreads, kSize * kThreads * static_cast<int64_t>(sizeof(A)),
+                  params, stream);
+  });
 }
 
 bool is_empty(const ScaleAndShiftParams& params) {
@@ -74,6 +71,12 @@ cudaError_t launch_scale_and_shift_forward(const ScaleAndShiftParams& params, Dt
 cudaError_t launch_scale_and_shift_backward(const ScaleAndShiftParams& params, Dtype dtype, cudaStream_t stream) {
   if (is_empty(params)) return cudaSuccess;
   return for_dtype(dtype, [&](auto* type) { return backward<std::remove_pointer_t<decltype(type)>>(params, stream); });
+}
+
+cudaError_t launch_sums_over_positions(const ScaleAndShiftParams& params, Dtype dtype, cudaStream_t stream) {
+  if (is_empty(params)) return cudaSuccess;
+  return for_dtype(
+      dtype, [&](auto* type) { return sums_over_positions<std::remove_pointer_t<decltype(type)>>(params, stream); });
 }
 
 }  // namespace overlock_mm

@@ -3,8 +3,9 @@
 //
 // Launches, and the bytes that each moves (every operand once), for a map of M bytes:
 //
-//   forward    1   2 M
+//   forward    1   2 M, and 1 M of a map that is added
 //   backward   2   3 M and the partial sums; the partial sums again, and the gradients
+//   sums       1   1 M, or 2 M of products, and the partial sums
 //
 // tools/benchmarks/operator_costs.py states the same, and tests/test_ops/test_cuda_scale_and_shift.py compares that
 // with the emulation.
@@ -22,17 +23,18 @@ namespace overlock_mm {
 /// float32 for all others.
 struct ScaleAndShiftParams {
   int64_t batch, positions, channels;
-  bool by_image;      ///< whether each image has its own scale; then there is no shift
+  bool by_image;      ///< whether each image has its own scale, and, in the forward, its own shift
   const void* input;  ///< map
   const void* scale;  ///< (C) or (B, C)
-  const void* shift;  ///< (C), or null
+  const void* shift;  ///< as scale, or null
+  const void* other;  ///< map that is added, or null
   void* output;       ///< map
 
-  // Backward only.
+  // Backward and sums only.
   const void* grad_output;  ///< map
   void* grad_input;         ///< map
   int64_t strips;           ///< scale_and_shift_strips(...): parts of an image
-  void* partial_sums;       ///< (strips, B, C), or with a shift (strips, B, 2, C)
+  void* partial_sums;       ///< (strips, B, C), or in a backward with a shift (strips, B, 2, C)
   void* grad_scale;         ///< as scale
   void* grad_shift;         ///< (C), or null
 };
@@ -42,5 +44,7 @@ int64_t scale_and_shift_strips(const ScaleAndShiftParams& params);
 /// Launch on the current device. Without positions nothing is launched.
 cudaError_t launch_scale_and_shift_forward(const ScaleAndShiftParams& params, Dtype dtype, cudaStream_t stream);
 cudaError_t launch_scale_and_shift_backward(const ScaleAndShiftParams& params, Dtype dtype, cudaStream_t stream);
+/// The partial sums of input, or, if there is grad_output, of its products with input.
+cudaError_t launch_sums_over_positions(const ScaleAndShiftParams& params, Dtype dtype, cudaStream_t stream);
 
 }  // namespace overlock_mm

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from ..ops._autocast import autocast_disabled, autocast_dtype, is_autocast_enabled
 from ..ops._library import operator, using_references
 from ..ops._modes import is_compiling, is_exporting, unseen_by_modes
+from ..ops.norms import norm_and_input
 from ..ops.sync_norms import normalise_batch
 from .layers import is_sharded
 
@@ -111,18 +112,33 @@ def lean() -> Iterator[None]:
 Call = tuple[Callable, tuple, dict]
 
 
-def _same_call(function: Callable, args: tuple, kwargs: dict) -> Optional[Call]:
+def _same_call(function: Callable, args: tuple, kwargs: dict, out: Any) -> Optional[Call]:
     return function, args, kwargs
 
 
-def _batch_norm_again(function: Callable, args: tuple, kwargs: dict) -> Optional[Call]:
+def _scale_again(function: Callable, args: tuple, kwargs: dict, out: Any) -> Optional[Call]:
+    """A sum of two maps is kept: it would need both."""
+    return (function, args, kwargs) if args[3] is None else None
+
+
+def _excitation_again(function: Callable, args: tuple, kwargs: dict, out: Any) -> Optional[Call]:
+    """From its gates."""
+    return operator('_gated'), (args[0], out[1], args[5]), {}
+
+
+def _norm_again(function: Callable, args: tuple, kwargs: dict, out: Any) -> Optional[Call]:
+    """Without the statistics, which only the backward of the first call reads."""
+    return operator('layer_norm'), args, kwargs
+
+
+def _batch_norm_again(function: Callable, args: tuple, kwargs: dict, out: Any) -> Optional[Call]:
     """With the statistics of the batch, the running ones are not updated a second time."""
     if kwargs.get('training'):
         args = (args[0], None, None)
     return function, args, kwargs
 
 
-def _small_kernel_again(function: Callable, args: tuple, kwargs: dict) -> Optional[Call]:
+def _small_kernel_again(function: Callable, args: tuple, kwargs: dict, out: Any) -> Optional[Call]:
     """Residual 3x3 kernels and the branches beside a large kernel are cheap. Large kernels are not, and a plain 3x3 one
     stands before a batch norm, where keeping its output costs little."""
     _, weight, _, dilation, residual = args
@@ -130,17 +146,21 @@ def _small_kernel_again(function: Callable, args: tuple, kwargs: dict) -> Option
     return (function, args, kwargs) if residual or (size <= 9 and (size > 3 or dilation > 1)) else None
 
 
-#: Functions whose outputs are cheap: the call that makes them again, or None where they are kept after all.
-_CHEAP: dict[Callable, Callable[[Callable, tuple, dict], Optional[Call]]] = {
+#: Functions whose outputs are cheap: the call that makes them again, or None where they are kept after all. Another
+#: function than the one that was called makes the first output alone.
+_CHEAP: dict[Callable, Callable[[Callable, tuple, dict, Any], Optional[Call]]] = {
     **dict.fromkeys(
         (
             F.layer_norm, F.gelu, F.silu, operator('layer_norm'), operator('gelu'), operator('global_response_norm'),
-            operator('scale_and_shift'), operator('gelu_residual_depthwise_norm'), normalise_batch, torch.addcmul,
+            operator('gelu_residual_depthwise_norm'), normalise_batch, torch.addcmul,
             Tensor.mul, Tensor.split, Tensor.permute, Tensor.contiguous, Tensor.to, Tensor.__getitem__,
         ),
         _same_call,
     ),
     F.batch_norm: _batch_norm_again,
+    norm_and_input: _norm_again,
+    operator('scale_and_shift'): _scale_again,
+    operator('squeeze_excitation'): _excitation_again,
     operator('depthwise_conv2d'): _small_kernel_again,
 }  # fmt: skip
 
@@ -165,9 +185,9 @@ class _Notebook(TorchFunctionMode):
         out = function(*args, **kwargs)
         again = _CHEAP.get(function)
         if again is not None:
-            call = again(function, args, kwargs)
+            call = again(function, args, kwargs, out)
             if call is not None:
-                self._note(out, call)
+                self._note(out if call[0] is function else out[0], call)
         return out
 
     def pack(self, tensor: Tensor) -> Union[_Note, _Kept]:

@@ -208,8 +208,9 @@ def _is_of_fsdp(kind: type) -> bool:
 def as_matrix(layer: nn.Module, num_features: int, like: Tensor, size: tuple[int, ...] = (1, 1)) -> tuple[Tensor, Tensor]:
     """The matrix (L, N) and the bias (L) of a layer that is affine in its features, such as a 1x1 convolution.
 
-    The layer is called, on the N basis vectors and on zero. So its hooks run, and a wrapper, an adapter, a pruned or a
-    normalised weight counts. Autocast is off for it: a matrix is rounded where it is used, and not twice.
+    A convolution as it was built has them as parameters. Any other layer is called, on the N basis vectors and on zero. So
+    its hooks run, and a wrapper, an adapter, a pruned or a normalised weight counts. Autocast is off for it: a matrix is
+    rounded where it is used, and not twice.
 
     Args:
         layer: takes N features, and gives L.
@@ -217,6 +218,8 @@ def as_matrix(layer: nn.Module, num_features: int, like: Tensor, size: tuple[int
         like: a tensor with the layer's device and dtype.
         size: of the map that the layer takes, (1, 1), or () for a linear layer.
     """
+    if is_as_built(layer, (Conv2d,), 'weight', 'bias') and layer.weight.shape[1:] == (num_features, *size):
+        return layer.weight.flatten(1), layer.bias
     # Long basis vectors: adding and subtracting the bias costs little precision then. float16 has a small range.
     scale = 2.0**6 if like.dtype == torch.float16 else 2.0**16
     basis = scale * torch.eye(num_features + 1, num_features, dtype=like.dtype, device=like.device)  # last row 0

@@ -1,15 +1,67 @@
-"""Batch norms with the statistics of several processes."""
+"""Batch norms with the statistics of several processes, and numbers of batches that are counted together."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Optional
 
+import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..ops._modes import is_compiling
 from ..ops.sync_norms import sync_batch_norm
+
+
+class _State(threading.local):
+    counters: Optional[dict[int, Tensor]] = None
+
+
+_state = _State()
+
+
+@contextlib.contextmanager
+def counting_together() -> Iterator[None]:
+    """Context in which :func:`count_batch` waits for the end, and then adds to all numbers at once.
+
+    On a GPU this is one kernel for all norms of a network, where each would start one.
+    """
+    if is_compiling() or _state.counters is not None:
+        yield
+        return
+    _state.counters = {}
+    try:
+        yield
+    finally:
+        counters, _state.counters = list(_state.counters.values()), None
+        if counters:
+            torch._foreach_add_(counters, 1)
+
+
+def count_batch(counters: Sequence[Tensor]) -> None:
+    """Add 1 to the numbers of batches that norms have seen (``num_batches_tracked``)."""
+    waiting = _state.counters
+    if is_compiling() or waiting is None or any(id(each) in waiting for each in counters):  # of a norm that is used twice
+        torch._foreach_add_(counters, 1)
+    else:
+        waiting.update({id(each): each for each in counters})
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """torch's ``BatchNorm2d``, whose batches may be counted together with those of other norms."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Without a momentum, the number of batches is a factor of the running statistics.
+        if not self.training or self.num_batches_tracked is None or self.momentum is None or is_compiling():
+            return super().forward(x)
+        self._check_input_dim(x)
+        count_batch([self.num_batches_tracked])
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps)
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
@@ -28,9 +80,12 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         running_mean, running_var, momentum = None, None, 0.0
         if self.track_running_stats and self.running_mean is not None:
             running_mean, running_var = self.running_mean, self.running_var
-            self.num_batches_tracked.add_(1)
-            # Without a momentum it is the average of all batches so far.
-            momentum = 1 / self.num_batches_tracked.to(running_mean.dtype) if self.momentum is None else self.momentum
+            if self.momentum is None:  # the average of all batches so far
+                self.num_batches_tracked.add_(1)
+                momentum = 1 / self.num_batches_tracked.to(running_mean.dtype)
+            else:
+                count_batch([self.num_batches_tracked])
+                momentum = self.momentum
         return sync_batch_norm(x, running_mean, running_var, self.weight, self.bias, momentum, self.eps, group)
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from ..ops import branch_norms, branch_norms_given, sync_branch_norms
 from ..ops._reference import accumulation_type, fold_kernels
 from .layers import DepthwiseConv, is_as_built
-from .norms import SyncBatchNorm, exchanging_group
+from .norms import BatchNorm2d, SyncBatchNorm, count_batch, exchanging_group
 
 #: Norms whose tensors may be read in place of calling them.
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
+_NORMS = (nn.BatchNorm2d, BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
 
 #: (kernel size, dilation) of the branches that run beside a large kernel of size K.
 DILATED_BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
@@ -194,14 +194,15 @@ def _update_running_statistics(norms: Sequence[nn.BatchNorm2d], means: Tensor, v
         counts = [norms[i].num_batches_tracked for i in own]
         running = [norms[i].running_mean for i in own] + [norms[i].running_var for i in own]
         new = [means[i] for i in own] + [variances[i] for i in own]
-        torch._foreach_add_(counts, 1)
         if momentum is None:  # the average of all batches so far
+            torch._foreach_add_(counts, 1)
             for old, each, count in zip(running, new, counts * 2):
                 count = count.to(old.dtype)
                 old.mul_(1 - 1 / count).add_(each.to(old.dtype) / count)
         else:
-            torch._foreach_mul_(running, 1 - momentum)
-            torch._foreach_add_(running, new, alpha=momentum)
+            count_batch(counts)
+            new = [each.to(old.dtype) for old, each in zip(running, new)]
+            torch._foreach_lerp_(running, new, momentum)
 
 
 def fold_branches(state_dict: dict[str, Tensor], prefix: str, kernel_size: int, eps: float = 1e-5) -> tuple[Tensor, Tensor]:

@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TypeVar
 
 import torch.nn as nn
-from torch import Tensor
 
-from ..models.layers import GELU, GlobalResponseNorm, ResidualDepthwiseConv, is_as_built
-from ..ops import gelu_residual_depthwise_norm
+from ..models.blocks import BasicBlock, DynamicBlock
+from ..models.layers import SqueezeExcitation
+from ..models.norms import BatchNorm2d
+from ..models.overlock import OverLoCK
+from .blocks import (
+    FusedBasicBlock,
+    FusedDynamicBlock,
+    FusedOverLoCK,
+    FusedSequential,
+    FusedSqueezeExcitation,
+    is_middle_of_mlp,
+)
 from .norms import convert_sync_norms, replace_class, restore_sync_norms
 
 Model = TypeVar('Model', bound=nn.Module)
+
+#: Classes, and those that take their places.
+FUSED = {
+    BasicBlock: FusedBasicBlock,
+    DynamicBlock: FusedDynamicBlock,
+    SqueezeExcitation: FusedSqueezeExcitation,
+    OverLoCK: FusedOverLoCK,
+}
 
 
 def fuse(model: Model) -> Model:
     """Let layers of a model run together, where one operator takes fewer passes over a map than they do. In place.
 
-    In an ``nn.Sequential``, GELU, residual depth-wise convolution and response norm, one after the other, become one call
-    of :func:`overlock_mm.ops.gelu_residual_depthwise_norm`: the middle of OverLoCK's MLPs. torch's ``SyncBatchNorm``
-    becomes :class:`overlock_mm.models.norms.SyncBatchNorm`, for which the host does not wait. Outputs and gradients are
-    the same to rounding. Modules, parameters and the names of the state dict stay what they are. A layer that was
-    replaced, wrapped or given a hook, before or after this call, is called by itself, and so are its neighbours.
+    Modules change their class:
+
+    - In an ``nn.Sequential``, GELU, residual depth-wise convolution and response norm, one after the other, become one
+      call of :func:`overlock_mm.ops.gelu_residual_depthwise_norm`: the middle of OverLoCK's MLPs.
+    - A squeeze-excitation becomes one operator.
+    - On a GPU, the scale of a block's shortcut and the sum with its branch are one operator, and the gradients of shortcut
+      and branch are added in that of the layer norm between them.
+    - Batch norms of an OverLoCK count their batches together, at the end of its forward.
+    - torch's ``SyncBatchNorm`` becomes :class:`overlock_mm.models.norms.SyncBatchNorm`, for which the host does not wait.
+
+    Outputs and gradients are the same to rounding. Modules, parameters and the names of the state dict stay what they are.
+    A layer that was replaced, wrapped or given a hook, before or after this call, is called by itself, and so are its
+    neighbours.
 
     Args:
         model: a backbone, or a whole model, also one that is wrapped for several processes.
@@ -35,7 +59,11 @@ def fuse(model: Model) -> Model:
     """
     convert_sync_norms(model)
     for module in model.modules():
-        if type(module) is nn.Sequential and any(_is_middle_of_mlp(layers) for layers in _triples(module)):
+        if type(module) is OverLoCK:
+            replace_class(module, nn.BatchNorm2d, BatchNorm2d)
+        if type(module) in FUSED:
+            module.__class__ = FUSED[type(module)]
+        elif type(module) is nn.Sequential and _has_middle_of_mlp(module):
             module.__class__ = FusedSequential
     return model
 
@@ -47,35 +75,11 @@ def unfuse(model: Model) -> Model:
         TypeError: ``model`` is no module.
     """
     restore_sync_norms(model)
-    return replace_class(model, FusedSequential, nn.Sequential)
+    for plain, fused in {**FUSED, nn.Sequential: FusedSequential, nn.BatchNorm2d: BatchNorm2d}.items():
+        replace_class(model, fused, plain)
+    return model
 
 
-class FusedSequential(nn.Sequential):
-    """An ``nn.Sequential`` in which every GELU, residual depth-wise convolution and response norm run as one operator."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        layers = list(self)
-        while layers:
-            if _is_middle_of_mlp(layers[:3]):
-                _, conv, norm = layers[:3]
-                del layers[:3]
-                gamma, beta = norm.gamma.flatten(), norm.beta.flatten()
-                x = gelu_residual_depthwise_norm(x, conv.weight, conv.bias, gamma, beta, norm.eps)
-            else:
-                x = layers.pop(0)(x)
-        return x
-
-
-def _triples(layers: nn.Sequential) -> list[Sequence[nn.Module]]:
-    """Every three layers that stand one after the other."""
-    return list(zip(list(layers), list(layers)[1:], list(layers)[2:]))
-
-
-def _is_middle_of_mlp(layers: Sequence[nn.Module]) -> bool:
-    """Whether reading the tensors of these layers does what calling them does."""
-    return (
-        len(layers) == 3
-        and is_as_built(layers[0], (GELU,))
-        and is_as_built(layers[1], (ResidualDepthwiseConv,), 'weight', 'bias')
-        and is_as_built(layers[2], (GlobalResponseNorm,), 'gamma', 'beta')
-    )
+def _has_middle_of_mlp(layers: nn.Sequential) -> bool:
+    layers = list(layers)
+    return any(is_middle_of_mlp(layers[i : i + 3]) for i in range(len(layers)))

@@ -18,7 +18,8 @@ from overlock_mm.inference.blocks import FoldedBasicBlock
 from overlock_mm.models import OverLoCK
 from overlock_mm.models.blocks import BasicBlock
 from overlock_mm.models.economy import run_block
-from overlock_mm.models.layers import GELU, Conv2d, GlobalResponseNorm, ResidualDepthwiseConv
+from overlock_mm.models.layers import GELU, Conv2d, GlobalResponseNorm, ResidualDepthwiseConv, SqueezeExcitation
+from overlock_mm.models.norms import BatchNorm2d, counting_together
 from overlock_mm.ops import _library, use_references
 from overlock_mm.training import fuse, unfuse
 from overlock_mm.training.fuse import FusedSequential
@@ -107,6 +108,57 @@ def test_every_mlp_of_a_backbone(small_arch):
     blocks = len([name for name, _ in backbone.named_modules() if name.endswith(('dwconv', 'dwconv2'))])
     assert len(fused) == calls_of(backbone, x) == blocks > 5
     assert_same(results(backbone, x), expected)
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'blocks1.0.proj', 'blocks1.0.proj.0', 'blocks3.0.ls', 'sub_blocks3.0.norm1', 'sub_blocks3.0.ls2',
+        'sub_blocks4.0.x_scale', 'sub_blocks3.0.se_layer', 'sub_blocks3.0.se_layer.proj', 'sub_blocks3.0.se_layer.proj.1',
+    ],
+)  # fmt: skip
+def test_a_layer_with_a_hook_is_called(small_arch, name):
+    backbone, x = make_backbone(small_arch), torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    expected, calls = results(backbone, x), []
+    fuse(backbone).get_submodule(name).register_forward_hook(lambda *_: calls.append(name))
+    assert_same(results(backbone, x), expected)
+    assert calls == [name]
+
+
+@pytest.mark.parametrize('momentum', [0.1, None])
+def test_batches_are_counted_once(small_arch, momentum):
+    """Together or not, also where blocks run twice, and running statistics move alike."""
+    plain, x = make_backbone(small_arch, with_cp=['sub_blocks3']), torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+    fused = fuse(copy.deepcopy(plain))
+    for _ in range(2):
+        results(plain, x)
+        results(fused, x)
+    for (name, buffer), other in zip(plain.named_buffers(), fused.buffers()):
+        torch.testing.assert_close(other, buffer, msg=name)
+        if name.endswith('num_batches_tracked'):
+            assert buffer == 2
+
+
+def test_a_norm_that_is_used_twice_counts_twice():
+    norm, x = BatchNorm2d(3), torch.randn(2, 3, 4, 5)
+    with counting_together():
+        norm(norm(x))
+        assert norm.num_batches_tracked == 1
+    assert norm.num_batches_tracked == 2
+
+
+def test_gates_of_half_precision_are_computed_in_float32():
+    """The weights are float32 under autocast."""
+    layer, x = fuse(SqueezeExcitation(32)), torch.randn(2, 32, 9, 10).bfloat16()
+    with torch.autocast('cpu', torch.bfloat16):
+        out = layer(x)
+    exact = SqueezeExcitation(32)
+    exact.load_state_dict(layer.state_dict())
+    assert out.dtype == torch.bfloat16
+    assert relative_error(out, exact.double()(x.double())) < 4e-3
 
 
 def test_a_second_call_changes_nothing_and_unfuse_undoes_both(small_arch):

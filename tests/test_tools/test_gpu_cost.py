@@ -75,6 +75,15 @@ def test_a_linear_layer():
     assert counts == dict(launches=3, gigabytes=0.0, gigamacs=0.0, kept_mib=0.0, collectives=0, host_syncs=0)
 
 
+def test_costs_by_module():
+    """Both directions of a layer, and sums of gradients where the last of them is made."""
+    model = nn.ModuleDict(dict(first=nn.Linear(8, 16), second=nn.Linear(16, 4)))
+    model.forward = lambda x: model['second'](model['first'](x).tanh())
+    _, costs = measure(model, (4, 8), by='module')
+    # addmm, mm for the weight, sum for the bias; the second one has a mm for its input, too; tanh and its gradient.
+    assert {name: cost.launches for name, cost in costs.items()} == {'first': 3, 'second': 4, '(model)': 2}
+
+
 def test_convolutions():
     """The second one has gradients of its input and of its weight."""
     model = nn.Sequential(nn.Conv2d(3, 8, 2, bias=False), nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8, bias=False))
@@ -189,7 +198,7 @@ def test_a_synchronised_norm_without_waiting():
     launches = {name: cost.launches for name, cost in costs.items() if 'convolution' not in name}
     assert launches == {
         # The statistics of this process, with their count, in one message; those of all; the number of batches; the output.
-        'batch_norm_stats': 1, 'new_full': 1, 'cat': 1, 'batch_norm_gather_stats_with_counts': 1, 'add_': 1,
+        'batch_norm_stats': 1, 'new_full': 1, 'cat': 1, 'batch_norm_gather_stats_with_counts': 1, '_foreach_add_': 1,
         'batch_norm_elemt': 1,
         # Two sums in one message; the gradient, which takes counts as integers.
         'batch_norm_backward_reduce': 1, 'stack': 1, '_to_copy': 1, 'batch_norm_backward_elemt': 1,
@@ -249,6 +258,30 @@ def test_the_walk_through_the_graph_has_autograds_gradients():
             torch.testing.assert_close(actual[parameter], gradient)
 
 
+def test_fused_blocks_add_and_scale_in_their_operators():
+    """Of four basic blocks, two with a LayerScale, and three dynamic ones, two of which mix the context."""
+    model = OverLoCK({**ARCHITECTURES['xt'], 'depths': (1, 1, 1, 1), 'sub_depths': (2, 1)})
+    _, costs = measure(model, (1, 3, 256, 256), fuse=True)
+    assert costs['_squeeze_excitation'].launches == 3 * (4 + 3)
+    assert costs['_squeeze_excitation_backward'].launches == 4 * (4 + 3)
+    assert costs['_gated'].launches == 4 + 3
+    assert costs['scale_and_shift'].launches == 2 + 3 * 2 + 2 * 2  # shortcuts; alpha and beta of the context
+    assert 'silu' not in costs and 'silu_backward' not in costs and 'zeros' not in costs
+    assert costs['_foreach_add_'].launches == 1  # all numbers of batches
+
+
+def test_maps_of_dynamic_blocks_stay_channels_last():
+    """Slices of channels go into the next block, and its maps have the layout of all others."""
+    model, layouts = small_overlock('xt'), []
+    for block in (*model.sub_blocks3, *model.sub_blocks4):
+        for layer in (block.dwconv1, block.norm1, block.dwconv2, block.norm2):
+            layer.register_forward_hook(
+                lambda module, inputs, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last))
+            )
+    measure(model, (1, 3, 256, 256), fuse=True)
+    assert layouts == [True] * 8
+
+
 def test_contmix_is_the_kernels():
     """Forward one kernel; backward two, and four sums. The reference in plain PyTorch is not there."""
     _, costs = measure(small_overlock('xt'), (1, 3, 64, 64))
@@ -284,10 +317,10 @@ def test_options_reach_the_count(monkeypatch, capsys):
 
     monkeypatch.setattr(gpu_cost, 'measure', record)
     gpu_cost.main([])
-    gpu_cost.main([*XT, '--sync-bn', '--fuse', '--dtype', 'bfloat16', '--mode', 'eval'])
+    gpu_cost.main([*XT, '--sync-bn', '--fuse', '--dtype', 'bfloat16', '--mode', 'eval', '--by', 'module'])
     assert calls == [
-        (OverLoCK, (2, 3, 800, 1344), dict(dtype='float32', sync_bn=False, fuse=False, training=True)),
-        (OverLoCK, (1, 3, 64, 64), dict(dtype='bfloat16', sync_bn=True, fuse=True, training=False)),
+        (OverLoCK, (2, 3, 800, 1344), dict(dtype='float32', sync_bn=False, fuse=False, training=True, by='operator')),
+        (OverLoCK, (1, 3, 64, 64), dict(dtype='bfloat16', sync_bn=True, fuse=True, training=False, by='module')),
     ]
 
 

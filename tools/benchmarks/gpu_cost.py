@@ -3,6 +3,7 @@
     python tools/benchmarks/gpu_cost.py                                      # OverLoCK-T, a training step at 800x1344
     python tools/benchmarks/gpu_cost.py --arch b --batch 1 --dtype bfloat16 --sync-bn --fuse --json
     python tools/benchmarks/gpu_cost.py --arch convnext-t                    # a peer, by the same rules
+    python tools/benchmarks/gpu_cost.py --fuse --by module                   # which layers cost how much
 
 The backbone, with four outputs and without drop path, runs on fake tensors on the device 'cuda': they have shapes, dtypes,
 strides and shared storages, but no data. A step is a forward and a backward, without an optimizer. Half types are autocast.
@@ -23,10 +24,12 @@ are no times. It needs torch >= 2.4.
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import json
+import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 from unittest import mock
@@ -78,6 +81,10 @@ class Meter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.costs: dict[str, Cost] = {}  # of all calls of an operator, by its name
+        self.by_module: dict[str, Cost] = {}
+        self.modules = [WHOLE_MODEL]  # names of those that run now
+        self._numbers: list[int] = []  # of autograd's nodes, of which the next ones have ...
+        self._owners: list[str] = []  # ... been made by these modules
         self.collectives = self.host_syncs = 0
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
@@ -105,8 +112,53 @@ class Meter(TorchDispatchMode):
         written = [each for each in outputs or inputs if each.numel()]
         if written and (fresh or function._schema.is_mutable) and name_of(function) not in ALLOCATIONS:
             label, cost = cost_of(function, args, inputs, outputs)
+            module = self.modules[-1]
             self.costs[label] = self.costs.get(label, Cost()) + cost
+            self.by_module[module] = self.by_module.get(module, Cost()) + cost
         return out
+
+    def note_forward(self) -> None:
+        """From now on, nodes of the graph are made by the module that runs."""
+        self._numbers.append(torch.autograd._get_sequence_nr())
+        self._owners.append(self.modules[-1])
+
+    @contextlib.contextmanager
+    def running(self, module: str) -> Iterator[None]:
+        self.modules.append(module)
+        self.note_forward()
+        try:
+            yield
+        finally:
+            self.modules.pop()
+            self.note_forward()
+
+    @contextlib.contextmanager
+    def backward_of(self, node: Any) -> Iterator[None]:
+        """What a node does is of the module that made it."""
+        self.modules.append(self._owners[bisect.bisect_right(self._numbers, node._sequence_nr()) - 1])
+        try:
+            yield
+        finally:
+            self.modules.pop()
+
+
+#: A name for what runs in no other module.
+WHOLE_MODEL = '(model)'
+
+
+@contextlib.contextmanager
+def modules_of(model: nn.Module, meter: Meter) -> Iterator[None]:
+    """Context in which a meter knows which module runs. The blocks of a stage have one name."""
+    names = {module: re.sub(r'(blocks\d)\.\d+', r'\1.*', name) for name, module in model.named_modules() if name}
+    call = nn.Module.__call__
+
+    def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with meter.running(names.get(module, meter.modules[-1])):
+            return call(module, *args, **kwargs)
+
+    meter.note_forward()
+    with mock.patch.object(nn.Module, '__call__', called):
+        yield
 
 
 def tensors_in(values: Any) -> list[Tensor]:
@@ -245,8 +297,15 @@ def fake_processes() -> Iterator[None]:
 
 
 @torch.no_grad()
-def backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+def backward(
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    around: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> dict[Tensor, Tensor]:
     """What torch.autograd.grad(outputs, leaves, gradients) does, but the autograd engine asks for a driver.
+
+    Args:
+        around: makes the context of a node. It holds for the sums of what the node gives, too.
 
     Returns:
         The gradients of all leaves, which the engine takes over without a copy, if they have the leaf's layout.
@@ -270,9 +329,10 @@ def backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> dict[Ten
         if is_leaf(node):
             of_leaves[node.variable] = given[0].contiguous() if node.variable.is_contiguous() else given[0]
             continue
-        for (before, index), gradient in zip(*edges_and_gradients(node, given)):
-            if before is not None and gradient is not None:
-                give(before, index, gradient)
+        with around(node):
+            for (before, index), gradient in zip(*edges_and_gradients(node, given)):
+                if before is not None and gradient is not None:
+                    give(before, index, gradient)
     return of_leaves
 
 
@@ -337,6 +397,7 @@ def measure(
     sync_bn: bool = False,
     fuse: bool = False,
     training: bool = True,
+    by: str = 'operator',
 ) -> tuple[dict[str, float], dict[str, Cost]]:
     """Count a training step or an inference.
 
@@ -347,9 +408,10 @@ def measure(
         sync_bn: with SyncBatchNorm in the place of batch norms.
         fuse: with what ``overlock_mm.training`` has in the place of PyTorch's modules.
         training: a forward and a backward, or a forward without gradients.
+        by: what the costs are listed by, 'operator' or 'module'. Maps that are made again belong to their reader.
 
     Returns:
-        The counts of this file's description, and the costs by operator.
+        The counts of this file's description, and the costs by operator or module.
 
     Raises:
         RuntimeError: the binary was built without CUDA, or there is none.
@@ -368,11 +430,11 @@ def measure(
         if dtype != 'float32':
             autocast = torch.autocast('cuda', getattr(torch, dtype))
         with Meter() as meter:
-            with autocast, torch.set_grad_enabled(training):
+            with autocast, torch.set_grad_enabled(training), modules_of(model, meter):
                 outputs = tree_leaves(model(image))
             kept = meter.allocated
             if training:
-                backward(outputs, [torch.empty_like(each) for each in outputs])
+                backward(outputs, [torch.empty_like(each) for each in outputs], meter.backward_of)
     total = meter.total
     counts = dict(
         launches=total.launches,
@@ -382,7 +444,7 @@ def measure(
         collectives=meter.collectives,
         host_syncs=meter.host_syncs,
     )
-    return counts, meter.costs
+    return counts, meter.costs if by == 'operator' else meter.by_module
 
 
 # ---------------------------------------------------------------------------------------------------------- command line
@@ -411,6 +473,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--fuse', action='store_true', help='with the modules of overlock_mm.training')
     parser.add_argument('--with-cp', action='store_true', help='all blocks are computed again in the backward')
     parser.add_argument('--mode', default='train', choices=MODES)
+    parser.add_argument('--by', default='operator', choices=('operator', 'module'), help='of the list')
     parser.add_argument('--json', action='store_true', help='print the counts alone, as JSON')
     return parser
 
@@ -429,13 +492,14 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         sync_bn=options.sync_bn,
         fuse=options.fuse,
         training=options.mode == 'train',
+        by=options.by,
     )
     if options.json:
         print(json.dumps(counts))
         return 0
     for name, count in counts.items():
         print(f'{name:12}{count:>12,}')
-    print(f'\n{"operator":44}{"launches":>10}{"gigabytes":>11}{"gigamacs":>10}')
+    print(f'\n{options.by:44}{"launches":>10}{"gigabytes":>11}{"gigamacs":>10}')
     for name, cost in sorted(costs.items(), key=lambda item: item[1].bytes, reverse=True):
         print(f'{name:44}{cost.launches:10,}{cost.bytes / 1e9:11.3f}{cost.macs / 1e9:10.1f}')
     return 0

@@ -3,10 +3,11 @@
     python tools/export.py mmseg/overlock-t_upernet_8xb2-160k_ade20k-512x512 upernet.pth \\
         --to onnx --size 512x512 --dynamic --out upernet.onnx
 
-Classifiers and segmentors are exported whole. Their output is the logits: (B, classes), or (B, classes, H, W) at the size
-of the images. Of detectors, and of segmentors with queries (Mask2Former), only the backbone can be exported:
---backbone-only, with one output for each map. The input is a batch of normalised images (B, 3, H, W), float32. The size is
-fixed and the batch is one; --dynamic frees batch, height and width.
+Classifiers, segmentors and detectors are exported whole. The output of the first two is the logits: (B, classes), or
+(B, classes, H, W) at the size of the images. Detectors (RetinaNet, Faster, Mask and Cascade R-CNN) give boxes, scores,
+labels and masks. Of other models, such as Mask2Former and DINO, only the backbone can be exported: --backbone-only, with
+one output for each map. The input is a batch of normalised images (B, 3, H, W), float32. The size is fixed and the batch
+is one; --dynamic frees batch, height and width.
 
 The model is optimized first (overlock_mm.inference.optimize). The written file is run on a picture, and compared with the
 model in PyTorch. docs/deploy.md has the routes that were tried.
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple, Optional
 
 import cv2
+import export_detector
 import matplotlib
 import torch
 import torch.nn as nn
@@ -45,6 +47,8 @@ Run = Callable[[Tensor], list[Tensor]]
 
 #: Largest relative error of an output. Rounding in float32 gives some 1e-6.
 TOLERANCE = 1e-4
+#: Share of the detections that must be those of mmdet. Rounding can change which of two boxes suppresses the other.
+SHARE = 0.95
 PICTURE = Path(matplotlib.get_data_path()) / 'sample_data' / 'grace_hopper.jpg'
 
 
@@ -68,12 +72,24 @@ def to_aoti(program: torch.export.ExportedProgram, out: Path) -> Run:
 def to_onnx(program: torch.export.ExportedProgram, out: Path) -> Run:
     import onnxruntime
 
-    names = [f'output{i}' for i in range(len(program.graph_signature.user_outputs))]
     torch.onnx.export(
-        program, f=out, dynamo=True, verbose=False, external_data=False, input_names=['images'], output_names=names
+        program,
+        f=out,
+        dynamo=True,
+        verbose=False,
+        external_data=False,
+        input_names=['images'],
+        output_names=names_of_outputs(program),
     )
     session = onnxruntime.InferenceSession(out, providers=['CPUExecutionProvider'])
     return lambda images: [torch.from_numpy(each) for each in session.run(None, {'images': images.numpy()})]
+
+
+def names_of_outputs(program: torch.export.ExportedProgram) -> list[str]:
+    """``output0``, ``output1``, ..., or the keys of a dict."""
+    spec = program.call_spec.out_spec
+    outputs = spec.unflatten(range(spec.num_leaves))
+    return list(outputs) if isinstance(outputs, dict) else [f'output{i}' for i in range(spec.num_leaves)]
 
 
 def to_openvino(program: torch.export.ExportedProgram, out: Path) -> Run:
@@ -165,9 +181,16 @@ def part_to_export(model: BaseModel, backbone_only: bool) -> nn.Module:
         return Classifier(model)
     if is_a(model, 'EncoderDecoder') and is_a(model.decode_head, 'BaseDecodeHead'):
         return Segmentor(model)
+    reason = ''
+    if is_a(model, 'BaseDetector'):
+        try:
+            return export_detector.Detector(model)
+        except ValueError as error:
+            reason = f' ({error})'
     raise ValueError(
-        f'{type(model).__name__} cannot be exported as a whole. --backbone-only exports its backbone. Whole models can be '
-        'an ImageClassifier, or an EncoderDecoder whose head is a BaseDecodeHead (UPerHead is one, Mask2FormerHead is not)'
+        f'{type(model).__name__} cannot be exported as a whole{reason}. --backbone-only exports its backbone. Whole models '
+        'can be an ImageClassifier, an EncoderDecoder whose head is a BaseDecodeHead (UPerHead is one, Mask2FormerHead is '
+        'not), a RetinaNet, or a Faster, Mask or Cascade R-CNN'
     )
 
 
@@ -223,7 +246,10 @@ def read_images(picture: Path, batch: int, size: tuple[int, int], model: BaseMod
 
 
 def outputs_of(result) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)
+    """The tensors of a model's result, which is a tensor, a tuple or a dict."""
+    if isinstance(result, Tensor):
+        return [result]
+    return list(result.values() if isinstance(result, dict) else result)
 
 
 def timed(run: Run, images: Tensor) -> tuple[list[Tensor], float]:
@@ -332,13 +358,18 @@ def main() -> None:
     for images in checks:
         _, eager_time = timed(lambda each: outputs_of(optimized(each)), images)
         outputs, exported_time = timed(run, images)
-        error = error_of(outputs, outputs_of(module(images)))
+        if isinstance(module, export_detector.Detector):
+            result = export_detector.compare(outputs, model, images)
+            refused = not result.share >= SHARE and f'{SHARE:.0%} of the detections must be the same'
+        else:
+            error = error_of(outputs, outputs_of(module(images)))
+            result = f'relative error {error:.1e}'
+            refused = not error < TOLERANCE and f'the error must be below {TOLERANCE}'
         print(
-            f'{"x".join(map(str, images.shape))}: relative error {error:.1e}, {exported_time:.3f} s '
-            f'(PyTorch, optimized: {eager_time:.3f} s)'
+            f'{"x".join(map(str, images.shape))}: {result}, {exported_time:.3f} s (PyTorch, optimized: {eager_time:.3f} s)'
         )
-        if not error < TOLERANCE:
-            sys.exit(f'the error must be below {TOLERANCE}: {args.out} is not usable')
+        if refused:
+            sys.exit(f'{refused}: {args.out} is not usable')
 
 
 if __name__ == '__main__':

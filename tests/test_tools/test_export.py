@@ -14,6 +14,8 @@ from conftest import ROOT, import_file, relative_error
 
 from overlock_mm.models import OverLoCK
 
+sys.path.insert(0, str(ROOT / 'tools'))  # for the modules beside the tool
+
 needs_exporters = pytest.mark.skipif(
     not hasattr(torch.compiler, '_is_exporting_flag'), reason='torch < 2.7 does not say that it exports'
 )
@@ -161,7 +163,9 @@ def test_the_backbone_of_a_detector_in_openvino(export, make):
     made = make('detector')
     arguments = made.config, made.checkpoint, '--to', 'openvino', '--size', '100x70'
     file = made.folder / 'model.xml'
-    with pytest.raises(SystemExit, match='RetinaNet cannot be exported as a whole. --backbone-only exports its backbone'):
+    with pytest.raises(
+        SystemExit, match='RetinaNet cannot be exported as a whole .*nms in test_cfg.*--backbone-only exports its backbone'
+    ):
         run_tool(export, *arguments, '--out', file)
     assert not file.exists()
 

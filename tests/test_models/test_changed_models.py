@@ -462,18 +462,6 @@ def test_the_matrix_of_a_layer_beside_a_large_bias(dtype, tolerance):
         assert torch.equal(bias, layer.bias)
 
 
-def test_symbolic_trace_is_refused_with_the_way_out(small_arch):
-    """The way out works: torch.export gives a graph of torch.fx."""
-    model = OverLoCK(small_arch).eval()
-    with pytest.raises(TypeError, match=r'cannot trace OverLoCK.* torch\.export\.export'):
-        torch.fx.symbolic_trace(model)
-    x = torch.randn(1, 3, 64, 64)
-    graph = torch.export.export(model, (x,)).module()
-    assert isinstance(graph, torch.fx.GraphModule)
-    with torch.no_grad():
-        assert relative_error(graph(x)[0], model(x)[0]) < 1e-5
-
-
 def test_second_derivatives(small_arch):
     """A gradient penalty: refused with the way out, which is right."""
     model = OverLoCK(small_arch).double().eval()

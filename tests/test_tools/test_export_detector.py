@@ -19,8 +19,8 @@ default_scope = 'mmdet'
 ARCH = dict(
     channels=(8, 16, 24, 32), depths=(1, 1, 1, 1), sub_depths=(1, 1), num_groups=(2, 2), kernel_sizes=(5, 5, 5, 5))
 backbone = dict(_delete_=True, type='overlock_mm.OverLoCK', arch=ARCH, out_type='pyramid', out_indices=(0, 1))
-neck = dict(in_channels=[8, 16], out_channels=8, num_outs=3, start_level=0)
-anchors = dict(scales=[4], strides=[4, 8, 16])
+neck = dict(in_channels=[8, 16], out_channels=8, num_outs=2, start_level=0)
+anchors = dict(scales=[4], strides=[4, 8])
 box_head = dict(
     in_channels=8, fc_out_channels=16, num_classes=3, bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=[1, 1, 1, 1]))
 rois = dict(out_channels=8, featmap_strides=[4, 8], finest_scale=16)
@@ -33,7 +33,7 @@ model = dict(
     backbone=backbone, neck=neck,
     bbox_head=dict(
         num_classes=3, in_channels=8, stacked_convs=1, feat_channels=8,
-        anchor_generator=dict(octave_base_scale=2, strides=[4, 8, 16])),
+        anchor_generator=dict(octave_base_scale=2, strides=[4, 8])),
     test_cfg=dict(nms_pre=100, max_per_img=40))
 """,
     'mask-rcnn_r50_fpn': """

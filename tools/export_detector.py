@@ -214,12 +214,12 @@ class Agreement(NamedTuple):
     both: int
     box: float  # the largest difference of a coordinate, in pixels, of detections that both have
     score: float
-    mask: float  # the largest share of differing pixels of a mask in its union with the other
+    mask: float  # the share of pixels that differ, of all pixels of their masks
 
     def __str__(self) -> str:
         return (
             f'{self.both} of {self.of_mmdet} detections of mmdet (and {self.of_graph - self.both} others), boxes within '
-            f'{self.box:.1e} pixels, scores within {self.score:.1e}, masks within {100 * self.mask:.2f} % of their pixels'
+            f'{self.box:.1e} pixels, scores within {self.score:.1e}, masks equal but for {self.mask:.1e} of their pixels'
         )
 
     @property
@@ -233,7 +233,7 @@ def compare(outputs: Sequence[Tensor], model: BaseModel, images: Tensor) -> Agre
 
     A detection is the same if it has the same label, a box within 0.1 pixels and a score within 0.001.
     """
-    counts, differences = [0, 0, 0], [[0.0], [0.0], [0.0]]
+    counts, pixels, differences = [0, 0, 0], [0, 0], [[0.0], [0.0]]
     for found, expected in zip(zip(*outputs), predict(model, images)):
         valid = found[1] > 0
         boxes, scores, labels, *masks = (each[valid] for each in found)
@@ -251,8 +251,9 @@ def compare(outputs: Sequence[Tensor], model: BaseModel, images: Tensor) -> Agre
             differences[1].append(score[j].item())
             if masks:
                 one, other = masks[0][j], expected.masks[i]
-                differences[2].append(((one != other).sum() / (one | other).sum().clamp(min=1)).item())
-    return Agreement(*counts, *map(max, differences))
+                pixels[0] += (one ^ other).sum().item()
+                pixels[1] += (one | other).sum().item()
+    return Agreement(*counts, *map(max, differences), pixels[0] / max(pixels[1], 1))
 
 
 def predict(model: BaseModel, images: Tensor) -> list[Any]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils import flop_counter
 
+from overlock_mm.models import OverLoCK
 from overlock_mm.ops import (
     _library,
     branch_norms,
@@ -14,6 +15,7 @@ from overlock_mm.ops import (
     gelu_residual_depthwise_norm,
     residual_depthwise_norm,
 )
+from overlock_mm.training import fuse
 
 pytestmark = [
     pytest.mark.skipif(bool(_library.missing), reason='the references count as what they call'),
@@ -76,3 +78,12 @@ def test_contmix(wanted):
     of_value, of_query = products + sums, 3 * products + sums
     backward = {'value': of_value, 'query': of_query, 'both': of_value + of_query}[wanted]
     assert count(run) == matrix + products + sums + backward
+
+
+def test_a_fused_training_step():
+    """The backward of the fused operator makes the convolution of the MLP's hidden map again."""
+    arch = dict(channels=(8, 8, 8, 8), depths=(1, 1, 1, 1), sub_depths=(1, 1), num_groups=(2, 2), kernel_sizes=(5, 5, 5, 5))
+    model, x = OverLoCK(arch).train(), torch.randn(2, 3, 64, 64)
+    plain = count(lambda: model(x)[0].sum().backward())
+    basic, dynamic = 4 * 8 * (16**2 + 8**2 + 4**2 + 2**2), 3 * 8 * (4**2 + 2**2)  # numbers of hidden maps of an image
+    assert count(lambda: fuse(model)(x)[0].sum().backward()) == plain + 2 * 9 * len(x) * (basic + dynamic)

@@ -1,14 +1,17 @@
-# make env | demo | test | sanitize | lint | docs. Each finished step leaves a stamp. Finished steps are skipped, interrupted ones
+# make env | demo | test | sanitize | lint | docs | wheel. Each finished step leaves a stamp. Finished steps are skipped, interrupted ones
 # resume, and a changed pin repeats the steps that depend on it.
 PYTHON ?= python3
 VENV ?= .venv
 WORK_DIR ?= work_dirs/demo
+# What pip installs as torch. Another one for the CPU alone, or for a wheel:
+# make wheel TORCH="torch==2.10.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= -r requirements/torch.txt
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 DONE := $(VENV)/.done
 
-.PHONY: env mmcv demo test sanitize lint docs help
+.PHONY: env mmcv demo test sanitize lint docs wheel help
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -16,6 +19,7 @@ help:
 	@echo "make env   the environment in $(VENV): torch, mmcv with operators, mmdet, mmseg, mmpretrain, this package"
 	@echo "make demo  make a small data set, train and test OverLoCK Mask R-CNN on it, draw its detections ($(WORK_DIR))"
 	@echo "make test  the tests        make lint  the linters        make docs  the documentation in site/"
+	@echo "make wheel  a wheel of this package in dist/, for the torch in $(VENV) and its CUDA"
 	@echo "make sanitize  the operators under AddressSanitizer and UBSan, and 100,000 random calls of each: hours"
 
 $(DONE)/venv:
@@ -31,8 +35,12 @@ $(DONE)/docs: requirements/docs.txt $(DONE)/venv
 	$(PIP) install -r requirements/docs.txt
 	@touch $@
 
+$(DONE)/wheel: requirements/wheel.txt $(DONE)/venv
+	$(PIP) install -r requirements/wheel.txt
+	@touch $@
+
 $(DONE)/torch: requirements/build.txt requirements/torch.txt $(DONE)/venv
-	$(PIP) install -r requirements/build.txt -r requirements/torch.txt "numpy<2"
+	$(PIP) install -r requirements/build.txt $(TORCH) "numpy<2"
 	@touch $@
 
 $(DONE)/mm: requirements/mm.txt $(DONE)/torch
@@ -83,3 +91,12 @@ lint: $(DONE)/lint
 # Warnings are errors. Ruff formats the signatures.
 docs: $(DONE)/docs $(DONE)/lint
 	$(PY) -m mkdocs build --strict
+
+# The version of the wheel names torch and CUDA, and it requires this torch. CUDA is compiled if setup.py finds a toolkit that
+# matches torch; FORCE_CUDA=1 or 0 decides. auditwheel sets the oldest glibc. It fails if the binary needs a library that
+# neither the system nor torch has.
+wheel: $(DONE)/torch $(DONE)/wheel
+	rm -rf build/lib* build/wheel
+	OVERLOCK_MM_PIN_TORCH=1 $(PIP) wheel --no-build-isolation --no-deps --no-cache-dir --wheel-dir build/wheel .
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --wheel-dir dist \
+		--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' build/wheel/*.whl

@@ -11,6 +11,8 @@ Environment variables:
                             has none, those of 7.0, 7.5, 8.0, 8.6, 8.9, 9.0, 10.0 and 12.0 that the toolkit knows
     CXXFLAGS                more flags for the C++ compiler. They come last, so that they override those of this file
     MAX_JOBS                number of compilers that run at the same time
+    OVERLOCK_MM_PIN_TORCH=1 for wheels that others install (make wheel): the version names torch and CUDA, and the wheel
+                            requires this minor version of torch
 """
 
 from __future__ import annotations
@@ -237,6 +239,30 @@ def operator_extension() -> dict:
     )
 
 
+def pins_torch() -> bool:
+    """Whether the package is for others. Without its binary it fits every torch."""
+    return os.environ.get('OVERLOCK_MM_PIN_TORCH') == '1' and os.environ.get('OVERLOCK_MM_WITH_OPS') != '0'
+
+
+def torch_requirement() -> str:
+    """What pip installs the package with: the binary works with one minor version of torch alone."""
+    return f'torch=={minor_version(import_torch())}.*' if pins_torch() else 'torch>=2.1'
+
+
+def local_version() -> str:
+    """The end of the version of a wheel, such as '+torch211cu130'. pip tells wheels apart by it."""
+    if not pins_torch():
+        return ''
+    torch = import_torch()
+    device = f'cu{torch.version.cuda}' if choose_cuda(torch, os.environ.get('FORCE_CUDA')) else 'cpu'
+    return f'+torch{minor_version(torch)}{device}'.replace('.', '')
+
+
+def minor_version(torch) -> str:
+    """'2.11' of 2.11.0+cu130."""
+    return '.'.join(torch.__version__.split('.')[:2])
+
+
 def compiler_is_clang() -> bool:
     command = [*os.environ.get('CXX', 'c++').split(), '--version']
     try:
@@ -254,4 +280,5 @@ def wants_extension(commands: list[str]) -> bool:
 if __name__ == '__main__':
     arguments = operator_extension() if wants_extension(sys.argv[1:]) else {}
     arguments['cmdclass'] = dict(arguments.get('cmdclass', {}), build_py=BuildWithConfigs)
-    setup(**arguments)
+    arguments['options'] = dict(arguments.get('options', {}), egg_info=dict(tag_build=local_version()))
+    setup(install_requires=[torch_requirement()], **arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -11,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, import_file
+
+import overlock_mm
 
 
 @pytest.fixture
@@ -37,7 +40,14 @@ def toolkit(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch):
-    for name in ('CUDA_HOME', 'CUDA_PATH', 'FORCE_CUDA', 'TORCH_CUDA_ARCH_LIST', 'OVERLOCK_MM_WITH_OPS'):
+    for name in (
+        'CUDA_HOME',
+        'CUDA_PATH',
+        'FORCE_CUDA',
+        'TORCH_CUDA_ARCH_LIST',
+        'OVERLOCK_MM_WITH_OPS',
+        'OVERLOCK_MM_PIN_TORCH',
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -169,6 +179,46 @@ def test_an_old_torch_beside_new_setuptools_says_what_to_do(setup, monkeypatch):
     monkeypatch.setattr(builtins, '__import__', import_module)
     with pytest.raises(SystemExit, match=r'torch 2\.1\.2 builds with setuptools < 81 only(.|\n)*"setuptools<81"'):
         setup.import_cpp_extension(SimpleNamespace(__version__='2.1.2'))
+
+
+@pytest.mark.parametrize(
+    'version, cuda, force, requirement, local',
+    [
+        ('2.11.0+cu130', '13.0', '1', 'torch==2.11.*', '+torch211cu130'),
+        ('2.11.0+cu130', '13.0', '0', 'torch==2.11.*', '+torch211cpu'),
+        ('2.9.1+cpu', None, None, 'torch==2.9.*', '+torch29cpu'),
+        ('2.1.2', '12.1', None, 'torch==2.1.*', '+torch21cu121'),
+    ],
+)
+def test_a_wheel_for_others_names_torch_and_cuda(setup, toolkit, monkeypatch, version, cuda, force, requirement, local):
+    torch = SimpleNamespace(
+        __version__=version, version=SimpleNamespace(cuda=cuda), cuda=SimpleNamespace(is_available=lambda: False)
+    )
+    monkeypatch.setattr(setup, 'import_torch', lambda: torch)
+    monkeypatch.setattr(setup, 'toolkit_version', lambda folder: cuda)
+    monkeypatch.setenv('CUDA_HOME', str(toolkit))
+    if force:
+        monkeypatch.setenv('FORCE_CUDA', force)
+    assert (setup.torch_requirement(), setup.local_version()) == ('torch>=2.1', '')
+    monkeypatch.setenv('OVERLOCK_MM_PIN_TORCH', '1')
+    assert (setup.torch_requirement(), setup.local_version()) == (requirement, local)
+    monkeypatch.setenv('OVERLOCK_MM_WITH_OPS', '0')
+    assert (setup.torch_requirement(), setup.local_version()) == ('torch>=2.1', '')
+
+
+def test_the_metadata_of_a_wheel_for_others(setup, tmp_path):
+    """The names that setuptools writes, without a compilation."""
+    import torch
+
+    command = [sys.executable, '-W', 'ignore', 'setup.py', '-q', 'egg_info', '--egg-base', tmp_path]
+    environment = {**os.environ, 'OVERLOCK_MM_PIN_TORCH': '1', 'FORCE_CUDA': '0'}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    minor = '.'.join(torch.__version__.split('.')[:2])
+    metadata = tmp_path / 'overlock_mm.egg-info'
+    version = re.search(r'^Version: (.+)$', (metadata / 'PKG-INFO').read_text(), re.MULTILINE).group(1)
+    assert version == f'{overlock_mm.__version__}+torch{minor.replace(".", "")}cpu'
+    assert (metadata / 'requires.txt').read_text().startswith(f'torch=={minor}.*\n')
 
 
 def test_clang_is_told_from_gcc(setup, tmp_path, monkeypatch):

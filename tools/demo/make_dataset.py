@@ -1,6 +1,6 @@
 """Make the demo's data set, in COCO layout: drawn objects with exact masks on real photographs.
 
-The photographs come with scikit-image. The left 70 % of each is used for training images and the rest for validation
+The photographs come with scikit-image. The left 60 % of each is used for training images and the rest for validation
 images, so the two have no background in common. Each image depends only on its split and its number, so every run makes the
 same images.
 
@@ -22,45 +22,91 @@ import skimage
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-#: The classes, and the hues (of 0..1) of the two colours of each.
-HUES = {'ball': (0.60, 0.15), 'sign': (0.15, 0.0), 'star': (0.80, 0.80), 'lifebuoy': (0.0, 0.5)}
-CLASSES = tuple(HUES)
-PHOTOGRAPHS = (
-    'astronaut.png', 'chelsea.png', 'coffee.png', 'motorcycle_left.png', 'rocket.jpg', 'brick.png', 'grass.png',
-    'gravel.png', 'hubble_deep_field.jpg', 'camera.png',
-)  # fmt: skip
-SIZE = 128
-TRAIN_PART = 0.7
+CLASSES = ('ball', 'sign', 'star', 'lifebuoy')
+PHOTOGRAPHS = ('astronaut.png', 'chelsea.png', 'coffee.png', 'motorcycle_left.png', 'rocket.jpg', 'hubble_deep_field.jpg')
+SIZE = 256
+TRAIN_PART = 0.6
+#: The light comes from above on the left, and towards the viewer.
+LIGHT = np.array([-0.45, -0.6, 0.66])
+#: Pixels are averages of FINE x FINE points.
+FINE = 3
 
 
-def object_at(
-    name: str, x: float, y: float, radius: float, angle: float, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mask (SIZE, SIZE) bool and colours (SIZE, SIZE, 3) in 0..1 of an object of a class around (x, y).
+def draw(name: str, radius: int, angle: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Opacity (2 radius, 2 radius) and colours (2 radius, 2 radius, 3), both in 0..1, of an object of a class.
 
     Classes differ in outline, pattern and typical colours.
     """
-    rows, columns = np.mgrid[:SIZE, :SIZE].astype(np.float64)
-    u = ((columns - x) * np.cos(angle) + (rows - y) * np.sin(angle)) / radius
-    v = ((rows - y) * np.cos(angle) - (columns - x) * np.sin(angle)) / radius
-    distance, direction = np.hypot(u, v), np.arctan2(v, u)
-    if name == 'ball':
-        mask, pattern = distance <= 1, distance < 0.45
-    elif name == 'sign':
-        # Distance to the nearest of the three sides, of an equilateral triangle.
-        inside = np.min([0.5 - u * np.cos(a) - v * np.sin(a) for a in np.deg2rad([90, 210, 330])], axis=0)
-        mask, pattern = inside >= 0, inside < 0.14
-    elif name == 'star':
-        reach = 0.42 + 0.58 * abs((direction / (2 * np.pi / 5)) % 1 * 2 - 1) ** 1.5
-        mask, pattern = distance <= reach, np.zeros_like(u, dtype=bool)
-    else:
-        mask, pattern = (distance <= 1) & (distance >= 0.5), np.floor(direction / (np.pi / 4)) % 2 == 0
-    one, two = (
-        np.array(colorsys.hsv_to_rgb((hue + rng.normal(0, 0.02)) % 1, rng.uniform(*saturation), rng.uniform(0.75, 1)))
-        for hue, saturation in zip(HUES[name], ((0.7, 1), (0.0, 0.8)))
+    side = 2 * radius * FINE
+    rows, columns = (np.mgrid[:side, :side] + 0.5) / side * 2 - 1
+    u = columns * np.cos(angle) + rows * np.sin(angle)
+    v = rows * np.cos(angle) - columns * np.sin(angle)
+    inside, colours, slope = SHAPES[name](u, v, rng)
+    brightness = 0.55 + 0.55 * shade(slope, columns, rows)
+    colours = np.clip(colours * brightness[..., None], 0, 1)
+    opacity = averaged(inside.astype(np.float64))
+    return opacity, averaged(colours * inside[..., None]) / np.maximum(opacity, 1e-6)[..., None]
+
+
+def shade(slope: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Light (0..1) on a surface that is inclined by ``slope`` (0..1) away from the middle of the object."""
+    distance = np.maximum(np.hypot(x, y), 1e-6)
+    upright = np.sqrt(1 - np.minimum(abs(slope), 1) ** 2)
+    return np.clip(slope * (x * LIGHT[0] + y * LIGHT[1]) / distance + upright * LIGHT[2], 0, 1)
+
+
+def averaged(values: np.ndarray) -> np.ndarray:
+    side = len(values) // FINE
+    return values.reshape(side, FINE, side, FINE, -1).mean(axis=(1, 3)).squeeze(-1 if values.ndim == 2 else ())
+
+
+def paint(hue: float, saturation: float, rng: np.random.Generator) -> np.ndarray:
+    """A colour (3,) near a hue and a saturation, both in 0..1."""
+    return np.array(
+        colorsys.hsv_to_rgb((hue + rng.normal(0, 0.02)) % 1, saturation * rng.uniform(0.85, 1), rng.uniform(0.85, 1))
     )
-    light = np.clip(0.9 - 0.25 * (u * np.cos(angle) - v * np.sin(angle)), 0.5, 1.2)[..., None]
-    return mask, np.clip(np.where(pattern[..., None], two, one) * light, 0, 1)
+
+
+# Shapes: from coordinates in -1..1 to the points inside (H, W) bool, their colours (H, W, 3) and slopes (H, W) for `shade`.
+
+
+def ball(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A beach ball: six parts around a white cap."""
+    distance = np.hypot(u, v)
+    part = np.floor(np.arctan2(v, u) / (np.pi / 3)).astype(int) % 3
+    palette = np.stack([paint(0.6, 0.85, rng), paint(0.14, 0.85, rng), np.ones(3)])
+    colours = np.where((distance < 0.2)[..., None], 1.0, palette[part])
+    return distance <= 1, colours, distance
+
+
+def sign(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A warning sign: a triangle with a red border and an exclamation mark."""
+    v = v + 0.1
+    border = np.min([0.5 - u * np.cos(a) - v * np.sin(a) for a in np.deg2rad([90, 210, 330])], axis=0)
+    mark = (abs(u) < 0.09) & (v > -0.42) & (v < 0.12) | (np.hypot(u, v - 0.26) < 0.1)
+    colours = np.where((border < 0.14)[..., None], paint(0.0, 0.9, rng), paint(0.14, 0.35, rng))
+    return border >= 0, np.where(mark[..., None], 0.1, colours), np.zeros_like(u)
+
+
+def star(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A golden star of five points, each with a bright and a dark side."""
+    direction = np.arctan2(v, u) % (2 * np.pi / 5)
+    from_tip = np.minimum(direction, 2 * np.pi / 5 - direction)
+    x, y = 0.45 * np.cos(np.pi / 5), 0.45 * np.sin(np.pi / 5)  # a corner between two points
+    reach = y / (np.cos(from_tip) * y - np.sin(from_tip) * (x - 1))
+    side = np.where(direction < np.pi / 5, 1.0, 0.75)
+    return np.hypot(u, v) <= reach, paint(0.13, 0.9, rng) * side[..., None], np.zeros_like(u)
+
+
+def lifebuoy(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A ring with four red parts."""
+    distance = np.hypot(u, v)
+    is_red = np.floor(np.arctan2(v, u) / (np.pi / 4)) % 2 == 0
+    colours = np.where(is_red[..., None], paint(0.02, 0.9, rng), 1.0)
+    return (distance <= 1) & (distance >= 0.5), colours, (distance - 0.75) / 0.25
+
+
+SHAPES = dict(zip(CLASSES, (ball, sign, star, lifebuoy)))
 
 
 def background(photographs: list[np.ndarray], train: bool, rng: np.random.Generator) -> np.ndarray:
@@ -68,9 +114,10 @@ def background(photographs: list[np.ndarray], train: bool, rng: np.random.Genera
     photograph = photographs[rng.integers(len(photographs))]
     border = int(photograph.shape[1] * TRAIN_PART)
     part = photograph[:, :border] if train else photograph[:, border:]
-    side = int(rng.uniform(0.5, 1) * min(part.shape[:2]))
+    side = int(rng.uniform(0.7, 1) * min(part.shape[:2]))
     top, left = (rng.integers(length - side + 1) for length in part.shape[:2])
-    crop = cv2.resize(part[top : top + side, left : left + side], (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+    method = cv2.INTER_AREA if side > SIZE else cv2.INTER_CUBIC
+    crop = cv2.resize(part[top : top + side, left : left + side], (SIZE, SIZE), interpolation=method)
     return crop[:, ::-1] if rng.uniform() < 0.5 else crop
 
 
@@ -80,21 +127,30 @@ def compose(photographs: list[np.ndarray], split: str, number: int) -> tuple[np.
     image = background(photographs, split == 'train', rng).astype(np.float64) / 255
     objects: list[tuple[int, np.ndarray]] = []
     areas: list[int] = []
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(2, 5)):
         label = int(rng.integers(len(CLASSES)))
-        radius = rng.uniform(18, 30)
-        x, y = rng.uniform(radius * 0.8, SIZE - radius * 0.8, size=2)
-        mask, colours = object_at(CLASSES[label], x, y, radius, rng.uniform(0, 2 * np.pi), rng)
-        # It may hide at most half of each object behind it.
+        radius = int(rng.integers(34, 60))
+        top, left = rng.integers(-radius // 5, SIZE - 2 * radius + radius // 5, size=2)
+        opacity, colours = (placed(part, top, left) for part in draw(CLASSES[label], radius, rng.uniform(-0.6, 0.6), rng))
+        mask = opacity > 0.5
+        # It may hide at most a quarter of each object behind it.
         remaining = [(other & ~mask).sum() for _, other in objects]
-        if any(rest < 0.5 * area for rest, area in zip(remaining, areas)):
+        if any(rest < 0.75 * area for rest, area in zip(remaining, areas)):
             continue
         objects = [(other_label, other & ~mask) for other_label, other in objects]
         objects.append((label, mask))
         areas.append(int(mask.sum()))
-        image[mask] = colours[mask]
-    image = image + rng.normal(0, 0.02, image.shape)
+        shadow = 0.5 * cv2.GaussianBlur(np.roll(opacity, (6, 4), axis=(0, 1)), (0, 0), 5)
+        image *= 1 - shadow[..., None]
+        image += opacity[..., None] * (colours - image)
+    image = image + rng.normal(0, 0.01, image.shape)
     return (np.clip(image, 0, 1) * 255).round().astype(np.uint8), objects
+
+
+def placed(part: np.ndarray, top: int, left: int) -> np.ndarray:
+    """A part of an image, on black. What is beyond a border is cut off."""
+    matrix = np.array([[1, 0, left], [0, 1, top]], dtype=np.float64)
+    return cv2.warpAffine(part, matrix, (SIZE, SIZE), flags=cv2.INTER_NEAREST)
 
 
 def annotate(objects: list[tuple[int, np.ndarray]], image_id: int, first_id: int) -> list[dict]:
@@ -130,8 +186,8 @@ def make_split(root: Path, split: str, count: int, photographs: list[np.ndarray]
     images, annotations = [], []
     for number in tqdm(range(count), desc=str(folder), unit='image'):
         image, objects = compose(photographs, split, number)
-        name = f'{number:06d}.png'
-        cv2.imwrite(str(folder / name), image[..., ::-1])
+        name = f'{number:06d}.jpg'
+        cv2.imwrite(str(folder / name), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
         images.append(dict(id=number, file_name=name, height=SIZE, width=SIZE))
         annotations += annotate(objects, number, len(annotations) + 1)
     categories = [dict(id=index + 1, name=name) for index, name in enumerate(CLASSES)]

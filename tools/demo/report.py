@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cv2
 import matplotlib
+import mmcv
 import numpy as np
 import torch
 from mmdet.apis import init_detector
@@ -22,36 +23,28 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-def draw_predictions(config: Config, checkpoint: str, file: Path, count: int = 12, columns: int = 3, zoom: int = 2) -> None:
+def draw_predictions(config: Config, checkpoint: str, file: Path, count: int = 9, columns: int = 3) -> None:
     """Draw ``count`` validation images into one picture, each as a pair: ground truth left, predictions right."""
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     model = init_detector(config, checkpoint, device=device)
     dataset = DATASETS.build(config.val_dataloader.dataset)
-    visualizer = VISUALIZERS.build(dict(type='DetLocalVisualizer', name='report'))
+    visualizer = VISUALIZERS.build(dict(type='DetLocalVisualizer', name='report', line_width=2, alpha=0.45))
     visualizer.dataset_meta = dataset.metainfo
     pairs = []
     for index in range(min(count, len(dataset))):
         sample = dataset[index]
         with torch.no_grad():
             result = model.test_step(pseudo_collate([sample]))[0].cpu()
-        image = sample['inputs'].permute(1, 2, 0).numpy()[..., ::-1]
-        image = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_NEAREST)
-        enlarge(result, zoom)
+        image = mmcv.imread(result.img_path, channel_order='rgb')
         visualizer.add_datasample('pair', image, result, pred_score_thr=0.5, show=False)
-        pairs.append(visualizer.get_image())
+        pairs.append(framed(visualizer.get_image()))
     pairs += [np.full_like(pairs[0], 255)] * (-len(pairs) % columns)
     rows = [np.hstack(pairs[i : i + columns]) for i in range(0, len(pairs), columns)]
-    cv2.imwrite(str(file), np.vstack(rows)[..., ::-1])
+    mmcv.imwrite(np.vstack(rows)[..., ::-1], str(file), [cv2.IMWRITE_JPEG_QUALITY, 88])
 
 
-def enlarge(sample, zoom: int) -> None:
-    """Scale boxes and masks with the image, so that they stay readable on small images."""
-    for instances in (sample.gt_instances, sample.pred_instances):
-        boxes = instances.bboxes
-        instances.bboxes = (boxes.tensor if hasattr(boxes, 'tensor') else boxes) * zoom
-        masks = instances.masks
-        masks = masks.masks if hasattr(masks, 'masks') else masks.numpy()
-        instances.masks = np.asarray(masks).astype(bool).repeat(zoom, axis=1).repeat(zoom, axis=2)
+def framed(pair: np.ndarray, gap: int = 6) -> np.ndarray:
+    return cv2.copyMakeBorder(pair, gap, gap, gap, gap, cv2.BORDER_CONSTANT, value=(255, 255, 255))
 
 
 def draw_curves(work_dir: Path, file: Path) -> None:

@@ -1,8 +1,9 @@
-"""Install the pinned mmcv with its operators. It is built once per machine.
+"""Install the pinned mmcv with its operators: a wheel of OpenMMLab if there is one, else it is built, once per machine.
 
-PyPI has mmcv's operators only as source. A wheel fits one version of torch, one version of Python, and either the CPU or
-one CUDA. So wheels are kept outside the checkout, under a key of these versions, and not in pip's cache, which does not
-tell them apart. The build folder is kept until the wheel is finished, so an interrupted build resumes.
+PyPI has mmcv's operators only as source. OpenMMLab's index has wheels for some versions of torch. A wheel fits one version
+of torch, one version of Python, and either the CPU or one CUDA. So wheels are kept outside the checkout, under a key of
+these versions, and not in pip's cache, which does not tell them apart. The build folder is kept until the wheel is
+finished, so an interrupted build resumes.
 
 Usage: python tools/install_mmcv.py [--requirement requirements/mmcv.txt] [--cache DIR]
 """
@@ -23,6 +24,8 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
+#: Wheels of mmcv by CUDA and torch. The maintained fork has wheels too, of onedl-mmcv, which mmdet 3.3 does not accept.
+INDEX = 'https://download.openmmlab.com/mmcv/dist'
 PIP = [sys.executable, '-m', 'pip', '--disable-pip-version-check']
 
 
@@ -86,6 +89,28 @@ def works(version: str, cuda: bool) -> bool:
         f'assert ("not available" not in get_compiling_cuda_version()) == {cuda!r}\n'
     )
     return subprocess.run([sys.executable, '-c', check], capture_output=True).returncode == 0
+
+
+def find_built(version: str, cuda: bool, folder: Path) -> Path | None:
+    """The wheel of OpenMMLab's index for this torch and CUDA in ``folder``; None if there is none or no connection."""
+    minor = '.'.join(torch.__version__.split('.')[:2])
+    device = f'cu{torch.version.cuda}'.replace('.', '') if cuda else 'cpu'
+    index = f'{INDEX}/{device}/torch{minor}.0/index.html'
+    print(f'Looking for a built mmcv {version} in {index}', flush=True)
+    command = [
+        *PIP,
+        'download',
+        '--no-deps',
+        '--only-binary',
+        ':all:',
+        '--no-cache-dir',
+        '--no-index',
+        '--find-links',
+        index,
+    ]
+    command += ['--retries', '0', '--timeout', '10', '--dest', str(folder), f'mmcv=={version}']
+    subprocess.run(command, capture_output=True)
+    return next(folder.glob('mmcv-*.whl'), None)
 
 
 def build(version: str, cuda: bool, folder: Path) -> Path:
@@ -166,7 +191,12 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / 'lock').open('w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one build at a time on this machine
-        wheel = next(folder.glob('mmcv-*.whl'), None) or build(version, cuda, folder)
+        wheel, source = next(folder.glob('mmcv-*.whl'), None), 'kept from an earlier installation'
+        if wheel is None:
+            wheel, source = find_built(version, cuda, folder), 'built by OpenMMLab'
+        if wheel is None:
+            wheel, source = build(version, cuda, folder), 'built here'
+    print(f'Installing {wheel.name}, {source}', flush=True)
     subprocess.run([*PIP, 'install', '--no-deps', '--no-cache-dir', '--force-reinstall', str(wheel)], check=True)
     if not works(version, cuda):
         raise SystemExit(f'{wheel} is installed but its operators do not load; remove {folder} and run this again')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +72,21 @@ def test_forced_cuda_without_a_toolkit_stops(install_mmcv, monkeypatch):
     monkeypatch.setattr(install_mmcv, 'CUDA_HOME', None)
     with pytest.raises(SystemExit, match='FORCE_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME'):
         install_mmcv.builds_with_cuda()
+
+
+def test_a_built_wheel_is_taken(install_mmcv, monkeypatch, tmp_path):
+    """From an index for this torch and the CPU, in a folder; None where it has no such wheel."""
+    minor = '.'.join(torch.__version__.split('.')[:2])
+    index = tmp_path / 'index' / 'cpu' / f'torch{minor}.0' / 'index.html'
+    index.parent.mkdir(parents=True)
+    with zipfile.ZipFile(index.with_name('mmcv-2.1.0-py3-none-any.whl'), 'w') as wheel:
+        wheel.writestr('mmcv-2.1.0.dist-info/METADATA', 'Metadata-Version: 2.1\nName: mmcv\nVersion: 2.1.0\n')
+        wheel.writestr('mmcv-2.1.0.dist-info/WHEEL', 'Wheel-Version: 1.0\n')
+    index.write_text('<a href="mmcv-2.1.0-py3-none-any.whl">mmcv-2.1.0-py3-none-any.whl</a>')
+    monkeypatch.setattr(install_mmcv, 'INDEX', (tmp_path / 'index').as_uri())
+    (tmp_path / 'cache').mkdir()
+    assert install_mmcv.find_built('9.9.9', False, tmp_path / 'cache') is None
+    assert install_mmcv.find_built('2.1.0', False, tmp_path / 'cache').name == 'mmcv-2.1.0-py3-none-any.whl'
 
 
 @pytest.mark.parametrize(

@@ -42,26 +42,25 @@ def window_starts(size: int, kernel_size: int, device: Optional[torch.device] = 
 def relative_position_bias(rpb: Tensor, height: int, width: int) -> Tensor:
     """Lay out biases by offset, (G, 2k-1, 2k-1), as biases by position and window slot, (G, H, W, k, k).
 
-    The slot that holds neighbour j of position p takes the entry j - p + k - 1 of each axis.
+    The slot that holds neighbour j of position p takes the entry j - p + k - 1 of each axis: k entries in a row, from the
+    one of the window's first slot on.
     """
     kernel_size = (rpb.shape[-1] + 1) // 2
-    slots = torch.arange(kernel_size, device=rpb.device)
-    entries = []
-    for size in (height, width):
-        positions = torch.arange(size, device=rpb.device).unsqueeze(-1)  # (size, 1)
-        neighbours = window_starts(size, kernel_size, rpb.device).unsqueeze(-1) + slots  # (size, k)
-        entries.append((neighbours - positions + kernel_size - 1).flatten())  # (size * k)
-    rows, columns = entries
-    bias = rpb.index_select(1, rows).index_select(2, columns)  # (G, H*k, W*k)
-    return bias.view(-1, height, kernel_size, width, kernel_size).transpose(2, 3)  # (G, H, W, k, k)
+    windows = rpb.unfold(1, kernel_size, 1).unfold(2, kernel_size, 1).contiguous()  # (G, k, k, k, k), by first entries
+    for axis, size in ((1, height), (2, width)):
+        positions = torch.arange(size, device=rpb.device)
+        first = window_starts(size, kernel_size, rpb.device) - positions + kernel_size - 1  # (size)
+        windows = windows.index_select(axis, first)
+    return windows  # (G, H, W, k, k)
 
 
 def aggregate(value: Tensor, kernels: Tensor) -> Tensor:
     """Sum each position's clamped window, weighted by the position's own kernel.
 
-    Along a line of the map, one row of all its kernels is a W x W matrix with a band of k numbers a row, which multiplies
-    the line of values: k matrix products in all. An unfolded map would take k*k times the memory of the map, and shifted
-    sums would take k*k passes over it. The backward keeps the bands, k * G * H * W * W numbers an image.
+    The k rows of values that a line of the map sees are one matrix, k*W x c. The kernels of the line, with zeros at the
+    columns outside of their windows, are another, W x k*W. So the sums are one product, and the laying out is one, with
+    zeros and ones, for each column of the map. An unfolded map would take k*k times the memory of the map, and shifted sums
+    would take k*k passes over it. The backward keeps k * G * H * W * W numbers an image.
 
     Args:
         value: (B, G, c, H, W).
@@ -71,16 +70,16 @@ def aggregate(value: Tensor, kernels: Tensor) -> Tensor:
         (B, G, c, H, W).
     """
     batch, groups, height, width, kernel_size = kernels.shape[:5]
-    rows = window_starts(height, kernel_size, value.device)  # (H)
     slots = torch.arange(kernel_size, device=value.device)
+    rows = window_starts(height, kernel_size, value.device).unsqueeze(-1) + slots  # (H, k)
     columns = window_starts(width, kernel_size, value.device).unsqueeze(-1) + slots  # (W, k)
-    columns = columns.expand(batch, groups, height, width, kernel_size)
-    value = value.permute(0, 1, 3, 4, 2)  # (B, G, H, W, c)
-    out = torch.zeros_like(value)
-    for i in range(kernel_size):
-        band = kernels.new_zeros(batch, groups, height, width, width).scatter(-1, columns, kernels[..., i, :])
-        out = out + band @ value.index_select(2, rows + i)  # (B, G, H, W, W) @ (B, G, H, W, c)
-    return out.permute(0, 1, 4, 2, 3)
+    column_of_slot = columns.unsqueeze(-1) == torch.arange(width, device=value.device)  # (W, k, W)
+
+    bands = kernels.movedim(3, 0).flatten(1, 4) @ column_of_slot.to(kernels.dtype)  # (W, B*G*H*k, W)
+    bands = bands.view(width, batch, groups, height, kernel_size * width).movedim(0, 3)  # (B, G, H, W, k*W)
+    lines = value.permute(0, 1, 3, 4, 2).index_select(2, rows.flatten())  # (B, G, H*k, W, c)
+    lines = lines.reshape(batch, groups, height, kernel_size * width, value.shape[2])  # (B, G, H, k*W, c)
+    return (bands @ lines).permute(0, 1, 4, 2, 3)
 
 
 def contmix_kernels(
@@ -95,27 +94,34 @@ def contmix_kernels(
     small_kernel_size: int,
     large_kernel_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`overlock_mm.ops.contmix_kernels`, with the same arguments: (B, G, H, W, ks, ks), (B, G, H, W, kl, kl)."""
+    """:func:`overlock_mm.ops.contmix_kernels`, with the same arguments: (B, G, H, W, ks, ks), (B, G, H, W, kl, kl).
+
+    Logits are W_d times the affinities kᵀq of a position with all context tokens (eq. 1, 2). (W_d kᵀ) q has the cheaper
+    products.
+    """
     batch, _, height, width = query.shape
     dtype = accumulation_type(query)
-    query, key, proj_weight = query.to(dtype), key.to(dtype), proj_weight.to(dtype)
+    channels = query.shape[1] // num_groups
+    q = query.to(dtype).reshape(batch, num_groups, channels, height * width).transpose(-2, -1)  # (B, G, HW, Cq/G)
+    k = key.to(dtype).unflatten(1, (num_groups, channels)).flatten(-2)  # (B, G, Cq/G, S²)
+    sizes = [small_kernel_size**2, large_kernel_size**2]
 
-    query_channels, tokens = key.shape[1] // num_groups, key.shape[2] * key.shape[3]
-    q = query.reshape(batch, num_groups, query_channels, height * width)  # (B, G, Cq/G, HW)
-    k = key.reshape(batch, num_groups, query_channels, tokens)  # (B, G, Cq/G, S²)
-    affinity = q.transpose(-2, -1) @ k  # (B, G, HW, S²): of every position with every context token (eq. 1)
-    logits = affinity @ proj_weight.t()  # (B, G, HW, ks² + kl²): W_d makes kernels of them (eq. 2)
-    if proj_bias is not None:
-        logits = logits + proj_bias.to(dtype)
-
-    def kernels(logits: Tensor, kernel_size: int, rpb: Optional[Tensor]) -> Tensor:
-        z = logits.reshape(batch, num_groups, height, width, kernel_size, kernel_size)  # (B, G, H, W, k, k)
+    def kernels(kernel_size: int, weight: Tensor, bias: Optional[Tensor], rpb: Optional[Tensor]) -> Tensor:
+        window = kernel_size, kernel_size
+        z = q @ (k @ weight.to(dtype).t())  # (B, G, HW, k²)
+        z = z.unflatten(2, (height, width))  # (B, G, H, W, k²)
+        if bias is not None:
+            z = z + bias.to(dtype)
         if rpb is not None:
-            z = z + relative_position_bias(rpb.to(dtype), height, width)  # (B, G, H, W, k, k)
-        return z.flatten(-2).softmax(dim=-1).view_as(z)  # (B, G, H, W, k, k): every kernel sums to 1
+            z = z + relative_position_bias(rpb.to(dtype), height, width).flatten(-2)
+        return z.softmax(dim=-1).unflatten(-1, window)  # (B, G, H, W, k, k): every kernel sums to 1
 
-    small, large = logits.split([small_kernel_size**2, large_kernel_size**2], dim=-1)
-    return kernels(small, small_kernel_size, rpb_small), kernels(large, large_kernel_size, rpb_large)
+    weights = proj_weight.split(sizes)
+    biases = (None, None) if proj_bias is None else proj_bias.split(sizes)
+    return (
+        kernels(small_kernel_size, weights[0], biases[0], rpb_small),
+        kernels(large_kernel_size, weights[1], biases[1], rpb_large),
+    )
 
 
 def contmix_reference(

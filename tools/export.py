@@ -42,6 +42,7 @@ import overlock_mm
 from overlock_mm.inference import optimize
 from overlock_mm.models import OverLoCK
 from overlock_mm.models.layers import AdaptiveAvgPool2d
+from overlock_mm.ops import _library, keep_operators
 
 Run = Callable[[Tensor], list[Tensor]]
 
@@ -120,12 +121,13 @@ class Target(NamedTuple):
     write: Callable[[torch.export.ExportedProgram, Path], Run]
     suffix: str
     modules: tuple[str, ...] = ()
+    runs_torch: bool = False  # and with it, the operators of this package
 
 
 TARGETS = {
     'onnx': Target(to_onnx, '.onnx', ('onnx', 'onnxscript', 'onnxruntime')),
-    'torch-export': Target(to_torch_export, '.pt2'),
-    'aoti': Target(to_aoti, '.pt2'),
+    'torch-export': Target(to_torch_export, '.pt2', runs_torch=True),
+    'aoti': Target(to_aoti, '.pt2', runs_torch=True),
     'openvino': Target(to_openvino, '.xml', ('onnx', 'onnxscript', 'onnxruntime', 'openvino')),
 }
 
@@ -302,6 +304,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--dynamic', action='store_true', help='free batch, height and width')
     parser.add_argument('--backbone-only', action='store_true', help='export the backbone, without neck and heads')
     parser.add_argument(
+        '--keep-operators',
+        action='store_true',
+        help="leave this package's compiled operators in the graph, for torch-export and aoti",
+    )
+    parser.add_argument(
         '--picture',
         type=Path,
         default=PICTURE,
@@ -322,6 +329,11 @@ def parse_args() -> argparse.Namespace:
     if missing:
         names = ' '.join(missing)
         parser.error(f'--to {args.to} needs packages of the extra overlock_mm[deploy]: pip install {names}')
+    if args.keep_operators and not target.runs_torch:
+        names = ' and '.join(name for name, each in TARGETS.items() if each.runs_torch)
+        parser.error(f'--keep-operators is for {names}, got --to {args.to}')
+    if args.keep_operators and _library.missing:
+        parser.error(f'there are no operators for --keep-operators: {_library.missing}')
     if not hasattr(torch.compiler, '_is_exporting_flag'):
         parser.error(f'exports need torch >= 2.7, got {torch.__version__}')
     return args
@@ -346,7 +358,8 @@ def main() -> None:
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f'nothing was exported: {error}')
 
-    with step('Tracing (minutes with --dynamic)'):
+    operators = keep_operators() if args.keep_operators else contextlib.nullcontext()
+    with step('Tracing (minutes with --dynamic)'), operators:
         program = trace(module, args.size, smallest)
     with step(f'Writing and loading {args.out} (can take minutes)'):
         run = TARGETS[args.to].write(program, args.out)

@@ -1,7 +1,7 @@
 """Operators of OverLoCK."""
 
 from . import _library, flops
-from ._library import use_references
+from ._library import keep_operators, use_references
 from ._reference import contmix_reference
 from .contmix import contmix, contmix_kernels
 from .conv2d import conv2d
@@ -30,6 +30,7 @@ __all__ = [
     'gelu',
     'gelu_residual_depthwise_norm',
     'global_response_norm',
+    'keep_operators',
     'layer_norm',
     'residual_depthwise_conv2d',
     'residual_depthwise_norm',

@@ -213,12 +213,17 @@ _operators: dict[str, Callable] = {name: getattr(torch.ops.overlock_mm, name).de
 
 
 def operator(name: str) -> Callable:
-    """``torch.ops.overlock_mm.<name>.default``, or its reference in an export and where references are asked for."""
-    return references[name] if is_exporting() or using_references() else _operators[name]
+    """``torch.ops.overlock_mm.<name>.default``, or its reference in an export and where references are asked for.
+
+    :func:`keep_operators` leaves operators in exports.
+    """
+    exports_reference = is_exporting() and not _state.keeping_operators
+    return references[name] if exports_reference or using_references() else _operators[name]
 
 
 class _State(threading.local):
     using_references = False
+    keeping_operators = False
 
 
 _state = _State()
@@ -244,3 +249,26 @@ def use_references() -> Iterator[None]:
         yield
     finally:
         _state.using_references = before
+
+
+@contextlib.contextmanager
+def keep_operators() -> Iterator[None]:
+    """Context in which ``torch.export.export`` leaves this package's operators in the graph, in this thread.
+
+    Without it, a graph has their references in plain PyTorch, and runs anywhere. With it, the graph is small and as fast as
+    the package, and runs where the compiled operators are loaded: with this package, or in C++ after ``dlopen`` of its
+    ``_C.abi3.so``. Not for ``strict=True``, which does not look at this context. ::
+
+        with torch.no_grad(), keep_operators():
+            program = torch.export.export(optimize(model), (images,))
+
+    Raises:
+        RuntimeError: there are no compiled operators; the message says why.
+    """
+    if missing:
+        raise RuntimeError(f'there are no compiled operators to keep: {missing}')
+    before, _state.keeping_operators = _state.keeping_operators, True
+    try:
+        yield
+    finally:
+        _state.keeping_operators = before

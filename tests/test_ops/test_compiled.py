@@ -669,6 +669,7 @@ def test_exports():
         'depthwise_conv2d',
         'gelu',
         'gelu_residual_depthwise_norm',
+        'keep_operators',
         'layer_norm',
         'set_cuda_kernels',
         'residual_depthwise_norm',

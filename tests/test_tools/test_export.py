@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +17,7 @@ import torch
 from conftest import ROOT, import_file, relative_error
 
 from overlock_mm.models import OverLoCK
+from overlock_mm.ops import _library
 
 sys.path.insert(0, str(ROOT / 'tools'))  # for the modules beside the tool
 
@@ -178,6 +183,48 @@ def test_the_backbone_of_a_detector_in_openvino(export, make):
         assert relative_error(torch.from_numpy(out), expected) < 1e-5
 
 
+@needs_exporters
+@torch.no_grad()
+def test_the_compiled_operators_run_in_cpp(export, make, monkeypatch):
+    """tools/run_aoti.cpp runs a package that keeps the operators, without Python."""
+    if _library.missing:
+        pytest.skip(_library.missing)
+    if shutil.which('g++') is None:
+        pytest.skip('needs g++')
+    made = make('detector')
+    package, image, program = made.folder / 'model.pt2', made.folder / 'image.bin', made.folder / 'run_aoti'
+    quickly = {'aot_inductor.compile_wrapper_opt_level': 'O0', 'aot_inductor.precompile_headers': False}
+    graph = []
+
+    def write(exported, out):
+        graph.extend(str(node.target) for node in exported.graph.nodes)
+        with torch._inductor.config.patch(quickly):
+            return target.write(exported, out)
+
+    target = export.TARGETS['aoti']
+    monkeypatch.setitem(export.TARGETS, 'aoti', target._replace(write=write))
+    arguments = made.config, made.checkpoint, '--to', 'aoti', '--size', '100x70', '--backbone-only', '--keep-operators'
+    run_tool(export, *arguments, '--out', package)
+    assert graph.count('overlock_mm.contmix.default') == 2  # of the blocks that mix context
+    assert 'overlock_mm.depthwise_conv2d.default' in graph
+
+    images = torch.randn(1, 3, 100, 70)
+    images.numpy().tofile(image)
+    libraries = Path(torch.__file__).parent
+    subprocess.run(
+        ['g++', '-std=c++17', '-O0', ROOT / 'tools' / 'run_aoti.cpp', '-o', program]
+        + [f'-I{libraries}/include', f'-L{libraries}/lib', '-ltorch', '-ltorch_cpu', '-lc10', '-ldl'],
+        check=True,
+    )
+    (operators,) = Path(_library.__file__).parent.glob('_C*.so')
+    environment = {**os.environ, 'LD_LIBRARY_PATH': f'{libraries}/lib'}
+    command = [program, operators, package, '100', '70', image]
+    subprocess.run(command, check=True, cwd=made.folder, env=environment, capture_output=True)
+    for i, expected in enumerate(made.model.backbone(images)):
+        out = torch.from_numpy(np.fromfile(made.folder / f'output{i}.bin', dtype=np.float32))
+        assert relative_error(out, expected.flatten()) < 1e-5
+
+
 def test_other_heads_are_refused(export, make):
     model = make('segmentor').model
     model.decode_head = torch.nn.Identity()
@@ -210,10 +257,14 @@ def test_a_file_with_other_results_is_an_error(export, make, monkeypatch, capsys
         (('--size', '128x256', '--dynamic'), f'--size must be at least {SMALLEST}x{SMALLEST} with --dynamic, got 128x256'),
         (('--size', '128'), '--size must be HxW, such as 512x1024, got 128'),
         (('--size', '64x64', '--to', 'openvino'), '--out must end in .xml for --to openvino'),
+        (
+            ('--size', '64x64', '--to', 'onnx', '--out', 'model.onnx', '--keep-operators'),
+            'is for torch-export and aoti, got',
+        ),
         (('--size', '64x64', '--picture', __file__), '--picture must be an image'),
         (('--size', '64x64', '--cfg-options', 'model.head.num_classes=9'), 'size mismatch for head'),
     ],
-    ids=['small', 'size', 'suffix', 'picture', 'checkpoint'],
+    ids=['small', 'size', 'suffix', 'operators', 'picture', 'checkpoint'],
 )
 def test_bad_arguments(export, make, change, message, capsys):
     made = make('classifier')

@@ -23,9 +23,10 @@ from ._checks import (
     check_tensor,
     check_tensors,
 )
-from ._library import operator
+from ._library import operator, using_references
 from ._modes import is_compiling
 from ._reference import accumulation_type, fold_kernels
+from .cuda_kernels import has_cuda_kernels
 from .depthwise import depthwise_conv2d, residual_depthwise_conv2d
 
 
@@ -179,7 +180,8 @@ def layer_norm_of_branch(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1
     for name, tensor in (('x', x), ('weight', weight), ('bias', bias)):
         check_tensor(name, tensor)
     check_number('eps', eps)
-    fits = x.is_cuda and not is_compiling() and cast_as_autocast(x) is x and _wants_gradient(x, weight, bias)
+    has_kernel = x.is_cuda and has_cuda_kernels() and not is_compiling() and not using_references()
+    fits = has_kernel and cast_as_autocast(x) is x and _wants_gradient(x, weight, bias)
     if not fits or not x.is_contiguous(memory_format=torch.channels_last):
         return layer_norm(x, weight, bias, eps), x
     return norm_and_input(x, weight, bias, eps)

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops._modes import is_compiling
 from ..ops.sync_norms import sync_batch_norm
+from .layers import has_hooks
 
 
 class _State(threading.local):
@@ -57,7 +58,8 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         # Without a momentum, the number of batches is a factor of the running statistics.
-        if not self.training or self.num_batches_tracked is None or self.momentum is None or is_compiling():
+        counts = self.training and self.track_running_stats and self.num_batches_tracked is not None
+        if not counts or self.momentum is None or is_compiling() or has_hooks(self):
             return super().forward(x)
         self._check_input_dim(x)
         count_batch([self.num_batches_tracked])

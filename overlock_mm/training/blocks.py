@@ -51,7 +51,7 @@ class FusedSqueezeExcitation(SqueezeExcitation):
 
     def is_one_operator(self) -> bool:
         """Whether reading the tensors of its layers does what calling them does. Compilers have operators of their own."""
-        if is_compiling() or has_hooks(self.proj) or len(self.proj) != 5:
+        if is_compiling() or type(self.proj) is not nn.Sequential or has_hooks(self.proj) or len(self.proj) != 5:
             return False
         pool, reduce, gelu, expand, sigmoid = self.proj
         return (
@@ -71,7 +71,7 @@ class FusedBasicBlock(BasicBlock):
     """A :class:`BasicBlock` whose shortcut is added together with its scale."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.proj) is not FusedSequential or has_hooks(self.proj):
+        if type(self.proj) is not FusedSequential or has_hooks(self.proj) or not is_layer_norm(self.proj[0]):
             return super().forward(x)
         norm, *layers = self.proj
         branch, x = norm_of_branch(norm, self.dwconv(x))
@@ -118,9 +118,14 @@ def is_middle_of_mlp(layers: list[nn.Module]) -> bool:
     )
 
 
+def is_layer_norm(norm: nn.Module) -> bool:
+    """Whether reading the tensors of this norm does what calling it does."""
+    return is_as_built(norm, (LayerNorm2d,), 'weight', 'bias')
+
+
 def norm_of_branch(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """``norm(x), x``, in one operator if the norm is as it was built."""
-    if is_as_built(norm, (LayerNorm2d,), 'weight', 'bias'):
+    if is_layer_norm(norm):
         return layer_norm_of_branch(x, norm.weight, norm.bias, norm.eps)
     return norm(x), x
 

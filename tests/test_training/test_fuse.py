@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from conftest import KeptBytes, relative_error
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
 
@@ -20,7 +21,7 @@ from overlock_mm.models.blocks import BasicBlock
 from overlock_mm.models.economy import run_block
 from overlock_mm.models.layers import GELU, Conv2d, GlobalResponseNorm, ResidualDepthwiseConv, SqueezeExcitation
 from overlock_mm.models.norms import BatchNorm2d, counting_together
-from overlock_mm.ops import _library, use_references
+from overlock_mm.ops import _library, norms, use_references
 from overlock_mm.training import fuse, unfuse
 from overlock_mm.training.fuse import FusedSequential
 
@@ -148,6 +149,60 @@ def test_a_norm_that_is_used_twice_counts_twice():
         norm(norm(x))
         assert norm.num_batches_tracked == 1
     assert norm.num_batches_tracked == 2
+
+
+def test_a_norm_that_does_not_track_statistics():
+    """As torch's: it leaves its buffers alone, though it has some."""
+    norm = BatchNorm2d(3)
+    norm.track_running_stats = False
+    norm(torch.randn(2, 3, 4, 5))
+    assert norm.num_batches_tracked == 0
+    assert torch.equal(norm.running_mean, torch.zeros(3))
+
+
+def test_a_hook_of_a_norm_sees_its_count():
+    norm, counts = BatchNorm2d(3), []
+    norm.register_forward_hook(lambda norm, *_: counts.append(norm.num_batches_tracked.item()))
+    with counting_together():
+        norm(torch.randn(2, 3, 4, 5))
+    assert counts == [1]
+
+
+class Doubled(nn.Sequential):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize('change', [lambda proj: nn.Identity(), lambda proj: Doubled(*proj), nn.Sequential], ids=range(3))
+@pytest.mark.parametrize('first', ['change', 'fuse'])
+def test_other_layers_of_a_squeeze_excitation_are_called(change, first):
+    layer = randomise(SqueezeExcitation(16)).double()
+    x = torch.randn(2, 16, 5, 7, dtype=torch.float64, requires_grad=True)
+    if first == 'fuse':
+        fuse(layer)
+    layer.proj = change(layer.proj)
+    assert_same(results(fuse(layer), x), results(unfuse(layer), x))
+
+
+def test_another_norm_of_a_block_runs_after_the_shortcut():
+    """It may overwrite its input."""
+    block = randomise(BasicBlock(16, 7, 4, 0.0, layer_scale=True)).double()
+    block.proj[0] = nn.ReLU(inplace=True)
+    x = torch.randn(2, 16, 9, 9, dtype=torch.float64)
+    with torch.no_grad():
+        plain = block(x)
+        assert relative_error(fuse(block)(x), plain) < 1e-12
+
+
+@pytest.mark.parametrize('way', ['references', 'without CUDA'])
+def test_the_norm_of_a_branch_without_kernels(monkeypatch, way):
+    """On a GPU whose kernels are not there, or not wanted, it is the plain norm."""
+    monkeypatch.setattr(norms, 'has_cuda_kernels', lambda: way == 'references')
+    monkeypatch.setattr(norms, 'norm_and_input', lambda *_: pytest.fail('the kernel was called'))
+    with FakeTensorMode(), torch.device('cuda'), use_references():
+        x = torch.empty(2, 8, 5, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+        normed, same = norms.layer_norm_of_branch(x, torch.empty(8), torch.empty(8))
+        assert normed.shape == x.shape and same is x
 
 
 def test_gates_of_half_precision_are_computed_in_float32():

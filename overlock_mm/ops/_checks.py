@@ -365,7 +365,7 @@ def check_squeeze_excitation(
     other: Optional[Tensor],
 ) -> None:
     _check_map(x)
-    channels, hidden = x.shape[1], expand_weight.shape[1] if expand_weight.ndim == 2 else 0
+    channels, hidden = x.shape[1], reduce_weight.shape[0] if reduce_weight.ndim == 2 else 0
     _check_parameter('reduce_weight', reduce_weight, x, (hidden, channels))
     _check_parameter('reduce_bias', reduce_bias, x, (hidden,))
     _check_parameter('expand_weight', expand_weight, x, (channels, hidden))

@@ -336,7 +336,7 @@ void check_squeeze_excitation(const Tensor& x, const Tensor& reduce_weight, cons
                               const Tensor& expand_weight, const Tensor& expand_bias, const OptionalTensor& other) {
   check_map(x);
   const c10::SymInt channels = x.sym_size(1);
-  const c10::SymInt hidden = expand_weight.dim() == 2 ? expand_weight.sym_size(1) : 0;
+  const c10::SymInt hidden = reduce_weight.dim() == 2 ? reduce_weight.sym_size(0) : 0;
   check_parameter("reduce_weight", reduce_weight, x, {hidden, channels});
   check_parameter("reduce_bias", reduce_bias, x, {hidden});
   check_parameter("expand_weight", expand_weight, x, {channels, hidden});

@@ -27,6 +27,7 @@ from typing import Optional
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = Path('overlock_mm/ops/csrc')
@@ -50,6 +51,14 @@ class BuildWithConfigs(build_py):
                 ignored = shutil.ignore_patterns('__pycache__', *CHECKOUT_ONLY)
                 shutil.copytree(ROOT / name, resources / name, ignore=ignored)
             shutil.copy2(ROOT / 'model-index.yml', resources)
+
+
+class VersionOfWheel(egg_info):
+    """Puts :func:`local_version` behind the version, also where the setup.cfg of an sdist says that there is none."""
+
+    def finalize_options(self):
+        self.tag_build = local_version()
+        super().finalize_options()
 
 
 class BuildError(SystemExit):
@@ -279,6 +288,6 @@ def wants_extension(commands: list[str]) -> bool:
 
 if __name__ == '__main__':
     arguments = operator_extension() if wants_extension(sys.argv[1:]) else {}
-    arguments['cmdclass'] = dict(arguments.get('cmdclass', {}), build_py=BuildWithConfigs)
-    arguments['options'] = dict(arguments.get('options', {}), egg_info=dict(tag_build=local_version()))
+    commands = dict(build_py=BuildWithConfigs, egg_info=VersionOfWheel)
+    arguments['cmdclass'] = dict(arguments.get('cmdclass', {}), **commands)
     setup(install_requires=[torch_requirement()], **arguments)

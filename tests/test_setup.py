@@ -212,7 +212,12 @@ def test_the_metadata_of_a_wheel_for_others(setup, tmp_path):
 
     command = [sys.executable, '-W', 'ignore', 'setup.py', '-q', 'egg_info', '--egg-base', tmp_path]
     environment = {**os.environ, 'OVERLOCK_MM_PIN_TORCH': '1', 'FORCE_CUDA': '0'}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    source = tmp_path / 'source'
+    source.mkdir()
+    for name in ('setup.py', 'pyproject.toml', 'README.md', 'LICENSE', 'overlock_mm'):
+        (source / name).symlink_to(ROOT / name)
+    (source / 'setup.cfg').write_text('[egg_info]\ntag_build =\n')  # as sdists have it
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     minor = '.'.join(torch.__version__.split('.')[:2])
     metadata = tmp_path / 'overlock_mm.egg-info'

@@ -176,6 +176,11 @@ def build(version: str, cuda: bool, folder: Path) -> Path:
     return wheel
 
 
+def install(wheel: Path, source: str) -> None:
+    print(f'Installing {wheel.name}, {source}', flush=True)
+    subprocess.run([*PIP, 'install', '--no-deps', '--no-cache-dir', '--force-reinstall', str(wheel)], check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--requirement', type=Path, default=Path(__file__).parents[1] / 'requirements' / 'mmcv.txt')
@@ -196,8 +201,11 @@ def main() -> None:
             wheel, source = find_built(version, cuda, folder), 'built by OpenMMLab'
         if wheel is None:
             wheel, source = build(version, cuda, folder), 'built here'
-    print(f'Installing {wheel.name}, {source}', flush=True)
-    subprocess.run([*PIP, 'install', '--no-deps', '--no-cache-dir', '--force-reinstall', str(wheel)], check=True)
+        install(wheel, source)
+        if source == 'built by OpenMMLab' and not works(version, cuda):
+            print('It does not work here', flush=True)
+            wheel.unlink()
+            install(build(version, cuda, folder), 'built here')
     if not works(version, cuda):
         raise SystemExit(f'{wheel} is installed but its operators do not load; remove {folder} and run this again')
 

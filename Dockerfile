@@ -10,7 +10,7 @@ FROM ${BASE}
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        g++ git libgl1 libglib2.0-0 make python3-dev python3-venv \
+        ca-certificates g++ git libgl1 libglib2.0-0 make python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 ARG FORCE_CUDA=0

@@ -261,12 +261,14 @@ def test_training_step_and_test_step(name, losses):
 
 
 def test_demo_differs_as_documented():
-    """The demo changes data, classes, image size, schedule, and numbers of proposals and samples only."""
+    """The demo changes data, classes, image size, schedule, numbers of proposals and samples, and, to train from scratch,
+    the norms of the neck and of the mask head; and what counts as a duplicate."""
     demo, full = load('mask-rcnn_overlock-xt_fpn_demo'), load('mask-rcnn_overlock-xt_fpn_1x_coco')
     allowed = (
         'model.backbone.init_cfg', 'model.roi_head.bbox_head.num_classes', 'model.roi_head.mask_head.num_classes',
         'model.train_cfg.rpn.sampler.num', 'model.train_cfg.rpn_proposal.', 'model.train_cfg.rcnn.sampler.num',
-        'model.test_cfg.rpn.', 'model.test_cfg.rcnn.max_per_img',
+        'model.test_cfg.rpn.', 'model.test_cfg.rcnn.max_per_img', 'model.test_cfg.rcnn.nms.iou_threshold',
+        'model.neck.norm_cfg.', 'model.roi_head.mask_head.norm_cfg.', 'norm_cfg.',
         'max_epochs', 'num_classes',
         'train_cfg.', 'param_scheduler', 'default_hooks.logger.', 'default_hooks.checkpoint.', 'custom_hooks', 'randomness',
         'data_root', 'metainfo', 'image_size', 'train_pipeline', 'test_pipeline', 'train_dataloader.', 'val_dataloader.',

@@ -27,6 +27,24 @@ def contmix(
     return products + sums
 
 
+def contmix_of_tokens(
+    value: Shape,
+    query: Shape,
+    key: Shape,
+    proj_weight: Shape,
+    proj_bias: Any,
+    rpb_small: Any,
+    rpb_large: Any,
+    groups: int,
+    small: int,
+    large: int,
+) -> int:
+    """:func:`contmix`, and the product that folds the keys: ``key`` is (B, Cq, S, S), ``proj_weight`` (slots, S * S)."""
+    slots, tokens = proj_weight
+    keys = key[0], groups, slots, key[1] // groups
+    return 2 * key[0] * key[1] * slots * tokens + contmix(value, query, keys, None, None, None, small, large)
+
+
 def contmix_backward(grad_output: Shape, value: Shape, query: Shape, keys: Shape, *rest: Any, **_: Any) -> int:
     """The gradient of the value makes the kernels again and sums over windows. That of the query makes the logits and the
     kernels' gradients, and two products from these.

@@ -10,6 +10,7 @@ from overlock_mm.models import OverLoCK
 from overlock_mm.ops import (
     _library,
     branch_norms,
+    branch_norms_given,
     contmix,
     depthwise_conv2d,
     gelu_residual_depthwise_norm,
@@ -87,3 +88,31 @@ def test_a_fused_training_step():
     plain = count(lambda: model(x)[0].sum().backward())
     basic, dynamic = 4 * 8 * (16**2 + 8**2 + 4**2 + 2**2), 3 * 8 * (4**2 + 2**2)  # numbers of hidden maps of an image
     assert count(lambda: fuse(model)(x)[0].sum().backward()) == plain + 2 * 9 * len(x) * (basic + dynamic)
+
+
+class Operators(torch.nn.Module):
+    """A call of several operators on a map of 4 channels."""
+
+    def forward(self, x):
+        weights, ones = [torch.ones(4, 1, k, k) for k in (5, 3)], [torch.ones(4)] * 2
+        x = branch_norms_given(x, weights, ones, ones, torch.ones(2, 4), torch.ones(2, 4), (1, 2))
+        x = gelu_residual_depthwise_norm(x, torch.ones(4, 1, 3, 3), None, *ones)
+        keys, matrix = torch.ones(x.shape[0], 4, 7, 7), torch.ones(9 + 25, 49)
+        return contmix(x, x, keys, matrix, None, None, None, num_groups=2, small_kernel_size=3, large_kernel_size=5)
+
+
+def test_mmengine_counts_the_operators_as_torch():
+    analysis = pytest.importorskip('mmengine.analysis', reason='mmengine is not installed')
+    from overlock_mm.complexity import operators_counted
+
+    model, x = Operators(), torch.randn(2, 4, 9, 8)
+    with torch.no_grad(), operators_counted():
+        found = analysis.FlopAnalyzer(model, (x,)).unsupported_ops_warnings(False).by_operator()
+    with torch.no_grad():
+        total = count(lambda: model(x))
+    assert set(found) == {'_branch_norms_given', 'gelu_residual_depthwise_norm', 'contmix'}
+    assert found['_branch_norms_given'] == x.numel() * 25
+    assert found['gelu_residual_depthwise_norm'] == x.numel() * 9
+    assert sum(found.values()) == total / 2
+    with torch.no_grad():  # without the context: the operations of plain PyTorch
+        assert set(analysis.FlopAnalyzer(model, (x,)).unsupported_ops_warnings(False).by_operator()).isdisjoint(found)

@@ -107,14 +107,13 @@ def contmix_kernels(
     sizes = [small_kernel_size**2, large_kernel_size**2]
 
     def kernels(kernel_size: int, weight: Tensor, bias: Optional[Tensor], rpb: Optional[Tensor]) -> Tensor:
-        window = kernel_size, kernel_size
         z = q @ (k @ weight.to(dtype).t())  # (B, G, HW, k²)
         z = z.unflatten(2, (height, width))  # (B, G, H, W, k²)
         if bias is not None:
             z = z + bias.to(dtype)
         if rpb is not None:
             z = z + relative_position_bias(rpb.to(dtype), height, width).flatten(-2)
-        return z.softmax(dim=-1).unflatten(-1, window)  # (B, G, H, W, k, k): every kernel sums to 1
+        return z.softmax(dim=-1).unflatten(-1, (kernel_size, kernel_size))  # (B, G, H, W, k, k): every kernel sums to 1
 
     weights = proj_weight.split(sizes)
     biases = (None, None) if proj_bias is None else proj_bias.split(sizes)
@@ -139,7 +138,7 @@ def contmix_reference(
 ) -> Tensor:
     """:func:`overlock_mm.ops.contmix` in plain PyTorch, with the same arguments.
 
-    It materialises all affinities and kernels, as the published code does, and supports higher-order derivatives.
+    It materialises all kernels, as the published code does, and supports higher-order derivatives.
     """
     batch, channels, height, width = value.shape
     kernels_of_both = contmix_kernels(

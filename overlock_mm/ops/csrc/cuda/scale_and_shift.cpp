@@ -22,6 +22,10 @@ ScaleAndShiftParams scale_and_shift_params(const Tensor& input) {
   return params;
 }
 
+Tensor beside(const Tensor& map, const Tensor& factors) {
+  return factors.to(map.scalar_type()).unsqueeze(-1).unsqueeze(-1);
+}
+
 namespace {
 
 using c10::cuda::getCurrentCUDAStream;
@@ -31,11 +35,6 @@ ScaleAndShiftParams params_of(const Tensor& input, const Tensor& scale) {
   params.by_image = scale.dim() == 2;
   params.scale = scale.const_data_ptr();
   return params;
-}
-
-/// (C) or (B, C) beside a map, in its dtype.
-Tensor beside(const Tensor& map, const Tensor& factors) {
-  return factors.to(map.scalar_type()).unsqueeze(-1).unsqueeze(-1);
 }
 
 std::string kind_of(const char* name, const Tensor& x, const Tensor& scale) {

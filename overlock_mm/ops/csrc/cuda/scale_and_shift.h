@@ -9,4 +9,7 @@ namespace overlock_mm {
 /// Of a map in channels_last: its sizes, strips and data. All else is zero.
 ScaleAndShiftParams scale_and_shift_params(const Tensor& input);
 
+/// (C) or (B, C) beside a map, in its dtype.
+Tensor beside(const Tensor& map, const Tensor& factors);
+
 }  // namespace overlock_mm

@@ -146,14 +146,24 @@ __global__ void __launch_bounds__(kThreads) scale_and_shift_backward_kernel(Scal
   }
 }
 
+/// Adds up over the threads of a block, and writes the partial sums (strips, B, C) of its strip.
+template <int kSize, typename A>
+__device__ __forceinline__ void store_sums(const ScaleAndShiftParams& p, const Part<kSize>& part, A (&sums)[kSize],
+                                           A* shared) {
+  sum_over_positions(sums, shared);
+  if (threadIdx.x >= kLanes || part.channel >= p.channels) return;
+  A* const out = static_cast<A*>(p.partial_sums) + (part.strip * p.batch + part.image) * p.channels + part.channel;
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) out[j] = sums[j];
+}
+
 template <typename T, int kSize, bool kProducts>
 __global__ void __launch_bounds__(kThreads) sums_over_positions_kernel(ScaleAndShiftParams p) {
   using A = typename Accumulator<T>::type;
   OVERLOCK_MM_SHARED(A, shared);
   const Part<kSize> part(p);
-  const bool works = part.channel < p.channels;
   A sums[kSize] = {};
-  if (works) {
+  if (part.channel < p.channels) {
     const int64_t first = part.image * p.positions * p.channels + part.channel;
     const T *const input = static_cast<const T*>(p.input) + first, *const grad_output =
                                                                        static_cast<const T*>(p.grad_output) + first;
@@ -166,11 +176,7 @@ __global__ void __launch_bounds__(kThreads) sums_over_positions_kernel(ScaleAndS
       for (int j = 0; j < kSize; ++j) sums[j] += kProducts ? numbers[j] * grads[j] : numbers[j];
     }
   }
-  sum_over_positions(sums, shared);
-  if (threadIdx.x >= kLanes || !works) return;
-  A* const out = static_cast<A*>(p.partial_sums) + (part.strip * p.batch + part.image) * p.channels + part.channel;
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) out[j] = sums[j];
+  store_sums(p, part, sums, shared);
 }
 
 /// Calls body with an integral constant: the channels of a thread.

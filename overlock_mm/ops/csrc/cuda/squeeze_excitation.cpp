@@ -102,17 +102,12 @@ struct Maps {
   }
 };
 
-/// (B, C) for a map.
-Tensor for_map(const Tensor& factors, const Tensor& map) {
-  return factors.unsqueeze(-1).unsqueeze(-1).to(map.scalar_type());
-}
-
 std::string kind_of(const char* name, const Tensor& x, const OptionalTensor& other) {
   return kind_of_call(std::string(name) + (other ? " with another map" : ""), x);
 }
 
 Tensor gated_by_pytorch(const Tensor& x, const Tensor& gate, const OptionalTensor& other) {
-  const Tensor out = x * for_map(gate, x);
+  const Tensor out = x * beside(x, gate);
   return laid_out_as(x, other ? out * at::silu(*other) : out);
 }
 
@@ -217,9 +212,9 @@ Gradients squeeze_excitation_backward_cuda(const Tensor& grad_output, const Tens
     const Tensor grad_expanded = grad_gate * gate * (1 - gate);
     const Tensor grad_squeezed = at::gelu_backward(at::mm(grad_expanded, expand_weight.to(sums)), squeezed);
     const Tensor grad_mean = at::mm(grad_squeezed, reduce_weight.to(sums)) / (x.size(2) * x.size(3));
-    const Tensor grad_x = at::addcmul(for_map(grad_mean, x), grad_scaled, for_map(gate, x));
+    const Tensor grad_x = at::addcmul(beside(x, grad_mean), grad_scaled, beside(x, gate));
     Tensor grad_other;
-    if (other) grad_other = laid_out_as(x, at::silu_backward(grad_output * x * for_map(gate, x), *other));
+    if (other) grad_other = laid_out_as(x, at::silu_backward(grad_output * x * beside(x, gate), *other));
     return {laid_out_as(x, grad_x), at::mm(grad_squeezed.t(), mean),
             grad_squeezed.sum(0),   at::mm(grad_expanded.t(), at::gelu(squeezed)),
             grad_expanded.sum(0),   grad_other};

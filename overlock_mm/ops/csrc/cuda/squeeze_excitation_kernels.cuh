@@ -157,7 +157,11 @@ __global__ void __launch_bounds__(kGateThreads) weight_gradients_kernel(SqueezeE
 
 // Maps that are multiplied with silu(other), too.
 
-/// silu(x), and its derivative.
+template <typename A>
+__device__ __forceinline__ A silu(A x) {
+  return x * sigmoid(x);
+}
+
 template <typename A>
 __device__ __forceinline__ A silu(A x, A* derivative) {
   const A below = sigmoid(x);
@@ -181,10 +185,7 @@ __global__ void __launch_bounds__(kThreads) gated_forward_kernel(GatedMapParams 
     load_part(input + i * p.channels, numbers);
     load_part(other + i * p.channels, others);
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      A derivative;
-      numbers[j] *= scale[j] * silu(others[j], &derivative);
-    }
+    for (int j = 0; j < kSize; ++j) numbers[j] *= scale[j] * silu(others[j]);
     store_part(output + i * p.channels, numbers);
   }
 }
@@ -194,9 +195,8 @@ __global__ void __launch_bounds__(kThreads) gated_sums_kernel(GatedMapParams p) 
   using A = typename Accumulator<T>::type;
   OVERLOCK_MM_SHARED(A, shared);
   const Part<kSize> part(p);
-  const bool works = part.channel < p.channels;
   A sums[kSize] = {};
-  if (works) {
+  if (part.channel < p.channels) {
     const int64_t first = part.image * p.positions * p.channels + part.channel;
     const T *const input = static_cast<const T*>(p.input) + first, *const other =
                                                                        static_cast<const T*>(p.other) + first;
@@ -208,17 +208,10 @@ __global__ void __launch_bounds__(kThreads) gated_sums_kernel(GatedMapParams p) 
       load_part(other + i * p.channels, others);
       load_part(grad_output + i * p.channels, grads);
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        A derivative;
-        sums[j] += grads[j] * numbers[j] * silu(others[j], &derivative);
-      }
+      for (int j = 0; j < kSize; ++j) sums[j] += grads[j] * numbers[j] * silu(others[j]);
     }
   }
-  sum_over_positions(sums, shared);
-  if (threadIdx.x >= kLanes || !works) return;
-  A* const out = static_cast<A*>(p.partial_sums) + (part.strip * p.batch + part.image) * p.channels + part.channel;
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) out[j] = sums[j];
+  store_sums(p, part, sums, shared);
 }
 
 template <typename T, int kSize>

@@ -74,7 +74,7 @@ class FusedBasicBlock(BasicBlock):
         if type(self.proj) is not FusedSequential or has_hooks(self.proj) or not is_layer_norm(self.proj[0]):
             return super().forward(x)
         norm, *layers = self.proj
-        branch, x = norm_of_branch(norm, self.dwconv(x))
+        branch, x = layer_norm_of_branch(self.dwconv(x), norm.weight, norm.bias, norm.eps)
         return scaled_sum(self.ls, x, run_layers(layers, branch))
 
 

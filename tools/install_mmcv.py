@@ -91,6 +91,10 @@ def works(version: str, cuda: bool) -> bool:
     return subprocess.run([sys.executable, '-c', check], capture_output=True).returncode == 0
 
 
+def find_kept(version: str, cuda: bool, folder: Path) -> Path | None:
+    return next(folder.glob('mmcv-*.whl'), None)
+
+
 def find_built(version: str, cuda: bool, folder: Path) -> Path | None:
     """The wheel of OpenMMLab's index for this torch and CUDA in ``folder``; None if there is none or no connection."""
     minor = '.'.join(torch.__version__.split('.')[:2])
@@ -176,9 +180,8 @@ def build(version: str, cuda: bool, folder: Path) -> Path:
     return wheel
 
 
-def install(wheel: Path, source: str) -> None:
-    print(f'Installing {wheel.name}, {source}', flush=True)
-    subprocess.run([*PIP, 'install', '--no-deps', '--no-cache-dir', '--force-reinstall', str(wheel)], check=True)
+#: Where a wheel comes from, and what gives its path. The first one that works is taken.
+SOURCES = {'kept from an earlier installation': find_kept, 'built by OpenMMLab': find_built, 'built here': build}
 
 
 def main() -> None:
@@ -196,18 +199,17 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / 'lock').open('w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one build at a time on this machine
-        wheel, source = next(folder.glob('mmcv-*.whl'), None), 'kept from an earlier installation'
-        if wheel is None:
-            wheel, source = find_built(version, cuda, folder), 'built by OpenMMLab'
-        if wheel is None:
-            wheel, source = build(version, cuda, folder), 'built here'
-        install(wheel, source)
-        if source == 'built by OpenMMLab' and not works(version, cuda):
-            print('It does not work here', flush=True)
+        for source, find in SOURCES.items():
+            wheel = find(version, cuda, folder)
+            if wheel is None:
+                continue
+            print(f'Installing {wheel.name}, {source}', flush=True)
+            subprocess.run([*PIP, 'install', '--no-deps', '--no-cache-dir', '--force-reinstall', str(wheel)], check=True)
+            if works(version, cuda):
+                return
+            print(f'The operators of {wheel.name} do not load', flush=True)
             wheel.unlink()
-            install(build(version, cuda, folder), 'built here')
-    if not works(version, cuda):
-        raise SystemExit(f'{wheel} is installed but its operators do not load; remove {folder} and run this again')
+    raise SystemExit(f'mmcv {version} was built and installed, but its operators do not load')
 
 
 if __name__ == '__main__':

@@ -89,6 +89,38 @@ def test_a_built_wheel_is_taken(install_mmcv, monkeypatch, tmp_path):
     assert install_mmcv.find_built('2.1.0', False, tmp_path / 'cache').name == 'mmcv-2.1.0-py3-none-any.whl'
 
 
+def test_a_wheel_that_does_not_work_is_built_instead(install_mmcv, monkeypatch, tmp_path, capsys):
+    """A kept one and a downloaded one are removed. What is built is kept."""
+    installed = []
+
+    def run(command, **_):
+        installed.append(command[-1])
+
+    def source(name):
+        def find(version, cuda, folder):
+            (folder / name).touch()
+            return folder / name
+
+        return find
+
+    names = ('mmcv-kept.whl', 'mmcv-found.whl', 'mmcv-built.whl')
+    monkeypatch.setattr(install_mmcv, 'SOURCES', {name: source(name) for name in names})
+    monkeypatch.setattr(install_mmcv, 'works', lambda *_: installed[-1:] == [str(folder / names[2])])
+    monkeypatch.setattr(install_mmcv, 'builds_with_cuda', lambda: False)
+    monkeypatch.setattr(install_mmcv.subprocess, 'run', run)
+    monkeypatch.setattr('sys.argv', ['install_mmcv.py', '--cache', str(tmp_path)])
+    version = install_mmcv.pinned_version(ROOT / 'requirements' / 'mmcv.txt')
+    folder = tmp_path / f'mmcv-{version}' / install_mmcv.wheel_key(False)
+    install_mmcv.main()
+    assert [path.rsplit('/', 1)[-1] for path in installed] == list(names)
+    assert sorted(path.name for path in folder.glob('*.whl')) == [names[2]]
+
+    installed.clear()
+    monkeypatch.setattr(install_mmcv, 'works', lambda *_: False)
+    with pytest.raises(SystemExit, match=f'mmcv {version} was built and installed, but its operators do not load'):
+        install_mmcv.main()
+
+
 @pytest.mark.parametrize(
     'changed, step',
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 
 import pytest
@@ -23,11 +24,11 @@ def commands_of(file) -> list[str]:
 @pytest.mark.parametrize('file', [ROOT / 'Dockerfile', *WORKFLOWS], ids=lambda file: file.stem)
 def test_commands_exist(file):
     """make would run them: in a dry run."""
-    own = [command.split() for command in commands_of(file) if command.startswith(('make ', '.ci/'))]
+    own = [shlex.split(command) for command in commands_of(file) if command.startswith(('make ', '.ci/'))]
     assert own
     for program, *arguments in own:
         if program == 'make':
-            done = subprocess.run(['make', '--dry-run', arguments[0]], cwd=ROOT, capture_output=True, text=True)
+            done = subprocess.run(['make', '--dry-run', *arguments], cwd=ROOT, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
         else:
             assert (ROOT / program).stat().st_mode & 0o100

@@ -1,11 +1,11 @@
-"""Batch norms with the statistics of several processes, and numbers of batches that are counted together."""
+"""Batch norms with the statistics of several processes, and buffers of norms that are updated together."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 import torch.distributed as dist
@@ -19,38 +19,118 @@ from ..ops.sync_norms import sync_batch_norm
 from .layers import has_hooks
 
 
+class _Batch(NamedTuple):
+    """The statistics of a batch, (norms, C), which some of these norms take into their running ones."""
+
+    norms: list[nn.BatchNorm2d]
+    rows: list[int]  # of these norms
+    means: Tensor
+    variances: Tensor
+    correction: float  # of the biased variances
+    momentum: float
+
+
+class _Waiting:
+    """Numbers of batches, each once, and statistics, that norms have not taken in yet."""
+
+    def __init__(self) -> None:
+        self.counters: dict[int, Tensor] = {}
+        self.batches: list[_Batch] = []
+
+    def take_in(self) -> None:
+        """In one kernel of each kind, where every norm would start its own."""
+        counters, batches = list(self.counters.values()), self.batches
+        self.counters, self.batches = {}, []
+        if counters:
+            torch._foreach_add_(counters, 1)
+        if batches:
+            _move_running_statistics(batches)
+
+
 class _State(threading.local):
-    counters: Optional[dict[int, Tensor]] = None
+    waiting: Optional[_Waiting] = None
 
 
 _state = _State()
 
 
 @contextlib.contextmanager
-def counting_together() -> Iterator[None]:
-    """Context in which :func:`count_batch` waits for the end, and then adds to all numbers at once.
+def updating_together() -> Iterator[None]:
+    """Context in which norms count batches, and move their running statistics, at the end and all at once.
 
-    On a GPU this is one kernel for all norms of a network, where each would start one.
+    On a GPU this takes a few kernels for a network. Within the context, the buffers are those of the step before.
     """
-    if is_compiling() or _state.counters is not None:
+    if is_compiling() or _state.waiting is not None:
         yield
         return
-    _state.counters = {}
+    _state.waiting = _Waiting()
     try:
         yield
     finally:
-        counters, _state.counters = list(_state.counters.values()), None
-        if counters:
-            torch._foreach_add_(counters, 1)
+        waiting, _state.waiting = _state.waiting, None
+        waiting.take_in()
 
 
 def count_batch(counters: Sequence[Tensor]) -> None:
     """Add 1 to the numbers of batches that norms have seen (``num_batches_tracked``)."""
-    waiting = _state.counters
-    if is_compiling() or waiting is None or any(id(each) in waiting for each in counters):  # of a norm that is used twice
+    waiting = _state.waiting
+    if is_compiling() or waiting is None:
         torch._foreach_add_(counters, 1)
-    else:
-        waiting.update({id(each): each for each in counters})
+        return
+    if any(id(each) in waiting.counters for each in counters):
+        waiting.take_in()  # a norm is used twice: in the right order
+    waiting.counters.update({id(each): each for each in counters})
+
+
+@torch.no_grad()
+def update_running_statistics(
+    norms: Sequence[nn.BatchNorm2d], means: Tensor, variances: Tensor, count: Union[int, Tensor]
+) -> None:
+    """Let norms count a batch and move their running statistics, as they do in training.
+
+    Args:
+        norms: with C channels.
+        means, variances (Tensor[norms, C]): of the batch. The variances are biased.
+        count: values of a channel in the batch.
+    """
+    correction = count / (count - 1)
+    if isinstance(correction, Tensor):
+        variances, correction = variances * correction, 1.0
+    for momentum in dict.fromkeys(norm.momentum for norm in norms):
+        rows = [
+            i
+            for i, norm in enumerate(norms)
+            if norm.momentum == momentum and norm.training and norm.track_running_stats and norm.running_mean is not None
+        ]
+        own = [norms[i] for i in rows]
+        if not own:
+            continue
+        if momentum is None:  # the average of all batches so far
+            torch._foreach_add_([norm.num_batches_tracked for norm in own], 1)
+            for norm, mean, variance in zip(own, means[rows], variances[rows] * correction):
+                count = norm.num_batches_tracked.to(norm.running_mean.dtype)
+                for running, new in ((norm.running_mean, mean), (norm.running_var, variance)):
+                    running.mul_(1 - 1 / count).add_(new.to(running.dtype) / count)
+            continue
+        count_batch([norm.num_batches_tracked for norm in own])
+        batch = _Batch(own, rows, means, variances, correction, momentum)
+        if is_compiling() or _state.waiting is None:
+            _move_running_statistics([batch])
+        else:
+            _state.waiting.batches.append(batch)
+
+
+@torch.no_grad()
+def _move_running_statistics(batches: Sequence[_Batch]) -> None:
+    unbiased = torch._foreach_mul([batch.variances for batch in batches], [batch.correction for batch in batches])
+    by_momentum: dict[float, list[tuple[Tensor, Tensor]]] = {}
+    for batch, variances in zip(batches, unbiased):
+        pairs = by_momentum.setdefault(batch.momentum, [])
+        for name, statistics in (('running_mean', batch.means.unbind()), ('running_var', variances.unbind())):
+            pairs += [(getattr(norm, name), statistics[row]) for norm, row in zip(batch.norms, batch.rows)]
+    for momentum, pairs in by_momentum.items():
+        running = [old for old, _ in pairs]
+        torch._foreach_lerp_(running, [new.to(old.dtype) for old, new in pairs], momentum)
 
 
 class BatchNorm2d(nn.BatchNorm2d):

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..ops import branch_norms, branch_norms_given, sync_branch_norms
 from ..ops._reference import accumulation_type, fold_kernels
 from .layers import DepthwiseConv, is_as_built
-from .norms import BatchNorm2d, SyncBatchNorm, count_batch, exchanging_group
+from .norms import BatchNorm2d, SyncBatchNorm, exchanging_group, update_running_statistics
 
 #: Norms whose tensors may be read in place of calling them.
 _NORMS = (nn.BatchNorm2d, BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
@@ -159,7 +159,7 @@ def _normalised_by_batch(x: Tensor, branches: Sequence[tuple[nn.Module, nn.Modul
         if count == 1:
             raise ValueError(f'batch norms need more than one value per channel in training, got shape {tuple(x.shape)}')
         out, means, variances = branch_norms(*arguments)
-    _update_running_statistics(norms, means, variances * (count / (count - 1)))
+    update_running_statistics(norms, means, variances, count)
     return out
 
 
@@ -177,32 +177,6 @@ def _normalised_by_running_statistics(x: Tensor, branches: Sequence[tuple[nn.Mod
         [conv.dilation[0] for conv in convs],
         norms[0].eps,
     )
-
-
-@torch.no_grad()
-def _update_running_statistics(norms: Sequence[nn.BatchNorm2d], means: Tensor, variances: Tensor) -> None:
-    """As the norms do it in training; (norms, C), the variances unbiased."""
-    means, variances = means.unbind(), variances.unbind()
-    for momentum in dict.fromkeys(norm.momentum for norm in norms):
-        own = [
-            i
-            for i, norm in enumerate(norms)
-            if norm.momentum == momentum and norm.training and norm.track_running_stats and norm.running_mean is not None
-        ]
-        if not own:
-            continue
-        counts = [norms[i].num_batches_tracked for i in own]
-        running = [norms[i].running_mean for i in own] + [norms[i].running_var for i in own]
-        new = [means[i] for i in own] + [variances[i] for i in own]
-        if momentum is None:  # the average of all batches so far
-            torch._foreach_add_(counts, 1)
-            for old, each, count in zip(running, new, counts * 2):
-                count = count.to(old.dtype)
-                old.mul_(1 - 1 / count).add_(each.to(old.dtype) / count)
-        else:
-            count_batch(counts)
-            new = [each.to(old.dtype) for old, each in zip(running, new)]
-            torch._foreach_lerp_(running, new, momentum)
 
 
 def fold_branches(state_dict: dict[str, Tensor], prefix: str, kernel_size: int, eps: float = 1e-5) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from ..models.layers import (
     has_hooks,
     is_as_built,
 )
-from ..models.norms import counting_together
+from ..models.norms import updating_together
 from ..models.overlock import OverLoCK
 from ..ops import gelu_residual_depthwise_norm
 from ..ops._modes import is_compiling
@@ -29,10 +29,10 @@ from ..ops.norms import layer_norm_of_branch
 
 
 class FusedOverLoCK(OverLoCK):
-    """An :class:`OverLoCK` whose norms count their batches together."""
+    """An :class:`OverLoCK` whose norms update their buffers together."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        with counting_together():
+        with updating_together():
             return super().forward(x)
 
 

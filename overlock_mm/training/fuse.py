@@ -41,7 +41,8 @@ def fuse(model: Model) -> Model:
     - A squeeze-excitation becomes one operator.
     - On a GPU, the scale of a block's shortcut and the sum with its branch are one operator, and the gradients of shortcut
       and branch are added in that of the layer norm between them.
-    - Batch norms of an OverLoCK count their batches together, at the end of its forward.
+    - Batch norms of an OverLoCK count their batches together, at the end of its forward. So do the branches beside large
+      kernels, and they move their running statistics then.
     - torch's ``SyncBatchNorm`` becomes :class:`overlock_mm.models.norms.SyncBatchNorm`, for which the host does not wait.
 
     Outputs and gradients are the same to rounding. Modules, parameters and the names of the state dict stay what they are.

@@ -20,7 +20,8 @@ from overlock_mm.models import OverLoCK
 from overlock_mm.models.blocks import BasicBlock
 from overlock_mm.models.economy import run_block
 from overlock_mm.models.layers import GELU, Conv2d, GlobalResponseNorm, ResidualDepthwiseConv, SqueezeExcitation
-from overlock_mm.models.norms import BatchNorm2d, counting_together
+from overlock_mm.models.norms import BatchNorm2d, updating_together
+from overlock_mm.models.reparam import DilatedReparamConv
 from overlock_mm.ops import _library, norms, use_references
 from overlock_mm.training import fuse, unfuse
 from overlock_mm.training.fuse import FusedSequential
@@ -145,10 +146,29 @@ def test_batches_are_counted_once(small_arch, momentum):
 
 def test_a_norm_that_is_used_twice_counts_twice():
     norm, x = BatchNorm2d(3), torch.randn(2, 3, 4, 5)
-    with counting_together():
+    with updating_together():
         norm(norm(x))
         assert norm.num_batches_tracked == 1
     assert norm.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize('momentum', [0.1, None])
+def test_branches_that_are_used_twice_move_their_statistics_twice(momentum):
+    """In the order of the calls, at the end."""
+    plain = randomise(DilatedReparamConv(3, 7)).double().train()
+    for _, norm in plain.branches():
+        norm.momentum = momentum
+    together, inputs = copy.deepcopy(plain), torch.randn(2, 2, 3, 9, 8, dtype=torch.float64)
+    before = {name: buffer.clone() for name, buffer in together.named_buffers()}
+    with updating_together():
+        together(inputs[0])
+        if momentum is not None:
+            assert all(torch.equal(buffer, before[name]) for name, buffer in together.named_buffers())
+        together(inputs[1])
+    for x in inputs:
+        plain(x)
+    for (name, buffer), other in zip(plain.named_buffers(), together.buffers()):
+        assert torch.equal(other, buffer), name
 
 
 def test_a_norm_that_does_not_track_statistics():
@@ -163,7 +183,7 @@ def test_a_norm_that_does_not_track_statistics():
 def test_a_hook_of_a_norm_sees_its_count():
     norm, counts = BatchNorm2d(3), []
     norm.register_forward_hook(lambda norm, *_: counts.append(norm.num_batches_tracked.item()))
-    with counting_together():
+    with updating_together():
         norm(torch.randn(2, 3, 4, 5))
     assert counts == [1]
 

@@ -82,24 +82,25 @@ class FoldedContMix(nn.Module):
     def __init__(self, block: DynamicBlock) -> None:
         super().__init__()
         self.split_sizes = [block.channels, block.context_channels]
-        self.sizes = dict(
-            num_groups=block.num_groups, small_kernel_size=block.small_kernel_size, large_kernel_size=block.kernel_size
+        self.settings = dict(
+            num_groups=block.num_groups,
+            small_kernel_size=block.small_kernel_size,
+            large_kernel_size=block.kernel_size,
+            scale=block.query_scale,
         )
         self.query = FoldedConv2d(*block.weight_query)
-        self.query.weight *= block.query_scale
-        self.query.bias *= block.query_scale
         self.key = fold_sequence(block.weight_key)
         weight, bias = as_matrix(block.weight_proj, block.context_size**2, like=block.rpb1)
         for name, tensor in dict(kernel_weight=weight, kernel_bias=bias, rpb1=block.rpb1, rpb2=block.rpb2).items():
             self.register_buffer(name, tensor.detach().clone())
 
     def forward(self, fused: Tensor, normed: Tensor) -> Tensor:
-        return mix_at_fitting_size(self._mix, self.sizes['large_kernel_size'], fused, normed)
+        return mix_at_fitting_size(self._mix, self.settings['large_kernel_size'], fused, normed)
 
     def _mix(self, fused: Tensor, normed: Tensor) -> Tensor:
         x, h = normed.split(self.split_sizes, dim=1)
         query, key = self.query(x), self.key(h)
-        return contmix(fused, query, key, self.kernel_weight, self.kernel_bias, self.rpb1, self.rpb2, **self.sizes)
+        return contmix(fused, query, key, self.kernel_weight, self.kernel_bias, self.rpb1, self.rpb2, **self.settings)
 
 
 class Attention(nn.Module):

@@ -179,7 +179,7 @@ class DynamicBlock(nn.Module):
     def _mix(self, fused: Tensor, normed: Tensor) -> Tensor:
         x, h = normed.split([self.channels, self.context_channels], dim=1)
         x = x.contiguous(memory_format=torch.channels_last)  # a slice of channels has a layout of its own
-        query = self.weight_query(x) * self.query_scale
+        query = self.weight_query(x)
         key = self.weight_key(h)
         kernel_weight, kernel_bias = as_matrix(self.weight_proj, self.context_size**2, like=self.rpb1)  # the paper's W_d
         return contmix(
@@ -193,6 +193,7 @@ class DynamicBlock(nn.Module):
             num_groups=self.num_groups,
             small_kernel_size=self.small_kernel_size,
             large_kernel_size=self.kernel_size,
+            scale=self.query_scale,
         )
 
 

@@ -134,7 +134,7 @@ class ContMixBlock(BaseModule):
         if x.ndim != 4 or x.shape[1] != self.in_channels or 0 in x.shape[2:]:
             raise ValueError(f'the input must have shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}')
         normed = self.norm(x)
-        mixed = self.contmix(self.value(normed), self.query(normed) * self.query_scale, self.key(normed))
+        mixed = self.contmix(self.value(normed), self.query(normed), self.key(normed))
         return x + self.layer_scale(self.proj(mixed * F.silu(self.gate(normed))))
 
     def contmix(self, value: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -153,6 +153,7 @@ class ContMixBlock(BaseModule):
                 num_groups=self.num_groups,
                 small_kernel_size=self.small_kernel_size,
                 large_kernel_size=self.kernel_size,
+                scale=self.query_scale,
             )
 
         return mix_at_fitting_size(mix, self.kernel_size, value, query)

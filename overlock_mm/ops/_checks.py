@@ -121,6 +121,7 @@ def check_contmix(
     num_groups: int,
     small_kernel_size: int,
     large_kernel_size: int,
+    scale: float = 1.0,
 ) -> None:
     parameters = dict(proj_weight=proj_weight, proj_bias=proj_bias, rpb_small=rpb_small, rpb_large=rpb_large)
     _check_contmix_types(dict(value=value, query=query, key=key), parameters)

@@ -31,7 +31,7 @@ _BUILD_COMMAND = 'pip install --no-build-isolation --no-cache-dir --force-reinst
 #: As in csrc: defined here where there is no binary.
 SCHEMAS = {
     'contmix': '(Tensor value, Tensor query, Tensor key, Tensor proj_weight, Tensor? proj_bias, Tensor? rpb_small, '
-    'Tensor? rpb_large, *, int num_groups, int small_kernel_size, int large_kernel_size) -> Tensor',
+    'Tensor? rpb_large, *, int num_groups, int small_kernel_size, int large_kernel_size, float scale=1.0) -> Tensor',
     'depthwise_conv2d': '(Tensor x, Tensor weight, Tensor? bias, int dilation, bool residual) -> Tensor',
     'gelu': '(Tensor x) -> Tensor',
     'branch_norms': '(Tensor x, Tensor[] weights, Tensor[] norm_weights, Tensor[] norm_biases, int[] dilations, '

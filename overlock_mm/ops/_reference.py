@@ -93,17 +93,18 @@ def contmix_kernels(
     num_groups: int,
     small_kernel_size: int,
     large_kernel_size: int,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """:func:`overlock_mm.ops.contmix_kernels`, with the same arguments: (B, G, H, W, ks, ks), (B, G, H, W, kl, kl).
 
-    Logits are W_d times the affinities kᵀq of a position with all context tokens (eq. 1, 2). (W_d kᵀ) q has the cheaper
-    products.
+    Logits are W_d times the scaled affinities kᵀq of a position with all context tokens (eq. 1, 2). (W_d kᵀ) q has the
+    cheaper products.
     """
     batch, _, height, width = query.shape
     dtype = accumulation_type(query)
     channels = query.shape[1] // num_groups
     q = query.to(dtype).reshape(batch, num_groups, channels, height * width).transpose(-2, -1)  # (B, G, HW, Cq/G)
-    k = key.to(dtype).unflatten(1, (num_groups, channels)).flatten(-2)  # (B, G, Cq/G, S²)
+    k = (scale * key.to(dtype)).unflatten(1, (num_groups, channels)).flatten(-2)  # (B, G, Cq/G, S²)
     sizes = [small_kernel_size**2, large_kernel_size**2]
 
     def kernels(kernel_size: int, weight: Tensor, bias: Optional[Tensor], rpb: Optional[Tensor]) -> Tensor:
@@ -135,6 +136,7 @@ def contmix_reference(
     num_groups: int,
     small_kernel_size: int,
     large_kernel_size: int,
+    scale: float = 1.0,
 ) -> Tensor:
     """:func:`overlock_mm.ops.contmix` in plain PyTorch, with the same arguments.
 
@@ -151,6 +153,7 @@ def contmix_reference(
         num_groups=num_groups,
         small_kernel_size=small_kernel_size,
         large_kernel_size=large_kernel_size,
+        scale=scale,
     )
     outputs = []
     for half, kernels in zip(value.chunk(2, dim=1), kernels_of_both):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _reference
 from ._autocast import autocast_disabled, cast_as_autocast
-from ._checks import check_contmix_kernels, check_optional_tensor, check_size, check_tensor
+from ._checks import check_contmix_kernels, check_number, check_optional_tensor, check_size, check_tensor
 from ._library import operator
 
 
@@ -24,6 +24,7 @@ def contmix(
     num_groups: int,
     small_kernel_size: int,
     large_kernel_size: int,
+    scale: float = 1.0,
 ) -> Tensor:
     """Context-mixing dynamic convolution: every position mixes its neighbourhood with two kernels of its own.
 
@@ -36,7 +37,7 @@ def contmix(
 
     Args:
         value (Tensor[B, C, H, W]): features to mix. Each half of the channels is grouped (G, C/2/G).
-        query (Tensor[B, Cq, H, W]): per-position queries, already scaled, grouped (G, Cq/G).
+        query (Tensor[B, Cq, H, W]): per-position queries, grouped (G, Cq/G).
         key (Tensor[B, Cq, S, S]): context tokens, grouped as the query.
         proj_weight (Tensor[ks² + kl², S²]): W_d, from affinities to kernel logits; the small kernel's slots first.
         proj_bias (Tensor[ks² + kl²] | None): its bias.
@@ -45,6 +46,7 @@ def contmix(
         num_groups: G.
         small_kernel_size: ks, odd, at most the map's smaller side.
         large_kernel_size: kl, odd, at most the map's smaller side.
+        scale: factor of the affinities, such as (Cq/G)^-0.5.
 
     Returns:
         Tensor[B, C, H, W]: with the dtype, device and memory format of ``value``. Under autocast, with the autocast dtype.
@@ -65,7 +67,8 @@ def contmix(
     biases = dict(proj_bias=proj_bias, rpb_small=rpb_small, rpb_large=rpb_large)
     sizes = dict(num_groups=num_groups, small_kernel_size=small_kernel_size, large_kernel_size=large_kernel_size)
     _check_kinds(tensors, biases, sizes)
-    return operator('contmix')(*tensors.values(), *biases.values(), **sizes)
+    check_number('scale', scale)
+    return operator('contmix')(*tensors.values(), *biases.values(), **sizes, scale=scale)
 
 
 def contmix_kernels(
@@ -79,6 +82,7 @@ def contmix_kernels(
     num_groups: int,
     small_kernel_size: int,
     large_kernel_size: int,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The dynamic kernels that :func:`contmix` mixes with, in plain PyTorch, to look at or to analyse.
 
@@ -98,10 +102,11 @@ def contmix_kernels(
     biases = dict(proj_bias=proj_bias, rpb_small=rpb_small, rpb_large=rpb_large)
     sizes = dict(num_groups=num_groups, small_kernel_size=small_kernel_size, large_kernel_size=large_kernel_size)
     _check_kinds(tensors, biases, sizes)
+    check_number('scale', scale)
     query, key = cast_as_autocast(query), cast_as_autocast(key)
     check_contmix_kernels(query, key, proj_weight, *biases.values(), **sizes)
     with autocast_disabled(query.device.type):
-        return _reference.contmix_kernels(query, key, proj_weight, *biases.values(), **sizes)
+        return _reference.contmix_kernels(query, key, proj_weight, *biases.values(), **sizes, scale=scale)
 
 
 def _check_kinds(tensors: dict[str, Any], biases: dict[str, Any], sizes: dict[str, Any]) -> None:

@@ -38,11 +38,21 @@ def contmix_of_tokens(
     groups: int,
     small: int,
     large: int,
+    scale: float = 1.0,
 ) -> int:
     """:func:`contmix`, and the product that folds the keys: ``key`` is (B, Cq, S, S), ``proj_weight`` (slots, S * S)."""
-    slots, tokens = proj_weight
-    keys = key[0], groups, slots, key[1] // groups
-    return 2 * key[0] * key[1] * slots * tokens + contmix(value, query, keys, None, None, None, small, large)
+    keys = key[0], groups, proj_weight[0], key[1] // groups
+    return contmix_keys(key, proj_weight) + contmix(value, query, keys, None, None, None, small, large)
+
+
+def contmix_keys(key: Shape, proj_weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * key[0] * key[1] * math.prod(proj_weight)
+
+
+def contmix_keys_backward(
+    grad_keys: Shape, key: Shape, proj_weight: Shape, scale: float, wanted: Sequence[bool], **_: Any
+) -> int:
+    return sum(wanted) * contmix_keys(key, proj_weight)
 
 
 def contmix_backward(grad_output: Shape, value: Shape, query: Shape, keys: Shape, *rest: Any, **_: Any) -> int:
@@ -97,6 +107,8 @@ def branch_norms_backward(grad_output: Shape, x: Shape, weights: Sequence[Shape]
 
 #: By the names of operators.
 FORMULAS: dict[str, Callable[..., int]] = {
+    '_contmix_keys': contmix_keys,
+    '_contmix_keys_backward': contmix_keys_backward,
     '_contmix': contmix,
     '_contmix_backward': contmix_backward,
     'depthwise_conv2d': depthwise_conv2d,

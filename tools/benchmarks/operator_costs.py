@@ -63,6 +63,27 @@ def cost_of(name: str, args: Sequence[Any], outputs: Sequence[Tensor]) -> tuple[
 # ContMix.
 
 
+def cost_of_contmix_keys(
+    key: Tensor, proj_weight: Tensor, num_groups: int, scale: float, outputs: Sequence[Tensor]
+) -> Cost:
+    """A product of PyTorch's, and a copy: keys of a group beside each other."""
+    return Cost(2, bytes_of([key, proj_weight]) + 3 * bytes_of(outputs), key.shape[:2].numel() * proj_weight.numel())
+
+
+def cost_of_contmix_keys_backward(
+    grad_keys: Tensor, key: Tensor, proj_weight: Tensor, scale: float, wanted: Sequence[bool], outputs: Sequence[Tensor]
+) -> Cost:
+    """A product for the gradient of the key, one for that of the weight of each image, and their sum."""
+    macs = key.shape[:2].numel() * proj_weight.numel()
+    cost = Cost()
+    if wanted[0]:
+        cost += Cost(1, bytes_of([grad_keys, proj_weight, key]), macs)
+    if wanted[1]:
+        of_images = len(key) * bytes_of([proj_weight])
+        cost += Cost(2, bytes_of([grad_keys, key, proj_weight]) + 2 * of_images, macs)
+    return cost
+
+
 def cost_of_contmix(value: Tensor, query: Tensor, keys: Tensor, *rest: Any, outputs: Sequence[Tensor]) -> Cost:
     """One kernel (csrc/cuda/contmix_launch.cu)."""
     *biases, small, large = rest
@@ -494,6 +515,8 @@ def residual_norm(x: Tensor, bias: Optional[Tensor]) -> tuple[NormBytes, int, in
 
 #: By the names of operators: takes their arguments, and the outputs.
 STATED: dict[str, Callable[..., Cost]] = {
+    '_contmix_keys': cost_of_contmix_keys,
+    '_contmix_keys_backward': cost_of_contmix_keys_backward,
     '_contmix': cost_of_contmix,
     '_contmix_backward': cost_of_contmix_backward,
     'depthwise_conv2d': cost_of_depthwise,

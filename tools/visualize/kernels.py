@@ -78,7 +78,7 @@ def dynamic_kernels(backbone: OverLoCK, block: DynamicBlock, image: Tensor) -> t
         backbone(image)
         weight, bias = as_matrix(block.weight_proj, block.context_size**2, like=block.rpb1)
         small, large = contmix_kernels(
-            outputs['query'] * block.query_scale,
+            outputs['query'],
             outputs['key'],
             weight,
             bias,
@@ -87,6 +87,7 @@ def dynamic_kernels(backbone: OverLoCK, block: DynamicBlock, image: Tensor) -> t
             num_groups=block.num_groups,
             small_kernel_size=block.small_kernel_size,
             large_kernel_size=block.kernel_size,
+            scale=block.query_scale,
         )
     return small[0], large[0]
 

@@ -86,9 +86,16 @@ void ContMixGradientBuffers::add_to(ContMixParams& params) const {
 ContMixGradients ContMixGradientBuffers::sums() const {
   // Each its own: outputs of an operator may not be one another.
   const auto none = [&] { return at::empty({0}, options); };
+  Tensor grad_keys = none();
+  if (wanted[2]) {
+    grad_keys = at::empty({partial_keys.size(1), partial_keys.size(3), partial_keys.size(2), partial_keys.size(4)},
+                          options)
+                    .transpose(1, 2);
+    at::sum_out(grad_keys, partial_keys, at::IntArrayRef{0});
+  }
   return {wanted[0] ? grad_value : none(),
           wanted[1] ? grad_query : none(),
-          wanted[2] ? partial_keys.sum(at::IntArrayRef{0}) : none(),
+          grad_keys,
           wanted[3] ? partial_bias.sum(at::IntArrayRef{0, 1, 2}) : none(),
           wanted[4] ? partial_rpb[0].sum(at::IntArrayRef{0, 1}) : none(),
           wanted[5] ? partial_rpb[1].sum(at::IntArrayRef{0, 1}) : none()};

@@ -9,6 +9,18 @@ namespace overlock_mm {
 /// Gradients of value, query, keys, bias, rpb_small, rpb_large. One that is not wanted is an empty tensor.
 using ContMixGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+inline Tensor call_contmix_keys(const Tensor& key, const Tensor& proj_weight, int64_t num_groups, double scale) {
+  static const auto op = operator_named<decltype(call_contmix_keys)>("overlock_mm::_contmix_keys");
+  return op.call(key, proj_weight, num_groups, scale);
+}
+
+inline std::tuple<Tensor, Tensor> call_contmix_keys_backward(const Tensor& grad_keys, const Tensor& key,
+                                                             const Tensor& proj_weight, double scale,
+                                                             std::array<bool, 2> output_mask) {
+  static const auto op = operator_named<decltype(call_contmix_keys_backward)>("overlock_mm::_contmix_keys_backward");
+  return op.call(grad_keys, key, proj_weight, scale, output_mask);
+}
+
 inline std::tuple<Tensor, Tensor> call_contmix(const Tensor& value, const Tensor& query, const Tensor& keys,
                                                const OptionalTensor& bias, const OptionalTensor& rpb_small,
                                                const OptionalTensor& rpb_large, int64_t small_kernel_size,
@@ -61,6 +73,7 @@ struct ContMixGradientBuffers {
 
   ContMixGradientBuffers(const ContMixInputs& inputs, int64_t partials, std::array<bool, 6> wanted);
   void add_to(ContMixParams& params) const;
+  /// That of the keys is laid out as (B, L, G, Cq/G), for _contmix_keys_backward.
   ContMixGradients sums() const;
 };
 

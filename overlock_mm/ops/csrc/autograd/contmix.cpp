@@ -9,6 +9,33 @@ OptionalTensor if_defined(const Variable& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor();
 }
 
+class ContMixKeys : public torch::autograd::Function<ContMixKeys> {
+ public:
+  static Tensor forward(AutogradContext* context, const Variable& key, const Variable& proj_weight, int64_t num_groups,
+                        double scale) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    context->save_for_backward({key, proj_weight});
+    context->saved_data["scale"] = scale;
+    return call_contmix_keys(key, proj_weight, num_groups, scale);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    variable_list out(4);  // num_groups and scale have no gradients
+    if (!grads[0].defined()) return out;
+    const auto saved = context->get_saved_variables();
+    const std::array<bool, 2> wanted{context->needs_input_grad(0), context->needs_input_grad(1)};
+    const auto [key, proj_weight] = call_contmix_keys_backward(grads[0], saved[0], saved[1],
+                                                               context->saved_data["scale"].toDouble(), wanted);
+    if (wanted[0]) out[0] = key;
+    if (wanted[1]) out[1] = proj_weight;
+    return out;
+  }
+};
+
+Tensor contmix_keys_autograd(const Tensor& key, const Tensor& proj_weight, int64_t num_groups, double scale) {
+  return ContMixKeys::apply(key, proj_weight, num_groups, scale);
+}
+
 class ContMix : public torch::autograd::Function<ContMix> {
  public:
   static variable_list forward(AutogradContext* context, const Variable& value, const Variable& query,
@@ -58,6 +85,8 @@ std::tuple<Tensor, Tensor> contmix_autograd(const Tensor& value, const Tensor& q
 }  // namespace
 
 TORCH_LIBRARY_IMPL(overlock_mm, Autograd, m) {
+  m.impl("_contmix_keys", &contmix_keys_autograd);
+  m.impl("_contmix_keys_backward", without_derivative());
   m.impl("_contmix", &contmix_autograd);
   m.impl("_contmix_backward", without_derivative());
 }

@@ -357,6 +357,15 @@ def check_scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor], oth
         _check_other_map('other', other, x)
 
 
+def check_scaled_sum(
+    x: Tensor, scale: Tensor, shift: Tensor, other: Tensor, other_scale: Tensor, other_shift: Tensor
+) -> None:
+    _check_map(x)
+    for name, parameter in dict(scale=scale, shift=shift, other_scale=other_scale, other_shift=other_shift).items():
+        _check_parameter(name, parameter, x)
+    _check_other_map('other', other, x)
+
+
 def check_squeeze_excitation(
     x: Tensor,
     reduce_weight: Tensor,

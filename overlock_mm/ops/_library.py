@@ -51,6 +51,7 @@ SCHEMAS = {
     'gelu_residual_depthwise_norm': '(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) '
     '-> Tensor',
     'scale_and_shift': '(Tensor x, Tensor scale, Tensor? shift, Tensor? other) -> Tensor',
+    'scaled_sum': '(Tensor x, Tensor scale, Tensor shift, Tensor other, Tensor other_scale, Tensor other_shift) -> Tensor',
     'squeeze_excitation': '(Tensor x, Tensor reduce_weight, Tensor reduce_bias, Tensor expand_weight, '
     'Tensor expand_bias, Tensor? other) -> (Tensor output, Tensor gate)',
     '_gated': '(Tensor x, Tensor gate, Tensor? other) -> Tensor',
@@ -148,6 +149,11 @@ def _branch_norms_gradients(grad_output: Tensor, x: Tensor, *args: Any) -> tuple
     return _laid_out_as(x, grad_x), grad_weights
 
 
+def _scaled_sum(*args: Tensor) -> Tensor:
+    _checks.check_scaled_sum(*args)
+    return _reference.scaled_sum(*args).contiguous(memory_format=torch.channels_last)
+
+
 def _gelu(x: Tensor) -> Tensor:
     _checks.check_gelu(x)
     return F.gelu(x)
@@ -176,6 +182,7 @@ references: dict[str, Callable] = {
         _reference.gelu_residual_depthwise_norm, _checks.check_residual_depthwise_norm
     ),
     'scale_and_shift': _as_operator(_reference.scale_and_shift, _checks.check_scale_and_shift),
+    'scaled_sum': _scaled_sum,
     'squeeze_excitation': _as_operator(_reference.squeeze_excitation, _checks.check_squeeze_excitation),
     '_gated': _as_operator(_reference.gated, _checks.check_gated),
     'transpose': _transpose,

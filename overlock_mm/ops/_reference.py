@@ -189,6 +189,11 @@ def scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor], other: Op
     return out if other is None else out + other
 
 
+def scaled_sum(x: Tensor, scale: Tensor, shift: Tensor, other: Tensor, other_scale: Tensor, other_shift: Tensor) -> Tensor:
+    """``(x * scale + shift) + (other * other_scale + other_shift)``, with parameters (C)."""
+    return scale_and_shift(x, scale, shift, None) + scale_and_shift(other, other_scale, other_shift, None)
+
+
 def squeeze_excitation(
     x: Tensor,
     reduce_weight: Tensor,

@@ -63,6 +63,26 @@ def scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor] = None, ot
     return out if other is None else out + other
 
 
+def scaled_sum(x: Tensor, scale: Tensor, shift: Tensor, other: Tensor, other_scale: Tensor, other_shift: Tensor) -> Tensor:
+    """``(x * scale + shift) + (other * other_scale + other_shift)``, with scales and shifts for each channel.
+
+    On a GPU it is one operator. It reads channels of a larger map in their place. Elsewhere both terms are those of
+    :func:`scale_and_shift`.
+
+    Args:
+        x, other (Tensor[B, C, H, W]): with one dtype.
+        scale, shift, other_scale, other_shift (Tensor[C], or of another shape of C numbers)
+
+    Returns:
+        Tensor[B, C, H, W]: with the dtype of ``x``. On a GPU, channels_last.
+    """
+    if not x.is_cuda or is_compiling():
+        return scale_and_shift(x, scale, shift) + scale_and_shift(other, other_scale, other_shift)
+    with unseen_by_modes():
+        scale, shift, other_scale, other_shift = (each.flatten() for each in (scale, shift, other_scale, other_shift))
+    return operator('scaled_sum')(x, scale, shift, other, other_scale, other_shift)
+
+
 def squeeze_excitation(
     x: Tensor,
     reduce_weight: Tensor,

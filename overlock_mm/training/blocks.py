@@ -24,7 +24,7 @@ from ..models.norms import updating_together
 from ..models.overlock import OverLoCK
 from ..ops import gelu_residual_depthwise_norm
 from ..ops._modes import is_compiling
-from ..ops.elementwise import scale_and_shift, squeeze_excitation
+from ..ops.elementwise import scale_and_shift, scaled_sum, squeeze_excitation
 from ..ops.norms import layer_norm_of_branch
 
 
@@ -75,22 +75,22 @@ class FusedBasicBlock(BasicBlock):
             return super().forward(x)
         norm, *layers = self.proj
         branch, x = layer_norm_of_branch(self.dwconv(x), norm.weight, norm.bias, norm.eps)
-        return scaled_sum(self.ls, x, run_layers(layers, branch))
+        return scale_and_add(self.ls, x, run_layers(layers, branch))
 
 
 class FusedDynamicBlock(DynamicBlock):
-    """A :class:`DynamicBlock` whose shortcuts are added together with their scales."""
+    """A :class:`DynamicBlock` whose sums are made together with their scales."""
 
     def forward(self, x: Tensor, h: Tensor, prior: Tensor) -> Union[Tensor, tuple[Tensor, Tensor]]:
         if self.mix_context:
-            h = scaled_sum(self.x_scale, h, self.h_scale(prior))
+            h = sum_of_scaled(self.x_scale, h, self.h_scale, prior)
         normed, y = norm_of_branch(self.norm1, self.dwconv1(torch.cat([x, h], dim=1)))
         fused = self.fusion(normed)
         mixed = self.dyconv_proj(self.contmix(fused, normed)) + self.lepe(fused)
         mixed = gated_excitation(self.gate, fused, self.se_layer, mixed)
-        y = scaled_sum(self.ls1, y, self.drop_path(self.proj(mixed)))
+        y = scale_and_add(self.ls1, y, self.drop_path(self.proj(mixed)))
         normed, y = norm_of_branch(self.norm2, self.dwconv2(y))
-        y = scaled_sum(self.ls2, y, self.drop_path(self.mlp(normed)))
+        y = scale_and_add(self.ls2, y, self.drop_path(self.mlp(normed)))
         return y if self.last else y.split([self.channels, self.context_channels], dim=1)
 
 
@@ -148,8 +148,20 @@ def ends_in_silu(layers: nn.Module) -> bool:
     return is_sequence and len(layers) > 0 and is_as_built(layers[-1], (nn.SiLU,))
 
 
-def scaled_sum(scale: nn.Module, x: Tensor, branch: Tensor) -> Tensor:
+def is_scale(layer: nn.Module) -> bool:
+    """Whether reading the tensors of this scale does what calling it does."""
+    return is_as_built(layer, (LayerScale,), 'weight', 'bias')
+
+
+def sum_of_scaled(scale: nn.Module, x: Tensor, other_scale: nn.Module, other: Tensor) -> Tensor:
+    """``scale(x) + other_scale(other)``, in one operator if both scales are as they were built."""
+    if is_scale(scale) and is_scale(other_scale) and other.dtype == x.dtype:
+        return scaled_sum(x, scale.weight, scale.bias, other, other_scale.weight, other_scale.bias)
+    return scale(x) + other_scale(other)
+
+
+def scale_and_add(scale: nn.Module, x: Tensor, branch: Tensor) -> Tensor:
     """``scale(x) + branch``, in one operator if the scale is as it was built."""
-    if is_as_built(scale, (LayerScale,), 'weight', 'bias') and branch.dtype == x.dtype:
+    if is_scale(scale) and branch.dtype == x.dtype:
         return scale_and_shift(x, scale.weight, scale.bias, branch)
     return scale(x) + branch

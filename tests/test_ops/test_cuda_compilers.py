@@ -34,6 +34,7 @@ KERNELS = {
     'response_norm_launch.cu': Kernels(22, most_spilled=0),
     'scale_and_shift_launch.cu': Kernels(42, most_spilled=0),
     # A few words before and after the walk over a tile, of the gradients alone.
+    'scaled_sum_launch.cu': Kernels(18, most_spilled=0),
     'squeeze_excitation_launch.cu': Kernels(30, most_spilled=0),
     'residual_depthwise_norm_launch.cu': Kernels(18, most_spilled=40, may_spill='gradients_kernelIdE'),
 }

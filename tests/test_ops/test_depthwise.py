@@ -13,7 +13,7 @@ from typing import NamedTuple, Optional
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import KeptBytes, autocast_dtypes, instruction_sets, relative_error, run_with_instruction_set
+from conftest import KeptBytes, autocast_dtypes, devices, instruction_sets, relative_error, run_with_instruction_set
 from test_compiled import run_without_binary
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,7 +34,7 @@ from overlock_mm.ops import (
     use_references,
 )
 from overlock_mm.ops.cuda_kernels import has_cuda_kernels
-from overlock_mm.ops.elementwise import scale_and_shift
+from overlock_mm.ops.elementwise import scale_and_shift, scaled_sum
 
 pytestmark = pytest.mark.skipif(
     os.environ.get('OVERLOCK_MM_WITH_OPS') == '0', reason='OVERLOCK_MM_WITH_OPS=0: built without the compiled operator'
@@ -660,6 +660,27 @@ def test_scale_and_shift(dtype):
     expected = x * scale.to(dtype).view(5, 1, 1) + shift.to(dtype).view(5, 1, 1)
     assert out.dtype == dtype
     assert relative_error(out, expected) < 4 * torch.finfo(dtype).eps
+
+
+@devices
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=str)
+def test_scaled_sum(dtype, device):
+    """Of channels of a larger map and another map, with the gradients of both."""
+    whole, other = (random(2, channels, 6, 7).to(device, dtype) for channels in (9, 5))
+    whole = whole.contiguous(memory_format=torch.channels_last)
+    of_sums = torch.promote_types(dtype, torch.float32)
+    parameters = [random(5, 1, 1, 1).to(device, of_sums) for _ in range(4)]
+    inputs = [each.requires_grad_() for each in (whole, other, *parameters)]
+    out = scaled_sum(whole[:, 2:7], *parameters[:2], other, *parameters[2:])
+    scale, shift, other_scale, other_shift = (each.to(dtype).view(5, 1, 1) for each in parameters)
+    expected = (whole[:, 2:7] * scale + shift) + (other * other_scale + other_shift)
+    grad_output = torch.randn_like(out)
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < 4 * torch.finfo(dtype).eps
+    grads, expected_grads = (torch.autograd.grad(each, inputs, grad_output) for each in (out, expected))
+    for got, value in zip(grads, expected_grads):
+        assert got.dtype == value.dtype
+        assert relative_error(got, value) < 16 * torch.finfo(dtype).eps
 
 
 def bits_with_threads(function: Callable, numbers=(1, 2, 3)) -> list[dict]:

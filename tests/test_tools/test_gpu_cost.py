@@ -265,9 +265,11 @@ def test_fused_blocks_add_and_scale_in_their_operators():
     assert costs['_squeeze_excitation'].launches == 3 * (4 + 3)
     assert costs['_squeeze_excitation_backward'].launches == 4 * (4 + 3)
     assert costs['_gated'].launches == 4 + 3
-    assert costs['scale_and_shift'].launches == 2 + 3 * 2 + 2 * 2  # shortcuts; alpha and beta of the context
+    assert costs['scale_and_shift'].launches == 2 + 3 * 2  # shortcuts
+    assert costs['scaled_sum'].launches == 2  # alpha and beta of the context
     assert 'silu' not in costs and 'silu_backward' not in costs and 'zeros' not in costs
     assert costs['_foreach_add_'].launches == 1  # all numbers of batches
+    assert costs['_foreach_lerp_'].launches == 1  # running statistics of all branches
 
 
 def test_maps_of_dynamic_blocks_stay_channels_last():

@@ -340,6 +340,27 @@ def cost_of_scale_and_shift_backward(
     return Cost(2, bytes_of([grad_output, x, *outputs]) + bytes_of_sums(scale) + of_sums)
 
 
+def cost_of_scaled_sum(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    other: Tensor,
+    other_scale: Tensor,
+    other_shift: Tensor,
+    outputs: Sequence[Tensor],
+) -> Cost:
+    """One kernel."""
+    return Cost(1, bytes_of([x, other, *outputs]) + 4 * bytes_of_sums(scale))
+
+
+def cost_of_scaled_sum_backward(
+    grad_output: Tensor, x: Tensor, scale: Tensor, other: Tensor, other_scale: Tensor, outputs: Sequence[Tensor]
+) -> Cost:
+    """A kernel for the gradients of the maps and partial sums of those of the parameters, and one that adds these."""
+    of_sums = 3 * torch.ops.overlock_mm._scale_and_shift_strips(x.shape) * x.shape[0] * bytes_of_sums(scale)
+    return Cost(2, bytes_of([grad_output, x, other, *outputs]) + 2 * bytes_of_sums(scale) + 2 * of_sums)
+
+
 # Squeeze-excitation.
 
 
@@ -524,6 +545,8 @@ STATED: dict[str, Callable[..., Cost]] = {
     'layer_norm': cost_of_layer_norm,
     'scale_and_shift': cost_of_scale_and_shift,
     '_scale_and_shift_backward': cost_of_scale_and_shift_backward,
+    'scaled_sum': cost_of_scaled_sum,
+    '_scaled_sum_backward': cost_of_scaled_sum_backward,
     'squeeze_excitation': cost_of_squeeze_excitation,
     '_gated': cost_of_gated,
     '_squeeze_excitation': cost_of_squeeze_excitation,

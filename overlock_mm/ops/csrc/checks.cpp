@@ -332,6 +332,15 @@ void check_scale_and_shift(const Tensor& x, const Tensor& scale, const OptionalT
   if (other) check_other_map("other", *other, x);
 }
 
+void check_scaled_sum(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& other,
+                      const Tensor& other_scale, const Tensor& other_shift) {
+  check_map(x);
+  const std::pair<const char*, const Tensor&> parameters[] = {
+      {"scale", scale}, {"shift", shift}, {"other_scale", other_scale}, {"other_shift", other_shift}};
+  for (const auto& [name, parameter] : parameters) check_parameter(name, parameter, x, {x.sym_size(1)});
+  check_other_map("other", other, x);
+}
+
 void check_squeeze_excitation(const Tensor& x, const Tensor& reduce_weight, const Tensor& reduce_bias,
                               const Tensor& expand_weight, const Tensor& expand_bias, const OptionalTensor& other) {
   check_map(x);

@@ -77,6 +77,9 @@ void check_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias)
 /// scale is (C), or (B, C) without a shift. other is a map as x.
 void check_scale_and_shift(const Tensor& x, const Tensor& scale, const OptionalTensor& shift,
                            const OptionalTensor& other);
+/// Parameters are (C), and other is a map as x.
+void check_scaled_sum(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& other,
+                      const Tensor& other_scale, const Tensor& other_shift);
 /// Weights are (R, C) and (C, R), with biases. other is a map as x.
 void check_squeeze_excitation(const Tensor& x, const Tensor& reduce_weight, const Tensor& reduce_bias,
                               const Tensor& expand_weight, const Tensor& expand_bias, const OptionalTensor& other);

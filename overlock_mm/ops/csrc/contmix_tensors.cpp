@@ -88,9 +88,9 @@ ContMixGradients ContMixGradientBuffers::sums() const {
   const auto none = [&] { return at::empty({0}, options); };
   Tensor grad_keys = none();
   if (wanted[2]) {
-    grad_keys = at::empty({partial_keys.size(1), partial_keys.size(3), partial_keys.size(2), partial_keys.size(4)},
-                          options)
-                    .transpose(1, 2);
+    grad_keys =
+        at::empty({partial_keys.size(1), partial_keys.size(3), partial_keys.size(2), partial_keys.size(4)}, options)
+            .transpose(1, 2);
     at::sum_out(grad_keys, partial_keys, at::IntArrayRef{0});
   }
   return {wanted[0] ? grad_value : none(),

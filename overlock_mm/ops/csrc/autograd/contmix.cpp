@@ -24,8 +24,8 @@ class ContMixKeys : public torch::autograd::Function<ContMixKeys> {
     if (!grads[0].defined()) return out;
     const auto saved = context->get_saved_variables();
     const std::array<bool, 2> wanted{context->needs_input_grad(0), context->needs_input_grad(1)};
-    const auto [key, proj_weight] = call_contmix_keys_backward(grads[0], saved[0], saved[1],
-                                                               context->saved_data["scale"].toDouble(), wanted);
+    const auto [key, proj_weight] =
+        call_contmix_keys_backward(grads[0], saved[0], saved[1], context->saved_data["scale"].toDouble(), wanted);
     if (wanted[0]) out[0] = key;
     if (wanted[1]) out[1] = proj_weight;
     return out;

@@ -162,24 +162,28 @@ def draw_contmix(draw: Draw) -> dict[str, Any]:
     channels = 2 * groups * draw.choice([1, 3, 8, 10, 14, 16, 17, 33])
     slots, keys = small**2 + large**2, tokens[0] * tokens[1]
     # Logits for which a softmax has more than one slot of weight, for a kernel of any size.
-    scale = 1 / (per_group * keys) ** 0.5
+    scale = draw.choice([1.0, 0.25, 3])
     return dict(
         value=draw.tensor(batch, channels, height, width),
         query=draw.tensor(batch, groups * per_group, height, width),
         key=draw.tensor(batch, groups * per_group, *tokens),
-        proj_weight=draw.parameter(slots, keys, scale=scale),
+        proj_weight=draw.parameter(slots, keys, scale=1 / (scale * (per_group * keys) ** 0.5)),
         proj_bias=draw.optional(slots),
         rpb_small=draw.optional(groups, 2 * small - 1, 2 * small - 1),
         rpb_large=draw.optional(groups, 2 * large - 1, 2 * large - 1),
         num_groups=groups,
         small_kernel_size=small,
         large_kernel_size=large,
+        scale=scale,
     )
 
 
 def spoil_contmix(draw: Draw, arguments: dict[str, Any]) -> list[str]:
     name = draw.choice([name for name, value in arguments.items() if value is not None])
     value = arguments[name]
+    if name == 'scale':
+        arguments[name] = draw.choice([None, str(value), [value], arguments['key']])
+        return [name]
     if isinstance(value, int):
         sizes = [0, -1, -(2**63), 2**62, 2**63, 2**70, True, float(value), str(value), None, [value]]
         sizes.append(max(arguments['value'].shape[1], 2) if name == 'num_groups' else draw.choice([value + 1, value + 200]))

@@ -174,13 +174,18 @@ def test_logits_that_overflow_in_half_precision():
 
 @pytest.mark.skipif(TORCH < (2, 4), reason='torch < 2.4 has no torch.library.opcheck')
 @pytest.mark.parametrize('requires_grad', [False, True])
-@pytest.mark.parametrize('name', ['contmix', '_contmix', '_contmix_backward'])
+@pytest.mark.parametrize('name', ['contmix', '_contmix_keys', '_contmix_keys_backward', '_contmix', '_contmix_backward'])
 @devices
 def test_opcheck(name, requires_grad, device):
     arguments = make_arguments(dtype=torch.float32, device=device)
     if name == 'contmix':
         sizes = {key: arguments.pop(key) for key in SIZES}
         inputs = list(arguments.values())
+    elif name.startswith('_contmix_keys'):
+        sizes, inputs = {}, [arguments['key'], arguments['proj_weight'], arguments['num_groups'], 0.7]
+        if name == '_contmix_keys_backward':
+            keys = torch.ops.overlock_mm._contmix_keys(*inputs)
+            inputs = [torch.randn_like(keys), *inputs[:2], 0.7, [True, False]]
     else:
         sizes, inputs = {}, internal_arguments(arguments)
         if name == '_contmix_backward':
@@ -195,8 +200,8 @@ def test_opcheck(name, requires_grad, device):
             ]
     inputs = [x.detach().requires_grad_(requires_grad) if isinstance(x, Tensor) else x for x in inputs]
     checks = ['test_schema', 'test_faketensor', 'test_autograd_registration']
-    if name == 'contmix' or not requires_grad:
-        # With gradients, this one differentiates: _contmix has an output without a gradient, _contmix_backward none.
+    if name in ('contmix', '_contmix_keys') or not requires_grad:
+        # With gradients, this one differentiates: _contmix has an output without a gradient, backward operators none.
         checks.append('test_aot_dispatch_dynamic')
     torch.library.opcheck(getattr(torch.ops.overlock_mm, name).default, inputs, sizes, test_utils=checks)
 

@@ -12,7 +12,7 @@ from conftest import autocast_dtypes, devices, relative_error
 from overlock_mm.ops import contmix, contmix_kernels, contmix_reference, use_references
 from overlock_mm.ops._reference import aggregate
 
-SIZES = dict(num_groups=2, small_kernel_size=3, large_kernel_size=5)
+SIZES = dict(num_groups=2, small_kernel_size=3, large_kernel_size=5, scale=0.7)
 IMPLEMENTATIONS = pytest.mark.parametrize('function', [contmix, contmix_reference], ids=['contmix', 'reference'])
 
 
@@ -36,11 +36,12 @@ def make_arguments(
         num_groups=num_groups,
         small_kernel_size=small,
         large_kernel_size=large,
+        scale=0.7,
     )
 
 
 def oracle(
-    value, query, key, proj_weight, proj_bias, rpb_small, rpb_large, num_groups, small_kernel_size, large_kernel_size
+    value, query, key, proj_weight, proj_bias, rpb_small, rpb_large, num_groups, small_kernel_size, large_kernel_size, scale
 ):
     """One position, group and neighbour at a time, in float64."""
     batch, channels, height, width = value.shape
@@ -59,7 +60,7 @@ def oracle(
                 tokens = key[b, of_query].flatten(1)
                 for y in range(height):
                     for x in range(width):
-                        logits = weight[slots] @ (tokens.T @ query[b, of_query, y, x])
+                        logits = weight[slots] @ (scale * tokens.T @ query[b, of_query, y, x])
                         if proj_bias is not None:
                             logits = logits + proj_bias[slots].double()
                         logits = logits.view(k, k)

@@ -1,6 +1,6 @@
-// Runs the launchers of scaled_sum_launch.cu. Numbers: dtype, batch, positions, channels, channels of the map that input
-// is a slice of, the first one of the slice. Arrays: that map, scale, shift, other, other_scale, other_shift, output,
-// grad_output, grad_input, grad_other, grad_scales, grad_shift.
+// Runs the launchers of scaled_sum_launch.cu. Numbers: dtype, batch, positions, channels, channels of the map that
+// input is a slice of, the first one of the slice. Arrays: that map, scale, shift, other, other_scale, other_shift,
+// output, grad_output, grad_input, grad_other, grad_scales, grad_shift.
 #include "case.h"
 #include "scaled_sum_launch.h"
 

@@ -122,7 +122,10 @@ def update_running_statistics(
 
 @torch.no_grad()
 def _move_running_statistics(batches: Sequence[_Batch]) -> None:
-    unbiased = torch._foreach_mul([batch.variances for batch in batches], [batch.correction for batch in batches])
+    if len(batches) == 1:
+        unbiased = [batch.variances * batch.correction for batch in batches]
+    else:
+        unbiased = torch._foreach_mul([batch.variances for batch in batches], [batch.correction for batch in batches])
     by_momentum: dict[float, list[tuple[Tensor, Tensor]]] = {}
     for batch, variances in zip(batches, unbiased):
         pairs = by_momentum.setdefault(batch.momentum, [])

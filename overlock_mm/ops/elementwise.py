@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import check_optional_tensor, check_tensor
@@ -16,7 +17,7 @@ def gelu(x: Tensor) -> Tensor:
     """The exact GELU, ``x * Phi(x)``, where Phi is the normal distribution (Hendrycks and Gimpel, 2016).
 
     The compiled operator is for the CPU, where it is faster than PyTorch's (docs/notes/depthwise.md). Other devices run
-    PyTorch's.
+    PyTorch's, and so does torch.compile, which makes one kernel of it and its neighbours.
 
     Args:
         x (Tensor[*])
@@ -28,7 +29,7 @@ def gelu(x: Tensor) -> Tensor:
         TypeError: ``x`` is not a tensor, or not of a floating-point type.
     """
     check_tensor('x', x)
-    return operator('gelu')(x)
+    return F.gelu(x) if is_compiling() else operator('gelu')(x)
 
 
 def scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor] = None, other: Optional[Tensor] = None) -> Tensor:

@@ -60,7 +60,8 @@ def updating_together() -> Iterator[None]:
 
     On a GPU this takes a few kernels for a network. Within the context, the buffers are those of the step before.
     """
-    if is_compiling() or _state.waiting is not None:
+    # A trace would mix up tensors that leave the layers in this way.
+    if is_compiling() or torch.jit.is_tracing() or _state.waiting is not None:
         yield
         return
     _state.waiting = _Waiting()
@@ -122,18 +123,22 @@ def update_running_statistics(
 
 @torch.no_grad()
 def _move_running_statistics(batches: Sequence[_Batch]) -> None:
-    if len(batches) == 1:
-        unbiased = [batch.variances * batch.correction for batch in batches]
-    else:
-        unbiased = torch._foreach_mul([batch.variances for batch in batches], [batch.correction for batch in batches])
-    by_momentum: dict[float, list[tuple[Tensor, Tensor]]] = {}
-    for batch, variances in zip(batches, unbiased):
-        pairs = by_momentum.setdefault(batch.momentum, [])
-        for name, statistics in (('running_mean', batch.means.unbind()), ('running_var', variances.unbind())):
-            pairs += [(getattr(norm, name), statistics[row]) for norm, row in zip(batch.norms, batch.rows)]
-    for momentum, pairs in by_momentum.items():
-        running = [old for old, _ in pairs]
-        torch._foreach_lerp_(running, [new.to(old.dtype) for old, new in pairs], momentum)
+    """``running = (1 - momentum) * running + momentum * statistics``, in one kernel for each distinct factor."""
+    decays: dict[float, list[Tensor]] = {}
+    terms: dict[float, list[tuple[Tensor, Tensor]]] = {}
+    for batch in batches:
+        for name, statistics, correction in (
+            ('running_mean', batch.means, 1.0),
+            ('running_var', batch.variances, batch.correction),
+        ):
+            running, of_norms = [getattr(norm, name) for norm in batch.norms], statistics.unbind()
+            decays.setdefault(1 - batch.momentum, []).extend(running)
+            new = [of_norms[row].to(old.dtype) for row, old in zip(batch.rows, running)]
+            terms.setdefault(batch.momentum * correction, []).extend(zip(running, new))
+    for decay, running in decays.items():
+        torch._foreach_mul_(running, decay)
+    for factor, pairs in terms.items():
+        torch._foreach_add_([old for old, _ in pairs], [new for _, new in pairs], alpha=factor)
 
 
 class BatchNorm2d(nn.BatchNorm2d):

@@ -836,7 +836,7 @@ def test_meta_has_the_layout_of_the_real_one(name, layout, dtype):
 
 @cases
 def test_torch_compile(name, settings):
-    """The graph is one, contains the compiled operator, and is right for other sizes too."""
+    """The graph is one, contains the compiled operator, and is right for other sizes too. GELU is the compiler's."""
     operator = OPERATORS[name]
     calls = []
 
@@ -849,7 +849,7 @@ def test_torch_compile(name, settings):
     arguments['x'] = LAYOUTS['channels_last'](arguments['x'])  # some contiguous maps are left to PyTorch
     grad_output = torch.randn_like(arguments['x'])
     with_gradients(torch.compile(operator.run, fullgraph=True, backend=backend), arguments, grad_output)
-    assert any('overlock_mm' in call for call in calls)
+    assert any('overlock_mm' in call for call in calls) == (name != 'gelu')
     torch._dynamo.reset()
     compiled = torch.compile(operator.run, fullgraph=True, dynamic=True, backend='aot_eager')
     for shape in (dict(), dict(batch=3, height=11, width=7)):

@@ -126,6 +126,18 @@ def _excitation_again(function: Callable, args: tuple, kwargs: dict, out: Any) -
     return operator('_gated'), (args[0], out[1], args[5]), {}
 
 
+def _response_norm_again(function: Callable, args: tuple, kwargs: dict, out: Any) -> Optional[Call]:
+    """From its scale: no sums are made again."""
+    x, _, beta, _ = args
+    return operator('_response_normed'), (x, out[1], beta), {}
+
+
+def _gelu_norm_again(function: Callable, args: tuple, kwargs: dict, out: Any) -> Optional[Call]:
+    """From its scale too."""
+    x, weight, bias, _, beta, _ = args
+    return operator('_gelu_residual_depthwise_normed'), (x, weight, bias, out[1], beta), {}
+
+
 def _norm_again(function: Callable, args: tuple, kwargs: dict, out: Any) -> Optional[Call]:
     """Without the statistics, which only the backward of the first call reads."""
     return operator('layer_norm'), args, kwargs
@@ -151,8 +163,7 @@ def _small_kernel_again(function: Callable, args: tuple, kwargs: dict, out: Any)
 _CHEAP: dict[Callable, Callable[[Callable, tuple, dict, Any], Optional[Call]]] = {
     **dict.fromkeys(
         (
-            F.layer_norm, F.gelu, F.silu, operator('layer_norm'), operator('gelu'), operator('global_response_norm'),
-            operator('gelu_residual_depthwise_norm'), normalise_batch, torch.addcmul,
+            F.layer_norm, F.gelu, F.silu, operator('layer_norm'), operator('gelu'), normalise_batch, torch.addcmul,
             Tensor.mul, Tensor.split, Tensor.permute, Tensor.contiguous, Tensor.to, Tensor.__getitem__,
         ),
         _same_call,
@@ -161,6 +172,8 @@ _CHEAP: dict[Callable, Callable[[Callable, tuple, dict, Any], Optional[Call]]] =
     norm_and_input: _norm_again,
     operator('scale_and_shift'): _scale_again,
     operator('squeeze_excitation'): _excitation_again,
+    operator('global_response_norm'): _response_norm_again,
+    operator('gelu_residual_depthwise_norm'): _gelu_norm_again,
     operator('depthwise_conv2d'): _small_kernel_again,
 }  # fmt: skip
 

@@ -403,13 +403,28 @@ def check_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> N
     _check_parameter('beta', beta, x)
 
 
+def check_response_normed(x: Tensor, scale: Tensor, beta: Tensor) -> None:
+    _check_map(x)
+    _check_parameter('scale', scale, x, x.shape[:2])
+    _check_parameter('beta', beta, x)
+
+
 def check_residual_depthwise_norm(
     x: Tensor, weight: Tensor, bias: Optional[Tensor], gamma: Tensor, beta: Tensor, eps: float
 ) -> None:
+    _check_residual_depthwise(x, weight, bias)
+    check_response_norm(x, gamma, beta, eps)
+
+
+def check_residual_depthwise_normed(x: Tensor, weight: Tensor, bias: Optional[Tensor], scale: Tensor, beta: Tensor) -> None:
+    _check_residual_depthwise(x, weight, bias)
+    check_response_normed(x, scale, beta)
+
+
+def _check_residual_depthwise(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> None:
     check_depthwise_conv2d(x, weight, bias, 1, True)
     if weight.shape[-1] != 3:
         raise ValueError(f'weight must have shape ({x.shape[1]}, 1, 3, 3), got {tuple(weight.shape)}')
-    check_response_norm(x, gamma, beta, eps)
 
 
 def check_transpose(matrices: Tensor) -> None:

@@ -44,12 +44,14 @@ SCHEMAS = {
     '_branch_norms_gradients': '(Tensor grad_output, Tensor x, Tensor[] weights, Tensor[] norm_weights, Tensor mean, '
     'Tensor variance, Tensor grad_mean, Tensor product_mean, int[] dilations, float eps) -> '
     '(Tensor grad_x, Tensor grad_weights)',
-    'global_response_norm': '(Tensor x, Tensor gamma, Tensor beta, float eps) -> Tensor',
+    'global_response_norm': '(Tensor x, Tensor gamma, Tensor beta, float eps) -> (Tensor output, Tensor scale)',
+    '_response_normed': '(Tensor x, Tensor scale, Tensor beta) -> Tensor',
     'layer_norm': '(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor',
     'residual_depthwise_norm': '(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) -> Tensor',
     'residual_depthwise_norm_': '(Tensor(a!) x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) -> ()',
     'gelu_residual_depthwise_norm': '(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps) '
-    '-> Tensor',
+    '-> (Tensor output, Tensor scale)',
+    '_gelu_residual_depthwise_normed': '(Tensor x, Tensor weight, Tensor? bias, Tensor scale, Tensor beta) -> Tensor',
     'scale_and_shift': '(Tensor x, Tensor scale, Tensor? shift, Tensor? other) -> Tensor',
     'scaled_sum': '(Tensor x, Tensor scale, Tensor shift, Tensor other, Tensor other_scale, Tensor other_shift) -> Tensor',
     'squeeze_excitation': '(Tensor x, Tensor reduce_weight, Tensor reduce_bias, Tensor expand_weight, '
@@ -175,11 +177,15 @@ references: dict[str, Callable] = {
     '_branch_norms_sums': _branch_norms_sums,
     '_branch_norms_gradients': _branch_norms_gradients,
     'global_response_norm': _as_operator(_reference.global_response_norm, _checks.check_response_norm),
+    '_response_normed': _as_operator(_reference.response_normed, _checks.check_response_normed),
     'layer_norm': _as_operator(_reference.layer_norm, _checks.check_layer_norm),
     'residual_depthwise_norm': _as_operator(_reference.residual_depthwise_norm, _checks.check_residual_depthwise_norm),
     'residual_depthwise_norm_': _as_operator(_reference.residual_depthwise_norm_, _checks.check_residual_depthwise_norm),
     'gelu_residual_depthwise_norm': _as_operator(
         _reference.gelu_residual_depthwise_norm, _checks.check_residual_depthwise_norm
+    ),
+    '_gelu_residual_depthwise_normed': _as_operator(
+        _reference.gelu_residual_depthwise_normed, _checks.check_residual_depthwise_normed
     ),
     'scale_and_shift': _as_operator(_reference.scale_and_shift, _checks.check_scale_and_shift),
     'scaled_sum': _scaled_sum,

@@ -173,13 +173,18 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation
     return x + out if residual else out
 
 
-def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """Woo et al., ConvNeXt V2, eq. 1-3."""
+def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Woo et al., ConvNeXt V2, eq. 1-3: the map, and its scale (B, C), which has no gradient."""
     # In float16 a sum of squares over a map would overflow at ordinary activations.
-    response = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=accumulation_type(x))  # (B, C, 1, 1) (eq. 1)
+    response = torch.linalg.vector_norm(x, dim=(2, 3), dtype=accumulation_type(x))  # (B, C) (eq. 1)
     response = response / (response.mean(dim=1, keepdim=True) + eps)  # (eq. 2)
-    scale = (gamma.view(1, -1, 1, 1) * response + 1).to(x.dtype)
-    return torch.addcmul(beta.view(1, -1, 1, 1).to(x.dtype), x, scale)  # (eq. 3)
+    scale = gamma.to(response.dtype) * response + 1
+    return response_normed(x, scale, beta), scale.detach()  # (eq. 3)
+
+
+def response_normed(x: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
+    """``x * scale + beta``: scale is (B, C)."""
+    return torch.addcmul(beta.view(1, -1, 1, 1).to(x.dtype), x, scale[..., None, None].to(x.dtype))
 
 
 def scale_and_shift(x: Tensor, scale: Tensor, shift: Optional[Tensor], other: Optional[Tensor]) -> Tensor:
@@ -227,7 +232,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def residual_depthwise_norm(
     x: Tensor, weight: Tensor, bias: Optional[Tensor], gamma: Tensor, beta: Tensor, eps: float
 ) -> Tensor:
-    return global_response_norm(depthwise_conv2d(x, weight, bias, 1, True), gamma, beta, eps)
+    return global_response_norm(depthwise_conv2d(x, weight, bias, 1, True), gamma, beta, eps)[0]
 
 
 def residual_depthwise_norm_(
@@ -238,34 +243,44 @@ def residual_depthwise_norm_(
 
 def gelu_residual_depthwise_norm(
     x: Tensor, weight: Tensor, bias: Optional[Tensor], gamma: Tensor, beta: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The map, and the scale of its norm (B, C), which has no gradient."""
+    return global_response_norm(depthwise_conv2d(F.gelu(x), weight, bias, 1, True), gamma, beta, eps)
+
+
+def gelu_residual_depthwise_normed(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], scale: Tensor, beta: Tensor
 ) -> Tensor:
-    return residual_depthwise_norm(F.gelu(x), weight, bias, gamma, beta, eps)
+    """The map, for a scale that is known."""
+    return response_normed(depthwise_conv2d(F.gelu(x), weight, bias, 1, True), scale, beta)
 
 
 def lean_gelu_residual_depthwise_norm(
     x: Tensor, weight: Tensor, bias: Optional[Tensor], gamma: Tensor, beta: Tensor, eps: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """:func:`gelu_residual_depthwise_norm` for training: the backward keeps ``x`` and no other map, and runs it again."""
     return _LeanGeluResidualDepthwiseNorm.apply(x, weight, bias, gamma, beta, eps)
 
 
 class _LeanGeluResidualDepthwiseNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, ctx.eps = arguments
         ctx.save_for_backward(*tensors)
-        return gelu_residual_depthwise_norm(*arguments)
+        output, scale = gelu_residual_depthwise_norm(*arguments)
+        ctx.mark_non_differentiable(scale)
+        return output, scale
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Optional[Tensor], ...]:
+    def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Optional[Tensor], ...]:
         leaves = [
             None if each is None else each.detach().requires_grad_(wanted)
             for each, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad)
         ]
         wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         with torch.enable_grad():
-            out = gelu_residual_depthwise_norm(*leaves, ctx.eps)
+            out, _ = gelu_residual_depthwise_norm(*leaves, ctx.eps)
         gradients = iter(torch.autograd.grad(out, wanted, grad_output))
         return *(None if leaf is None or not leaf.requires_grad else next(gradients) for leaf in leaves), None
 

@@ -116,6 +116,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     'residual_depthwise_norm': depthwise_conv2d,
     'residual_depthwise_norm_': depthwise_conv2d,
     'gelu_residual_depthwise_norm': depthwise_conv2d,
+    '_gelu_residual_depthwise_normed': depthwise_conv2d,
     '_gelu_residual_depthwise_norm': depthwise_conv2d,
     '_gelu_residual_depthwise_norm_backward': gelu_norm_backward,
     'branch_norms': branch_norms,

@@ -129,7 +129,7 @@ def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e
     check_tensor('gamma', gamma)
     check_tensor('beta', beta)
     check_number('eps', eps)
-    return operator('global_response_norm')(x, gamma, beta, eps)
+    return operator('global_response_norm')(x, gamma, beta, eps)[0]
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
@@ -280,7 +280,7 @@ def gelu_residual_depthwise_norm(
         check_tensor(name, tensor)
     check_optional_tensor('bias', bias)
     check_number('eps', eps)
-    return operator('gelu_residual_depthwise_norm')(cast_as_autocast(x), weight, bias, gamma, beta, eps)
+    return operator('gelu_residual_depthwise_norm')(cast_as_autocast(x), weight, bias, gamma, beta, eps)[0]
 
 
 def _wants_gradient(*tensors: Tensor) -> bool:

@@ -22,8 +22,15 @@ from torch.utils.checkpoint import checkpoint
 from overlock_mm.models import OverLoCK
 from overlock_mm.models.blocks import BasicBlock, DynamicBlock
 from overlock_mm.models.economy import lean, run_block
-from overlock_mm.models.layers import DepthwiseConv, LayerNorm2d, LayerScale, ResidualDepthwiseConv, SqueezeExcitation
-from overlock_mm.ops import _library, depthwise_conv2d, use_references
+from overlock_mm.models.layers import (
+    DepthwiseConv,
+    GlobalResponseNorm,
+    LayerNorm2d,
+    LayerScale,
+    ResidualDepthwiseConv,
+    SqueezeExcitation,
+)
+from overlock_mm.ops import _library, depthwise_conv2d, gelu_residual_depthwise_norm, use_references
 
 
 class Calls(TorchDispatchMode):
@@ -302,9 +309,14 @@ def test_autocast(dtype, inside):
         lambda: DepthwiseConv(12, 7),
         lambda: DepthwiseConv(12, 3, dilation=2),
         lambda: SqueezeExcitation(12),
+        lambda: randomise(GlobalResponseNorm(12)),
+        lambda: randomise(MiddleOfMLP(12)),
     ],
-    ids=['LayerNorm2d', 'LayerScale', 'Residual', 'Depthwise5', 'Depthwise7', 'dilated', 'SqueezeExcitation'],
-)
+    ids=[
+        'LayerNorm2d', 'LayerScale', 'Residual', 'Depthwise5', 'Depthwise7', 'dilated', 'SqueezeExcitation',
+        'GlobalResponseNorm', 'MiddleOfMLP',
+    ],
+)  # fmt: skip
 def test_layers_give_the_same_bits_again(make, memory_format):
     """The second run has no gradients, which must not lead it another way."""
     module = make()
@@ -317,6 +329,40 @@ def test_layers_give_the_same_bits_again(make, memory_format):
     assert storages.count(x, *module.parameters()) < 1.2 * out.nbytes  # out, and not y
     assert torch.equal(out.grad_fn._saved_self, copied)
     assert out.grad_fn._saved_self.stride() == copied.stride()
+
+
+class MiddleOfMLP(nn.Module):
+    """GELU, residual 3x3 convolution and response norm, as `overlock_mm.training.fuse` makes them one."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv, self.norm = ResidualDepthwiseConv(channels), GlobalResponseNorm(channels)
+
+    def forward(self, x):
+        gamma, beta = self.norm.gamma.flatten(), self.norm.beta.flatten()
+        return gelu_residual_depthwise_norm(x, self.conv.weight, self.conv.bias, gamma, beta, self.norm.eps)
+
+
+@pytest.mark.skipif(_library.missing is not None, reason='the references are not in the dispatcher')
+@pytest.mark.parametrize(
+    'make, name, again',
+    [
+        (GlobalResponseNorm, 'response_norm', '_response_normed'),
+        (MiddleOfMLP, 'gelu_residual_depthwise_norm', '_gelu_residual_depthwise_normed'),
+    ],
+)
+def test_response_norms_are_made_again_from_their_scales(make, name, again):
+    """Without their sums."""
+    module = randomise(make(12))
+    x = torch.randn(2, 12, 15, 16).requires_grad_()
+    with lean():
+        loss = module(x).square().sum()
+    with Calls() as backward:
+        loss.backward()
+    assert {each: n for each, n in backward.counts.items() if name in each or each == again} == {
+        again: 1,
+        f'_{name}_backward': 1,
+    }
 
 
 @pytest.mark.parametrize('training', [True, False])

@@ -60,7 +60,7 @@ class Case:
         return dict(**inputs, gamma=random(channels), beta=random(channels), grad_output=random_map())
 
     def expected(self, inputs: dict[str, Optional[Tensor]]) -> dict[str, Tensor]:
-        """Output, response and gradients in float64."""
+        """Output, response, scale and gradients in float64."""
         leaves = {name: x.double().requires_grad_() for name, x in inputs.items() if x is not None}
         u = leaves['x']
         if self.operator != 'response_norm':
@@ -71,30 +71,32 @@ class Case:
         output = u * scale[..., None, None] + leaves['beta'].view(-1, 1, 1)
         output.backward(leaves.pop('grad_output'))
         gradients = {f'grad_{name}': leaf.grad for name, leaf in leaves.items()}
-        return dict(output=output.detach(), response=response.detach(), **gradients)
+        return dict(output=output.detach(), response=response.detach(), scale=scale.detach(), **gradients)
 
     def run(self, program: Path, inputs: dict, folder: Path, reversed_threads: bool = False) -> tuple[dict, dict]:
-        """What the kernels write, and their launches, forward and backward."""
+        """What the kernels write, and their launches: forward, again from the scale of the forward, and backward."""
         numbers = [DTYPES.index(self.dtype), *self.size]
         if self.operator == 'response_norm':
             numbers = [*numbers[:3], self.size[2] * self.size[3]]
         else:
             numbers += [self.gelu, self.inplace]
         tensors = [inputs[name] for name in inputs if name != 'grad_output']
-        results = [nan_like(inputs['x']), torch.full(self.size[:2], torch.nan, dtype=inputs['gamma'].dtype)]
+        of_map, of_images = nan_like(inputs['x']), torch.full(self.size[:2], torch.nan, dtype=inputs['gamma'].dtype)
         options = dict(folder=folder, shared_memory=H200, reversed_threads=reversed_threads)
-        arrays, forward = run(program, numbers, [*tensors, *results], **options)
-        output, response = arrays[-2:]
-        written = dict(output=output, response=response)
+        arrays, forward = run(program, [*numbers, False], [*tensors, of_map, of_images, of_images], **options)
+        output, response, scale = arrays[-3:]
+        written = dict(output=output, response=response, scale=scale)
         launches = dict(forward=forward)
         if self.has_backward:
-            arguments = [*tensors, results[0], response, inputs['grad_output'], results[0]]
+            arrays, launches['again'] = run(program, [*numbers, True], [*tensors, of_map, of_images, scale], **options)
+            written['output_again'] = arrays[-3]
+            arguments = [*tensors, of_map, response, of_images, inputs['grad_output'], of_map]
             norm = nan_like(inputs['gamma'])
             if self.operator == 'response_norm':
                 arguments += [norm, norm]
             else:
                 arguments += [nan_like(inputs['weight']), norm, norm, norm]
-            arrays, launches['backward'] = run(program, numbers, arguments, **options)
+            arrays, launches['backward'] = run(program, [*numbers, False], arguments, **options)
             gradients = arrays[-3 if self.operator == 'response_norm' else -5 :]
             names = [f'grad_{name}' for name in inputs if name != 'grad_output']
             written.update(zip(names, gradients))
@@ -104,6 +106,8 @@ class Case:
 def check(programs: dict, case: Case, folder: Path, kind: str = 'sanitized') -> dict[str, list[Launch]]:
     inputs = case.inputs()
     written, launches = case.run(programs[case.operator][kind], inputs, folder)
+    if case.has_backward:
+        assert torch.equal(written['output_again'], written['output']), case
     for name, expected in case.expected(inputs).items():
         if name not in written:
             assert not case.has_backward, name
@@ -198,7 +202,7 @@ def test_gelu_of_large_numbers(programs, tmp_path):
 @pytest.mark.parametrize('operator', OPERATORS)
 def test_nothing_is_launched_for_an_empty_map(programs, tmp_path, operator, size):
     _, launches = Case(operator, size).run(programs[operator]['sanitized'], Case(operator, size).inputs(), tmp_path)
-    assert launches == dict(forward=[], backward=[])
+    assert launches == dict(forward=[], again=[], backward=[])
 
 
 @pytest.mark.skipif(not has_cuda_kernels(), reason='the binary was built without CUDA')
@@ -235,6 +239,11 @@ def test_launches_and_bytes_are_those_that_are_stated(programs, tmp_path, monkey
     assert (stated.launches, stated.bytes) == cost_of(launches['forward'], written)
     if not case.has_backward:
         return
+    name = '_gelu_residual_depthwise_normed' if fused else '_response_normed'
+    scale = torch.empty(case.size[:2], dtype=inputs['gamma'].dtype)
+    stated = operator_costs.STATED[name](x, *layers, scale, inputs['beta'], outputs=[x])
+    assert (stated.launches, stated.bytes) == cost_of(launches['again'], bytes_of([x]))
+    assert stated.launches == 1
     name = '_gelu_residual_depthwise_norm_backward' if fused else '_response_norm_backward'
     response = torch.empty(case.size[:2])
     arguments = [inputs['grad_output'], x, *layers, inputs['gamma'], response, EPS]

@@ -769,7 +769,7 @@ def operator_arguments(name: str, dtype=torch.float32, layout='contiguous') -> l
         return [x, weight, bias, gamma, beta, 1e-6]
     if name == '_gelu_residual_depthwise_norm_backward':
         inputs = [x, weight, bias, gamma]
-        response = torch.ops.overlock_mm._gelu_residual_depthwise_norm(*inputs, beta, 1e-6)[1]
+        response = torch.ops.overlock_mm._gelu_residual_depthwise_norm(*inputs, beta, 1e-6)[2]
         return [grad_output, *inputs, response, 1e-6]
     if name.endswith('gelu_residual_depthwise_norm'):
         return [x, weight, bias, gamma, beta, 1e-6]
@@ -780,7 +780,12 @@ def operator_arguments(name: str, dtype=torch.float32, layout='contiguous') -> l
     if name == 'transpose':
         return [x.contiguous().to(x.dtype if x.dtype == torch.float64 else torch.float32)]
     if name == '_response_norm_backward':
-        return [grad_output, x, gamma, torch.ops.overlock_mm._response_norm(x, gamma, beta, 1e-6)[1], 1e-6]
+        return [grad_output, x, gamma, torch.ops.overlock_mm._response_norm(x, gamma, beta, 1e-6)[2], 1e-6]
+    if name == '_response_normed':
+        return [x, torch.ops.overlock_mm.global_response_norm(x, gamma, beta, 1e-6)[1], beta]
+    if name == '_gelu_residual_depthwise_normed':
+        scale = torch.ops.overlock_mm.gelu_residual_depthwise_norm(x, weight, bias, gamma, beta, 1e-6)[1]
+        return [x, weight, bias, scale, beta]
     return [x, gamma, beta, 1e-6]
 
 
@@ -795,7 +800,9 @@ BACKWARDS = [
 FOR_INFERENCE = ['residual_depthwise_norm', 'residual_depthwise_norm_']
 INTERNAL = [
     '_gelu_residual_depthwise_norm',
+    '_gelu_residual_depthwise_normed',
     '_response_norm',
+    '_response_normed',
     '_branch_statistics',
     '_branch_norms_given',
     '_branch_norms_sums',
@@ -832,6 +839,69 @@ def test_meta_has_the_layout_of_the_real_one(name, layout, dtype):
             assert y is None or not y.numel()
         else:
             assert (y.shape, y.dtype, y.stride()) == (x.shape, x.dtype, x.stride())
+
+
+#: By operators that give their scale: those that make the output from it.
+NORMED = {
+    'global_response_norm': '_response_normed',
+    'gelu_residual_depthwise_norm': '_gelu_residual_depthwise_normed',
+}
+normed = pytest.mark.parametrize('name', NORMED)
+
+
+def normed_arguments(name: str, inputs: list, scale: Tensor) -> list:
+    """Those of NORMED[name]: the scale takes the place of gamma, and there is no eps."""
+    *inputs, _, beta, _ = inputs
+    return [*inputs, scale, beta]
+
+
+@normed
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('shape', [dict(), dict(batch=1, channels=20, height=40, width=33)], ids=str)
+def test_a_norm_gives_the_same_bits_from_its_scale(name, dtype, layout, shape):
+    arguments = to(make_norm(**shape), dtype)
+    arguments['x'] = LAYOUTS[layout](arguments['x'])
+    x, weight, bias, gamma, beta = arguments.values()
+    inputs = [x, gamma, beta, 1e-6] if name == 'global_response_norm' else [x, weight, bias, gamma, beta, 1e-6]
+    output, scale = getattr(torch.ops.overlock_mm, name)(*inputs)
+    again = getattr(torch.ops.overlock_mm, NORMED[name])(*normed_arguments(name, inputs, scale))
+    assert torch.equal(again, output)
+    assert again.stride() == output.stride()
+
+    exact = tree_map_only(Tensor, Tensor.double, inputs)
+    u = exact[0] if name == 'global_response_norm' else plain_residual(F.gelu(exact[0]), *exact[1:3])
+    response = u.square().sum((2, 3)).sqrt()
+    expected = exact[-3] * response / (response.mean(1, keepdim=True) + 1e-6) + 1
+    assert scale.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert relative_error(scale, expected) < {torch.float32: 1e-6, torch.float64: 1e-14}.get(dtype, 4e-3)
+
+
+@normed
+def test_the_references_of_norms_from_their_scale(name):
+    inputs = operator_arguments(name, torch.float64)
+    expected = getattr(torch.ops.overlock_mm, name)(*inputs)
+    for functions in (_library.references, _library.fallbacks):
+        output, scale = functions[name](*inputs)
+        assert relative_error(output, expected[0]) < 1e-12 and relative_error(scale, expected[1]) < 1e-12
+        assert torch.equal(functions[NORMED[name]](*normed_arguments(name, inputs, scale)), output)
+
+
+@normed
+def test_a_scale_has_no_gradient(name):
+    inputs = tree_map_only(Tensor, Tensor.requires_grad_, operator_arguments(name))
+    for function in (getattr(torch.ops.overlock_mm, name), _library.references[name], _library.fallbacks[name]):
+        output, scale = function(*inputs)
+        assert output.requires_grad and not scale.requires_grad
+
+
+@normed
+def test_scales_are_checked(name):
+    inputs = operator_arguments(name)
+    arguments = normed_arguments(name, inputs, torch.ones(2, 4))
+    for function in (getattr(torch.ops.overlock_mm, NORMED[name]), _library.references[NORMED[name]]):
+        with pytest.raises(ValueError, match=r'scale must have shape \(2, 5\), got \(2, 4\)'):
+            function(*arguments)
 
 
 @cases
@@ -979,7 +1049,10 @@ def test_gelu_norm_of_other_devices(dtype, tolerance, bias):
     arguments = make_norm(channels=16, height=20, width=20, bias=bias)
     tensors = to(arguments, torch.float32 if dtype == torch.bfloat16 else dtype)
     tensors['x'] = tensors['x'].to(dtype)
-    run = partial(_library.fallbacks['gelu_residual_depthwise_norm'], eps=1e-6)
+
+    def run(**tensors):
+        return _library.fallbacks['gelu_residual_depthwise_norm'](**tensors, eps=1e-6)[0]
+
     grad_output = torch.randn_like(tensors['x'])
     expected = with_gradients(plain_gelu_norm, to(tensors, torch.float64), grad_output.double())
     least = 0.1 * grad_output.double().norm().item()

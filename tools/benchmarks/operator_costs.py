@@ -469,6 +469,11 @@ def cost_of_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, ou
     return Cost(1, bytes_of([x]) + norm.sums) + norm.factors + norm.scale_and_shift
 
 
+def cost_of_response_normed(x: Tensor, scale: Tensor, beta: Tensor, outputs: Sequence[Tensor]) -> Cost:
+    """One kernel."""
+    return Cost(1, bytes_of([x, scale, *outputs]) + bytes_of_sums(beta))
+
+
 def cost_of_response_norm_backward(
     grad_output: Tensor, x: Tensor, gamma: Tensor, response: Tensor, eps: float, outputs: Sequence[Tensor]
 ) -> Cost:
@@ -492,6 +497,14 @@ def cost_of_residual_norm(
     norm, read, macs = residual_norm(x, bias)
     cost = Cost(1, read + norm.sums, macs) + norm.factors
     return cost + Cost(1, read + norm.per_image + norm.per_channel + bytes_of([x]), macs)
+
+
+def cost_of_gelu_normed(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], scale: Tensor, beta: Tensor, outputs: Sequence[Tensor]
+) -> Cost:
+    """One kernel."""
+    norm, read, macs = residual_norm(x, bias)
+    return Cost(1, read + bytes_of([scale, *outputs]) + norm.per_channel, macs)
 
 
 def cost_of_residual_norm_inplace(
@@ -560,11 +573,13 @@ STATED: dict[str, Callable[..., Cost]] = {
     '_branch_norms_sums': cost_of_branch_norms_sums,
     '_branch_norms_gradients': cost_of_branch_norms_gradients,
     'global_response_norm': cost_of_response_norm,
+    '_response_normed': cost_of_response_normed,
     '_response_norm': cost_of_response_norm,
     '_response_norm_backward': cost_of_response_norm_backward,
     'residual_depthwise_norm': cost_of_residual_norm,
     'residual_depthwise_norm_': cost_of_residual_norm_inplace,
     'gelu_residual_depthwise_norm': cost_of_residual_norm,
+    '_gelu_residual_depthwise_normed': cost_of_gelu_normed,
     '_gelu_residual_depthwise_norm': cost_of_residual_norm,
     '_gelu_residual_depthwise_norm_backward': cost_of_gelu_norm_backward,
 }

@@ -298,6 +298,12 @@ void check_response_norm(const Tensor& x, const Tensor& gamma, const Tensor& bet
   check_parameter("beta", beta, x, {x.sym_size(1)});
 }
 
+void check_response_normed(const Tensor& x, const Tensor& scale, const Tensor& beta) {
+  check_map(x);
+  check_parameter("scale", scale, x, {x.sym_size(0), x.sym_size(1)});
+  check_parameter("beta", beta, x, {x.sym_size(1)});
+}
+
 void check_response_norm_backward(const Tensor& grad_output, const Tensor& x, const Tensor& gamma,
                                   const Tensor& response) {
   check_map(x);
@@ -306,12 +312,26 @@ void check_response_norm_backward(const Tensor& grad_output, const Tensor& x, co
   check_parameter("response", response, x, {x.sym_size(0), x.sym_size(1)});
 }
 
-void check_residual_depthwise_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                   const Tensor& gamma, const Tensor& beta) {
+namespace {
+
+void check_residual_depthwise(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   check_depthwise_conv2d(x, weight, bias, /*dilation=*/1);
   TORCH_CHECK_VALUE(weight.sym_size(2) == 3, "weight must have shape (", x.sym_size(1), ", 1, 3, 3), got ",
                     shape_of(weight));
+}
+
+}  // namespace
+
+void check_residual_depthwise_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                   const Tensor& gamma, const Tensor& beta) {
+  check_residual_depthwise(x, weight, bias);
   check_response_norm(x, gamma, beta);
+}
+
+void check_residual_depthwise_normed(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                     const Tensor& scale, const Tensor& beta) {
+  check_residual_depthwise(x, weight, bias);
+  check_response_normed(x, scale, beta);
 }
 
 void check_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias) {

@@ -69,10 +69,14 @@ void check_branch_norms_gradients(const Tensor& grad_output, const Tensor& x, at
                                   at::TensorList norm_weights, const Tensor& mean, const Tensor& variance,
                                   const Tensor& grad_mean, const Tensor& product_mean, at::IntArrayRef dilations);
 void check_response_norm(const Tensor& x, const Tensor& gamma, const Tensor& beta);
+/// scale is (B, C).
+void check_response_normed(const Tensor& x, const Tensor& scale, const Tensor& beta);
 void check_response_norm_backward(const Tensor& grad_output, const Tensor& x, const Tensor& gamma,
                                   const Tensor& response);
 void check_residual_depthwise_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                    const Tensor& gamma, const Tensor& beta);
+void check_residual_depthwise_normed(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                     const Tensor& scale, const Tensor& beta);
 void check_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias);
 /// scale is (C), or (B, C) without a shift. other is a map as x.
 void check_scale_and_shift(const Tensor& x, const Tensor& scale, const OptionalTensor& shift,

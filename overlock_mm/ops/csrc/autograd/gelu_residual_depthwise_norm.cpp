@@ -4,9 +4,10 @@
 namespace overlock_mm {
 namespace {
 
-using Norm = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, double);
-using Forward = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
-                                           const Tensor&, double);
+using Norm = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+                                        const Tensor&, double);
+using Forward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+                                                   const Tensor&, double);
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
                                                                     const OptionalTensor&, const Tensor&, const Tensor&,
                                                                     double);
@@ -14,18 +15,21 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor
 /// Of the maps, the backward keeps the input alone.
 class GeluResidualDepthwiseNorm : public torch::autograd::Function<GeluResidualDepthwiseNorm> {
  public:
-  static Variable forward(AutogradContext* context, const Variable& x, const Variable& weight,
-                          const OptionalTensor& bias, const Variable& gamma, const Variable& beta, double eps) {
+  static variable_list forward(AutogradContext* context, const Variable& x, const Variable& weight,
+                               const OptionalTensor& bias, const Variable& gamma, const Variable& beta, double eps) {
     static const auto op = operator_named<Forward>("overlock_mm::_gelu_residual_depthwise_norm");
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const auto [output, response] = op.call(x, weight, bias, gamma, beta, eps);
+    const auto [output, scale, response] = op.call(x, weight, bias, gamma, beta, eps);
     context->save_for_backward({x, weight, bias.value_or(Tensor()), gamma, response});
     context->saved_data["eps"] = eps;
     context->saved_data["beta_dtype"] = static_cast<int64_t>(beta.scalar_type());
-    return output;
+    context->mark_non_differentiable({scale});
+    context->set_materialize_grads(false);  // there is none of it
+    return {output, scale};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    if (!grads[0].defined()) return variable_list(6);  // as many as the arguments of forward
     static const auto op = operator_named<Backward>("overlock_mm::_gelu_residual_depthwise_norm_backward");
     const auto saved = context->get_saved_variables();
     const OptionalTensor saved_bias = saved[2].defined() ? OptionalTensor(saved[2]) : OptionalTensor();
@@ -38,10 +42,12 @@ class GeluResidualDepthwiseNorm : public torch::autograd::Function<GeluResidualD
   }
 };
 
-Tensor gelu_norm_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& gamma,
-                          const Tensor& beta, double eps) {
-  if (wants_gradient(x, weight, bias.value_or(Tensor()), gamma, beta))
-    return GeluResidualDepthwiseNorm::apply(x, weight, bias, gamma, beta, eps);
+std::tuple<Tensor, Tensor> gelu_norm_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                              const Tensor& gamma, const Tensor& beta, double eps) {
+  if (wants_gradient(x, weight, bias.value_or(Tensor()), gamma, beta)) {
+    const variable_list out = GeluResidualDepthwiseNorm::apply(x, weight, bias, gamma, beta, eps);
+    return {out[0], out[1]};
+  }
   static const auto op = operator_named<Norm>("overlock_mm::gelu_residual_depthwise_norm");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return op.call(x, weight, bias, gamma, beta, eps);
@@ -51,6 +57,7 @@ Tensor gelu_norm_autograd(const Tensor& x, const Tensor& weight, const OptionalT
 
 TORCH_LIBRARY_FRAGMENT(overlock_mm, m) {
   impl_autograd(m, "gelu_residual_depthwise_norm", &gelu_norm_autograd, /*has_cuda=*/true);
+  impl_without_derivative(m, "_gelu_residual_depthwise_normed", /*has_cuda=*/true);
 }
 
 // These have no derivative, and say so if one is asked for.

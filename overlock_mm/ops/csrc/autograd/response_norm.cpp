@@ -4,24 +4,27 @@
 namespace overlock_mm {
 namespace {
 
-using Norm = Tensor(const Tensor&, const Tensor&, const Tensor&, double);
-using Forward = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double);
+using Norm = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double);
+using Forward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double);
 using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double);
 
 class ResponseNorm : public torch::autograd::Function<ResponseNorm> {
  public:
-  static Variable forward(AutogradContext* context, const Variable& x, const Variable& gamma, const Variable& beta,
-                          double eps) {
+  static variable_list forward(AutogradContext* context, const Variable& x, const Variable& gamma, const Variable& beta,
+                               double eps) {
     static const auto op = operator_named<Forward>("overlock_mm::_response_norm");
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const auto [output, response] = op.call(x, gamma, beta, eps);
+    const auto [output, scale, response] = op.call(x, gamma, beta, eps);
     context->save_for_backward({x, gamma, response});
     context->saved_data["eps"] = eps;
     context->saved_data["beta_dtype"] = static_cast<int64_t>(beta.scalar_type());
-    return output;
+    context->mark_non_differentiable({scale});
+    context->set_materialize_grads(false);  // there is none of it
+    return {output, scale};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    if (!grads[0].defined()) return variable_list(4);  // as many as the arguments of forward
     static const auto op = operator_named<Backward>("overlock_mm::_response_norm_backward");
     const auto saved = context->get_saved_variables();
     const auto [x, gamma, beta] =
@@ -31,8 +34,12 @@ class ResponseNorm : public torch::autograd::Function<ResponseNorm> {
   }
 };
 
-Tensor global_response_norm_autograd(const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps) {
-  if (wants_gradient(x, gamma, beta)) return ResponseNorm::apply(x, gamma, beta, eps);
+std::tuple<Tensor, Tensor> global_response_norm_autograd(const Tensor& x, const Tensor& gamma, const Tensor& beta,
+                                                         double eps) {
+  if (wants_gradient(x, gamma, beta)) {
+    const variable_list out = ResponseNorm::apply(x, gamma, beta, eps);
+    return {out[0], out[1]};
+  }
   static const auto op = operator_named<Norm>("overlock_mm::global_response_norm");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return op.call(x, gamma, beta, eps);
@@ -42,6 +49,7 @@ Tensor global_response_norm_autograd(const Tensor& x, const Tensor& gamma, const
 
 TORCH_LIBRARY_FRAGMENT(overlock_mm, m) {
   impl_autograd(m, "global_response_norm", &global_response_norm_autograd, /*has_cuda=*/true);
+  impl_without_derivative(m, "_response_normed", /*has_cuda=*/true);
 }
 
 // These have no derivative, and say so if one is asked for.

@@ -22,18 +22,27 @@ Tensor as_map(const Tensor& x) {
   return stays ? x : as_input(x);
 }
 
-std::tuple<Tensor, Tensor> gelu_norm_with_response_cpu(const Tensor& x, const Tensor& weight,
-                                                       const OptionalTensor& bias, const Tensor& gamma,
-                                                       const Tensor& beta, double eps) {
+std::tuple<Tensor, Tensor, Tensor> gelu_norm_with_response_cpu(const Tensor& x, const Tensor& weight,
+                                                               const OptionalTensor& bias, const Tensor& gamma,
+                                                               const Tensor& beta, double eps) {
   check_residual_depthwise_norm(x, weight, bias, gamma, beta);
   const Tensor map = as_input(launch_gelu(as_map(x), Tensor()));
-  const Tensor response = launch_residual_depthwise_norm(map, weight, bias, gamma, beta, eps, map);
-  return {as_output(map, x), response};
+  const auto [response, scale] = launch_residual_depthwise_norm(map, weight, bias, gamma, beta, eps, map);
+  return {as_output(map, x), scale, response};
 }
 
-Tensor gelu_norm_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& gamma,
-                     const Tensor& beta, double eps) {
-  return std::get<0>(gelu_norm_with_response_cpu(x, weight, bias, gamma, beta, eps));
+std::tuple<Tensor, Tensor> gelu_norm_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                         const Tensor& gamma, const Tensor& beta, double eps) {
+  const auto [output, scale, response] = gelu_norm_with_response_cpu(x, weight, bias, gamma, beta, eps);
+  return {output, scale};
+}
+
+Tensor gelu_normed_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& scale,
+                       const Tensor& beta) {
+  check_residual_depthwise_normed(x, weight, bias, scale, beta);
+  const Tensor map = as_input(launch_gelu(as_map(x), Tensor()));
+  launch_residual_depthwise_normed(map, weight, bias, scale, beta, map);
+  return as_output(map, x);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gelu_norm_backward_cpu(const Tensor& grad_output, const Tensor& x,
@@ -60,6 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gelu_norm_backward_cpu(const 
 
 TORCH_LIBRARY_IMPL(overlock_mm, CPU, m) {
   m.impl("gelu_residual_depthwise_norm", &gelu_norm_cpu);
+  m.impl("_gelu_residual_depthwise_normed", &gelu_normed_cpu);
   m.impl("_gelu_residual_depthwise_norm", &gelu_norm_with_response_cpu);
   m.impl("_gelu_residual_depthwise_norm_backward", &gelu_norm_backward_cpu);
 }

@@ -60,9 +60,13 @@ Tensor launch_depthwise_conv2d(const Tensor& input, const Tensor& weight, const 
 Tensor launch_gelu(const Tensor& x, const Tensor& grad_output);
 
 /// global_response_norm(x + conv(x, weight) + bias), from `input` to `output`, which may be the input. Returns the
-/// response, (B, C).
-Tensor launch_residual_depthwise_norm(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                                      const Tensor& gamma, const Tensor& beta, double eps, const Tensor& output);
+/// response and the scale, (B, C) each.
+std::pair<Tensor, Tensor> launch_residual_depthwise_norm(const Tensor& input, const Tensor& weight,
+                                                         const OptionalTensor& bias, const Tensor& gamma,
+                                                         const Tensor& beta, double eps, const Tensor& output);
+/// The same with a scale that is known.
+void launch_residual_depthwise_normed(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                      const Tensor& scale, const Tensor& beta, const Tensor& output);
 
 /// Sums over images and positions, (C). (Those of ATen depend on the number of threads.)
 Tensor launch_channel_sums(const Tensor& map);

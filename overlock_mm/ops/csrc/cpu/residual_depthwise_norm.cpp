@@ -20,16 +20,14 @@ Tensor borders_of_strips(const Tensor& input, int64_t strips) {
   return input.permute({0, 2, 3, 1}).index_select(1, at::tensor(lines, at::kLong)).contiguous();
 }
 
-}  // namespace
-
-/// The convolution sums the squares of its output for the norm, which takes place in the output.
-Tensor launch_residual_depthwise_norm(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                                      const Tensor& gamma, const Tensor& beta, double eps, const Tensor& output) {
-  if (input.numel() == 0) return at::zeros({input.size(0), input.size(1)}, input.options());
+/// The convolution, from `input` to `output`, which may be the input. On the way it sums the squares of its output, (B,
+/// strips, C), if they are wanted.
+Tensor launch_convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Tensor& output,
+                          bool with_squares) {
   const Tensor kernel = as_parameter(weight, input), shift = bias ? as_parameter(*bias, input) : Tensor();
   DepthwiseConv2dParams p = depthwise_conv2d_params(input, kernel, /*dilation=*/1, /*residual=*/true);
   p.strips = strips_for_sums(p.batch, p.height, 8);
-  const Tensor squares = at::empty({p.batch, p.strips, p.channels}, kernel.options());
+  const Tensor squares = with_squares ? at::empty({p.batch, p.strips, p.channels}, kernel.options()) : Tensor();
   p.output = output.mutable_data_ptr();
   Tensor borders;
   if (p.output == p.input && p.strips > 1) {
@@ -37,13 +35,33 @@ Tensor launch_residual_depthwise_norm(const Tensor& input, const Tensor& weight,
     p.borders = borders.const_data_ptr();
   }
   p.bias = shift.defined() ? shift.const_data_ptr() : nullptr;
-  p.squares = squares.mutable_data_ptr();
+  p.squares = with_squares ? squares.mutable_data_ptr() : nullptr;
   with_kernels<DepthwiseConv2dKernels>(input.scalar_type(), [&](const auto& kernels) {
     in_parallel(p.batch * p.strips, [&](int64_t begin, int64_t end) { kernels.stream(p, begin, end); });
   });
+  return squares;
+}
+
+}  // namespace
+
+std::pair<Tensor, Tensor> launch_residual_depthwise_norm(const Tensor& input, const Tensor& weight,
+                                                         const OptionalTensor& bias, const Tensor& gamma,
+                                                         const Tensor& beta, double eps, const Tensor& output) {
+  if (input.numel() == 0) {
+    const Tensor zeros = at::zeros({input.size(0), input.size(1)}, input.options());
+    return {zeros, at::ones_like(zeros)};
+  }
+  const Tensor squares = launch_convolution(input, weight, bias, output, /*with_squares=*/true);
   const auto [response, scale] = response_and_scale(squares, as_parameter(gamma, input), eps);
   launch_scale_and_shift(output, scale, Tensor(), Tensor(), as_parameter(beta, input), output);
-  return response;
+  return {response, scale};
+}
+
+void launch_residual_depthwise_normed(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                      const Tensor& scale, const Tensor& beta, const Tensor& output) {
+  if (input.numel() == 0) return;
+  launch_convolution(input, weight, bias, output, /*with_squares=*/false);
+  launch_scale_and_shift(output, as_parameter(scale, input), Tensor(), Tensor(), as_parameter(beta, input), output);
 }
 
 }  // namespace cpu

@@ -132,17 +132,28 @@ ResponseGradients response_gradients(const Tensor& products, const Tensor& sums,
   return out;
 }
 
-std::tuple<Tensor, Tensor> response_norm_cpu(const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps) {
+/// A map as the kernels take it, normalised.
+Tensor launch_normed(const Tensor& input, const Tensor& scale, const Tensor& beta) {
+  return launch_scale_and_shift(input, scale, Tensor(), Tensor(), as_parameter(beta, input), empty_output(input));
+}
+
+std::tuple<Tensor, Tensor, Tensor> response_norm_cpu(const Tensor& x, const Tensor& gamma, const Tensor& beta,
+                                                     double eps) {
   check_response_norm(x, gamma, beta);
   const Tensor input = as_input(x), squares = sums_of_products(input, Tensor()).first;
   const auto [response, scale] = response_and_scale(squares, as_parameter(gamma, x), eps);
-  const Tensor output =
-      launch_scale_and_shift(input, scale, Tensor(), Tensor(), as_parameter(beta, x), empty_output(input));
-  return {as_output(output, x), response};
+  return {as_output(launch_normed(input, scale, beta), x), scale, response};
 }
 
-Tensor global_response_norm_cpu(const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps) {
-  return std::get<0>(response_norm_cpu(x, gamma, beta, eps));
+std::tuple<Tensor, Tensor> global_response_norm_cpu(const Tensor& x, const Tensor& gamma, const Tensor& beta,
+                                                    double eps) {
+  const auto [output, scale, response] = response_norm_cpu(x, gamma, beta, eps);
+  return {output, scale};
+}
+
+Tensor response_normed_cpu(const Tensor& x, const Tensor& scale, const Tensor& beta) {
+  check_response_normed(x, scale, beta);
+  return as_output(launch_normed(as_input(x), as_parameter(scale, x), beta), x);
 }
 
 std::tuple<Tensor, Tensor, Tensor> response_norm_backward_cpu(const Tensor& grad_output, const Tensor& x,
@@ -161,6 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> response_norm_backward_cpu(const Tensor& grad
 
 TORCH_LIBRARY_IMPL(overlock_mm, CPU, m) {
   m.impl("global_response_norm", &global_response_norm_cpu);
+  m.impl("_response_normed", &response_normed_cpu);
   m.impl("_response_norm", &response_norm_cpu);
   m.impl("_response_norm_backward", &response_norm_backward_cpu);
 }

@@ -15,6 +15,7 @@ namespace overlock_mm {
 namespace {
 
 using c10::cuda::getCurrentCUDAStream;
+using Results = std::tuple<Tensor, Tensor, Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 ResidualDepthwiseNormParams params_of(at::IntArrayRef size) {
@@ -57,16 +58,15 @@ std::pair<Tensor, Tensor> launch_squares(const Layers& layers, bool with_u) {
   return {squares, u};
 }
 
-/// u normalised, and the response. u is made twice and not written: three passes over the map.
-std::tuple<Tensor, Tensor> launch_norm(const Layers& layers, const Tensor& gamma, const Tensor& beta, double eps) {
-  const auto [response, scale] = launch_response_and_scale(launch_squares(layers, false).first, gamma, eps);
+/// u normalised.
+Tensor launch_normed(const Layers& layers, const Tensor& scale, const Tensor& beta) {
   const Tensor output = empty_channels_last(layers.input);
   ResidualDepthwiseNormParams params = layers.params;
   params.scale = scale.const_data_ptr();
   params.shift = beta.const_data_ptr();
   params.output = output.mutable_data_ptr();
   C10_CUDA_CHECK(launch_residual_depthwise(params, layers.dtype(), getCurrentCUDAStream()));
-  return {output, response};
+  return output;
 }
 
 // In PyTorch's operators.
@@ -90,23 +90,22 @@ Gradients gradients_by_pytorch(const Tensor& grad_output, const Tensor& x, const
 
 // The operators.
 
-std::tuple<Tensor, Tensor> run_forward(const char* name, const Tensor& x, const Tensor& weight,
-                                       const OptionalTensor& bias, const Tensor& gamma, const Tensor& beta, double eps,
-                                       bool gelu) {
+/// Output, scale and response. u is made twice and not written: three passes over the map.
+Results run_forward(const char* name, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                    const Tensor& gamma, const Tensor& beta, double eps, bool gelu) {
   check_residual_depthwise_norm(x, weight, bias, gamma, beta);
   const c10::cuda::CUDAGuard guard(x.device());
-  if (x.numel() == 0) {
-    return {empty_like_map(x), at::zeros({x.size(0), x.size(1)}, x.options().dtype(accumulation_type(x)))};
-  }
-  const auto ours = [&]() -> std::tuple<Tensor, Tensor> {
-    const auto [output, response] =
-        launch_norm(Layers(x, weight, bias, gelu), as_parameter(gamma, x), as_parameter(beta, x), eps);
-    return {laid_out_as(x, output), response};
+  if (x.numel() == 0) return response_norm_of_empty(x);
+  const auto ours = [&]() -> Results {
+    const Layers layers(x, weight, bias, gelu);
+    const Tensor squares = launch_squares(layers, /*with_u=*/false).first;
+    const auto [response, scale] = launch_response_and_scale(squares, as_parameter(gamma, x), eps);
+    return {laid_out_as(x, launch_normed(layers, scale, as_parameter(beta, x))), scale, response};
   };
-  const auto pytorch = [&]() -> std::tuple<Tensor, Tensor> {
-    const auto [output, response] =
+  const auto pytorch = [&]() -> Results {
+    const auto [output, scale, response] =
         response_norm_by_pytorch(convolved_by_pytorch(gelu ? at::gelu(x) : x, weight, bias), gamma, beta, eps);
-    return {laid_out_as(x, output), response};
+    return {laid_out_as(x, output), scale, response};
   };
   return fastest(kind_of_call(name, x), ours, pytorch);
 }
@@ -131,15 +130,31 @@ void residual_depthwise_norm_inplace_cuda(Tensor& x, const Tensor& weight, const
   launch_scale_and_shift(u, scale, Tensor(), Tensor(), as_parameter(beta, x), x);
 }
 
-std::tuple<Tensor, Tensor> gelu_norm_with_response_cuda(const Tensor& x, const Tensor& weight,
-                                                        const OptionalTensor& bias, const Tensor& gamma,
-                                                        const Tensor& beta, double eps) {
+Results gelu_norm_with_response_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                     const Tensor& gamma, const Tensor& beta, double eps) {
   return run_forward("gelu_residual_depthwise_norm", x, weight, bias, gamma, beta, eps, /*gelu=*/true);
 }
 
-Tensor gelu_norm_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& gamma,
-                      const Tensor& beta, double eps) {
-  return std::get<0>(gelu_norm_with_response_cuda(x, weight, bias, gamma, beta, eps));
+std::tuple<Tensor, Tensor> gelu_norm_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                          const Tensor& gamma, const Tensor& beta, double eps) {
+  const auto [output, scale, response] = gelu_norm_with_response_cuda(x, weight, bias, gamma, beta, eps);
+  return {output, scale};
+}
+
+Tensor gelu_normed_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& scale,
+                        const Tensor& beta) {
+  check_residual_depthwise_normed(x, weight, bias, scale, beta);
+  const c10::cuda::CUDAGuard guard(x.device());
+  if (x.numel() == 0) return empty_like_map(x);
+  const auto ours = [&] {
+    const Layers layers(x, weight, bias, /*gelu=*/true);
+    return laid_out_as(x, launch_normed(layers, as_parameter(scale, x), as_parameter(beta, x)));
+  };
+  const auto pytorch = [&] {
+    const Tensor u = convolved_by_pytorch(at::gelu(x), weight, bias);
+    return laid_out_as(x, response_normed_by_pytorch(u, scale, beta));
+  };
+  return fastest(kind_of_call("gelu_residual_depthwise_norm again", x), ours, pytorch);
 }
 
 Gradients gelu_norm_backward_cuda(const Tensor& grad_output, const Tensor& x, const Tensor& weight,
@@ -195,6 +210,7 @@ TORCH_LIBRARY_IMPL(overlock_mm, CUDA, m) {
   m.impl("residual_depthwise_norm", &residual_depthwise_norm_cuda);
   m.impl("residual_depthwise_norm_", &residual_depthwise_norm_inplace_cuda);
   m.impl("gelu_residual_depthwise_norm", &gelu_norm_cuda);
+  m.impl("_gelu_residual_depthwise_normed", &gelu_normed_cuda);
   m.impl("_gelu_residual_depthwise_norm", &gelu_norm_with_response_cuda);
   m.impl("_gelu_residual_depthwise_norm_backward", &gelu_norm_backward_cuda);
 }

@@ -6,6 +6,7 @@
 // small. The launches of response_norm_launch.h stand in brackets.
 //
 //   forward   residual_depthwise M: sums · [response_factors] · residual_depthwise 2 M: u again, normalised
+//   again     residual_depthwise 2 M, with factors that are known
 //   in place  residual_depthwise 2 M: sums and u · [response_factors] · [scale_and_shift] 2 M
 //   backward  residual_depthwise 2 M: sums · [response_factors] · gradients 3 M · parameter_gradients
 //

@@ -6,6 +6,8 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <vector>
+
 #include "../checks.h"
 #include "choice.h"
 #include "tensors.h"
@@ -96,12 +98,22 @@ ResponseGradients launch_response_gradients(const Tensor& products, const Tensor
   return out;
 }
 
-std::tuple<Tensor, Tensor> response_norm_by_pytorch(const Tensor& x, const Tensor& gamma, const Tensor& beta,
-                                                    double eps) {
+std::tuple<Tensor, Tensor, Tensor> response_norm_of_empty(const Tensor& x) {
+  const std::vector<int64_t> shape{x.size(0), x.size(1)};
+  const auto options = x.options().dtype(accumulation_type(x));
+  return {empty_like_map(x), at::ones(shape, options), at::zeros(shape, options)};
+}
+
+Tensor response_normed_by_pytorch(const Tensor& x, const Tensor& scale, const Tensor& beta) {
+  return laid_out_as(x, at::addcmul(for_map(beta, x), x, for_map(scale, x)));
+}
+
+std::tuple<Tensor, Tensor, Tensor> response_norm_by_pytorch(const Tensor& x, const Tensor& gamma, const Tensor& beta,
+                                                            double eps) {
   const at::ScalarType sums = accumulation_type(x);
   const Tensor response = at::linalg_vector_norm(x, 2, at::IntArrayRef{2, 3}, /*keepdim=*/false, sums);
   const Tensor scale = gamma.to(sums) * (response / (response.mean(1, /*keepdim=*/true) + eps)) + 1;
-  return {laid_out_as(x, at::addcmul(for_map(beta, x), x, for_map(scale, x))), response};
+  return {response_normed_by_pytorch(x, scale, beta), scale, response};
 }
 
 std::tuple<Tensor, Tensor, Tensor> response_norm_backward_by_pytorch(const Tensor& grad_output, const Tensor& x,
@@ -119,25 +131,40 @@ std::tuple<Tensor, Tensor, Tensor> response_norm_backward_by_pytorch(const Tenso
 
 namespace {
 
-std::tuple<Tensor, Tensor> response_norm_cuda(const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps) {
+/// input * scale + beta, for a map in channels_last.
+Tensor launch_normed(const Tensor& input, const Tensor& scale, const Tensor& beta) {
+  const Tensor output = empty_channels_last(input);
+  launch_scale_and_shift(input, scale, Tensor(), Tensor(), as_parameter(beta, input), output);
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> response_norm_cuda(const Tensor& x, const Tensor& gamma, const Tensor& beta,
+                                                      double eps) {
   check_response_norm(x, gamma, beta);
   const c10::cuda::CUDAGuard guard(x.device());
-  if (x.numel() == 0) {
-    return {empty_like_map(x), at::zeros({x.size(0), x.size(1)}, x.options().dtype(accumulation_type(x)))};
-  }
-  const auto ours = [&]() -> std::tuple<Tensor, Tensor> {
+  if (x.numel() == 0) return response_norm_of_empty(x);
+  const auto ours = [&]() -> std::tuple<Tensor, Tensor, Tensor> {
     const Tensor input = as_channels_last(x), squares = launch_sums_of_products(input, Tensor()).first;
     const auto [response, scale] = launch_response_and_scale(squares, as_parameter(gamma, x), eps);
-    const Tensor output = empty_channels_last(input);
-    launch_scale_and_shift(input, scale, Tensor(), Tensor(), as_parameter(beta, x), output);
-    return {laid_out_as(x, output), response};
+    return {laid_out_as(x, launch_normed(input, scale, beta)), scale, response};
   };
   const auto pytorch = [&] { return response_norm_by_pytorch(x, gamma, beta, eps); };
   return fastest(kind_of_call("global_response_norm", x), ours, pytorch);
 }
 
-Tensor global_response_norm_cuda(const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps) {
-  return std::get<0>(response_norm_cuda(x, gamma, beta, eps));
+std::tuple<Tensor, Tensor> global_response_norm_cuda(const Tensor& x, const Tensor& gamma, const Tensor& beta,
+                                                     double eps) {
+  const auto [output, scale, response] = response_norm_cuda(x, gamma, beta, eps);
+  return {output, scale};
+}
+
+Tensor response_normed_cuda(const Tensor& x, const Tensor& scale, const Tensor& beta) {
+  check_response_normed(x, scale, beta);
+  const c10::cuda::CUDAGuard guard(x.device());
+  if (x.numel() == 0) return empty_like_map(x);
+  const auto ours = [&] { return laid_out_as(x, launch_normed(as_channels_last(x), as_parameter(scale, x), beta)); };
+  const auto pytorch = [&] { return response_normed_by_pytorch(x, scale, beta); };
+  return fastest(kind_of_call("global_response_norm again", x), ours, pytorch);
 }
 
 std::tuple<Tensor, Tensor, Tensor> response_norm_backward_cuda(const Tensor& grad_output, const Tensor& x,
@@ -175,6 +202,7 @@ TORCH_LIBRARY_FRAGMENT(overlock_mm, m) {
 
 TORCH_LIBRARY_IMPL(overlock_mm, CUDA, m) {
   m.impl("global_response_norm", &global_response_norm_cuda);
+  m.impl("_response_normed", &response_normed_cuda);
   m.impl("_response_norm", &response_norm_cuda);
   m.impl("_response_norm_backward", &response_norm_backward_cuda);
 }

@@ -26,10 +26,15 @@ struct ResponseGradients {
 ResponseGradients launch_response_gradients(const Tensor& products, const Tensor& sums, const Tensor& gamma,
                                             const Tensor& response, double eps);
 
+/// Output, scale and response of a map without numbers.
+std::tuple<Tensor, Tensor, Tensor> response_norm_of_empty(const Tensor& x);
+
 // The same in PyTorch's operators: what a measurement compares the kernels with.
 
-std::tuple<Tensor, Tensor> response_norm_by_pytorch(const Tensor& x, const Tensor& gamma, const Tensor& beta,
-                                                    double eps);
+/// Output, scale and response.
+std::tuple<Tensor, Tensor, Tensor> response_norm_by_pytorch(const Tensor& x, const Tensor& gamma, const Tensor& beta,
+                                                            double eps);
+Tensor response_normed_by_pytorch(const Tensor& x, const Tensor& scale, const Tensor& beta);
 std::tuple<Tensor, Tensor, Tensor> response_norm_backward_by_pytorch(const Tensor& grad_output, const Tensor& x,
                                                                      const Tensor& gamma, const Tensor& response,
                                                                      double eps);

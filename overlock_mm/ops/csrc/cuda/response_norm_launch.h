@@ -4,6 +4,7 @@
 // Launches, and the bytes that each moves (every operand once), for a map of M bytes. Sums and factors are small.
 //
 //   _response_norm            channel_sums M · response_factors · scale_and_shift 2 M
+//   _response_normed          scale_and_shift 2 M
 //   _response_norm_backward   channel_sums 2 M · response_factors · scale_and_shift 3 M · sum_over_images, but not of
 //   one
 //

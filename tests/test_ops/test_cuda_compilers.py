@@ -31,7 +31,7 @@ KERNELS = {
     'contmix_launch.cu': Kernels(30, most_spilled=32, may_spill='Li0E'),
     'depthwise_conv2d_launch.cu': Kernels(58, most_spilled=0),
     'layer_norm_launch.cu': Kernels(26, most_spilled=0),
-    'response_norm_launch.cu': Kernels(22, most_spilled=0),
+    'response_norm_launch.cu': Kernels(20, most_spilled=0),
     'scale_and_shift_launch.cu': Kernels(42, most_spilled=0),
     # A few words before and after the walk over a tile, of the gradients alone.
     'scaled_sum_launch.cu': Kernels(18, most_spilled=0),

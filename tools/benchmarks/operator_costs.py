@@ -477,11 +477,10 @@ def cost_of_response_normed(x: Tensor, scale: Tensor, beta: Tensor, outputs: Seq
 def cost_of_response_norm_backward(
     grad_output: Tensor, x: Tensor, gamma: Tensor, response: Tensor, eps: float, outputs: Sequence[Tensor]
 ) -> Cost:
-    """Sums, factors, the gradient of the map, and sums over images of those of the parameters."""
+    """Sums, factors, and the gradients: that of the map, and sums over images of those of the parameters."""
     norm = NormBytes(x, torch.ops.overlock_mm._response_norm_strips(x.shape))
     cost = Cost(1, bytes_of([grad_output, x]) + 2 * norm.sums) + norm.gradients
-    cost += Cost(1, bytes_of([grad_output, x, x]) + 2 * norm.per_image)
-    return cost + Cost(1, 2 * norm.per_image + 2 * norm.per_channel)
+    return cost + Cost(1, bytes_of([grad_output, x, x]) + 4 * norm.per_image + 2 * norm.per_channel)
 
 
 def cost_of_residual_norm(

@@ -13,7 +13,7 @@ using cuda_emulation::Case;
 cudaError_t run(Case& the_case) {
   const auto dtype = static_cast<Dtype>(the_case.numbers[0]);
   const int64_t accumulator = dtype == Dtype::float64 ? 8 : 4;
-  ResponseNormParams p{};
+  ResponseNormGradientsParams p{};
   p.batch = the_case.numbers[1];
   p.channels = the_case.numbers[2];
   p.positions = the_case.numbers[3];
@@ -38,14 +38,16 @@ cudaError_t run(Case& the_case) {
   if (backward) {
     std::swap(p.input, p.other);
     p.other_scale = slope.data;
+    p.grads_of_images = grads_of_images.data;
+    p.grad_gamma = data(8);
+    p.grad_beta = data(9);
   } else {
     p.shift = data(2);
   }
   p.scale = data(5);
   p.output = data(backward ? 7 : 3);
-  if (error == cudaSuccess) error = launch_scale_and_shift(p, dtype, nullptr);
-  if (error == cudaSuccess && backward) error = launch_sum_over_images(factors, data(8), data(9), dtype, nullptr);
-  return error;
+  if (error != cudaSuccess) return error;
+  return backward ? launch_response_norm_gradients(p, dtype, nullptr) : launch_scale_and_shift(p, dtype, nullptr);
 }
 
 }  // namespace

@@ -127,7 +127,7 @@ void residual_depthwise_norm_inplace_cuda(Tensor& x, const Tensor& weight, const
   // u needs its neighbours in x, so it is written elsewhere first.
   const auto [squares, u] = launch_squares(Layers(x, weight, bias, /*gelu=*/false), /*with_u=*/true);
   const Tensor scale = launch_response_and_scale(squares, as_parameter(gamma, x), eps).second;
-  launch_scale_and_shift(u, scale, Tensor(), Tensor(), as_parameter(beta, x), x);
+  launch_scale_and_shift(u, scale, as_parameter(beta, x), x);
 }
 
 Results gelu_norm_with_response_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,

@@ -71,15 +71,10 @@ std::pair<Tensor, Tensor> launch_response_and_scale(const Tensor& squares, const
   return {response, scale};
 }
 
-void launch_scale_and_shift(const Tensor& input, const Tensor& scale, const Tensor& other, const Tensor& other_scale,
-                            const Tensor& shift, const Tensor& output) {
+void launch_scale_and_shift(const Tensor& input, const Tensor& scale, const Tensor& shift, const Tensor& output) {
   ResponseNormParams params = params_of(input);
   params.scale = scale.const_data_ptr();
-  if (other.defined()) {
-    params.other = other.const_data_ptr();
-    params.other_scale = other_scale.const_data_ptr();
-  }
-  if (shift.defined()) params.shift = shift.const_data_ptr();
+  params.shift = shift.const_data_ptr();
   params.output = output.mutable_data_ptr();
   C10_CUDA_CHECK(launch_scale_and_shift(params, dtype_of(input), getCurrentCUDAStream()));
 }
@@ -87,14 +82,14 @@ void launch_scale_and_shift(const Tensor& input, const Tensor& scale, const Tens
 ResponseGradients launch_response_gradients(const Tensor& products, const Tensor& sums, const Tensor& gamma,
                                             const Tensor& response, double eps) {
   ResponseFactorsParams params = factors_params(products, gamma, eps);
-  ResponseGradients out{at::empty_like(response), at::empty_like(response),
-                        at::empty({params.batch, 2, params.channels}, products.options()), params};
-  out.params.plain_sums = sums.const_data_ptr();
-  out.params.response = const_cast<void*>(response.const_data_ptr());
-  out.params.scale = out.scale.mutable_data_ptr();
-  out.params.slope = out.slope.mutable_data_ptr();
-  out.params.grads_of_images = out.grads_of_images.mutable_data_ptr();
-  C10_CUDA_CHECK(launch_response_factors(out.params, dtype_of(products), getCurrentCUDAStream()));
+  const ResponseGradients out{at::empty_like(response), at::empty_like(response),
+                              at::empty({params.batch, 2, params.channels}, products.options())};
+  params.plain_sums = sums.const_data_ptr();
+  params.response = const_cast<void*>(response.const_data_ptr());
+  params.scale = out.scale.mutable_data_ptr();
+  params.slope = out.slope.mutable_data_ptr();
+  params.grads_of_images = out.grads_of_images.mutable_data_ptr();
+  C10_CUDA_CHECK(launch_response_factors(params, dtype_of(products), getCurrentCUDAStream()));
   return out;
 }
 
@@ -134,7 +129,7 @@ namespace {
 /// input * scale + beta, for a map in channels_last.
 Tensor launch_normed(const Tensor& input, const Tensor& scale, const Tensor& beta) {
   const Tensor output = empty_channels_last(input);
-  launch_scale_and_shift(input, scale, Tensor(), Tensor(), as_parameter(beta, input), output);
+  launch_scale_and_shift(input, scale, as_parameter(beta, input), output);
   return output;
 }
 
@@ -182,10 +177,16 @@ std::tuple<Tensor, Tensor, Tensor> response_norm_backward_cuda(const Tensor& gra
     const auto [products, sums] = launch_sums_of_products(input, grad);
     const ResponseGradients gradients = launch_response_gradients(products, sums, weight, norms, eps);
     const Tensor grad_x = empty_channels_last(input);
-    launch_scale_and_shift(grad, gradients.scale, input, gradients.slope, Tensor(), grad_x);
     const Tensor grad_gamma = at::empty_like(weight), grad_beta = at::empty_like(weight);
-    C10_CUDA_CHECK(launch_sum_over_images(gradients.params, grad_gamma.mutable_data_ptr(), grad_beta.mutable_data_ptr(),
-                                          dtype_of(x), getCurrentCUDAStream()));
+    ResponseNormGradientsParams params{params_of(grad)};
+    params.other = input.const_data_ptr();
+    params.scale = gradients.scale.const_data_ptr();
+    params.other_scale = gradients.slope.const_data_ptr();
+    params.output = grad_x.mutable_data_ptr();
+    params.grads_of_images = gradients.grads_of_images.const_data_ptr();
+    params.grad_gamma = grad_gamma.mutable_data_ptr();
+    params.grad_beta = grad_beta.mutable_data_ptr();
+    C10_CUDA_CHECK(launch_response_norm_gradients(params, dtype_of(x), getCurrentCUDAStream()));
     return {laid_out_as(x, grad_x), grad_gamma, grad_beta};
   };
   const auto pytorch = [&] { return response_norm_backward_by_pytorch(grad_output, x, gamma, norms, eps); };

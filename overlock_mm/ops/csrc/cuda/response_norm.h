@@ -11,15 +11,12 @@ namespace overlock_mm {
 /// Of sums of squares, (B, strips, C): the response and the factors of the norm, (B, C) each.
 std::pair<Tensor, Tensor> launch_response_and_scale(const Tensor& squares, const Tensor& gamma, double eps);
 
-/// input * scale + other * other_scale + shift, for maps in channels_last, in `output`, which is another map. `other`
-/// and `shift` may be undefined.
-void launch_scale_and_shift(const Tensor& input, const Tensor& scale, const Tensor& other, const Tensor& other_scale,
-                            const Tensor& shift, const Tensor& output);
+/// input * scale + shift, for maps in channels_last, in `output`, which is another map.
+void launch_scale_and_shift(const Tensor& input, const Tensor& scale, const Tensor& shift, const Tensor& output);
 
 struct ResponseGradients {
   Tensor scale, slope;     ///< (B, C): the gradient of the map is scale * grad_output + slope * map
   Tensor grads_of_images;  ///< (B, 2, C): of gamma and beta
-  ResponseFactorsParams params;
 };
 
 /// Of sums, (B, strips, C), of grad_output * map and of grad_output.

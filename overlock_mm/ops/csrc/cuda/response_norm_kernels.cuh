@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) channel_sums_kernel(const Respo
 }
 
 template <typename T, bool kOther>
-__global__ void __launch_bounds__(kWarps* kWarp) scale_and_shift_kernel(const ResponseNormParams p) {
+__device__ __forceinline__ void scale_and_shift(const ResponseNormParams& p) {
   using A = typename Accumulator<T>::type;
   const Strip strip(p);
   if (strip.channel >= p.channels) return;
@@ -89,6 +89,33 @@ __global__ void __launch_bounds__(kWarps* kWarp) scale_and_shift_kernel(const Re
     A out = load(input + i * p.channels) * scale + shift;
     if (kOther) out += load(other + i * p.channels) * other_scale;
     store(output + i * p.channels, out);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kWarps* kWarp) scale_and_shift_kernel(const ResponseNormParams p) {
+  scale_and_shift<T, /*kOther=*/false>(p);
+}
+
+/// The blocks for the map, and after them those that sum the gradients of gamma and beta over images: a thread for each
+/// number.
+template <typename T>
+__global__ void __launch_bounds__(kWarps* kWarp) response_norm_gradients_kernel(const ResponseNormGradientsParams p) {
+  using A = typename Accumulator<T>::type;
+  const int64_t blocks_of_map = p.batch * p.strips * ceil_div(p.channels, kWarp);
+  if (blockIdx.x < blocks_of_map) {
+    scale_and_shift<T, /*kOther=*/true>(p);
+    return;
+  }
+  const int64_t number = (blockIdx.x - blocks_of_map) * kWarps * kWarp + threadIdx.x, numbers = 2 * p.channels;
+  if (number >= numbers) return;
+  const A* const grads = static_cast<const A*>(p.grads_of_images) + number;
+  A sum = 0;
+  for (int64_t image = 0; image < p.batch; ++image) sum += load(grads + image * numbers);
+  if (number < p.channels) {
+    static_cast<A*>(p.grad_gamma)[number] = sum;
+  } else {
+    static_cast<A*>(p.grad_beta)[number - p.channels] = sum;
   }
 }
 

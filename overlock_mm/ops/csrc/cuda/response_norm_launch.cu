@@ -5,7 +5,6 @@
 #include "launch.cuh"
 #include "response_norm_kernels.cuh"
 #include "response_norm_launch.h"
-#include "sums.cuh"
 
 namespace overlock_mm {
 namespace {
@@ -50,8 +49,7 @@ cudaError_t launch_scale_and_shift(const ResponseNormParams& params, Dtype dtype
   if (is_empty(params)) return cudaSuccess;
   return for_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto kernel = params.other ? scale_and_shift_kernel<T, true> : scale_and_shift_kernel<T, false>;
-    return launch(kernel, strip_blocks(params), kThreads, 0, params, stream);
+    return launch(scale_and_shift_kernel<T>, strip_blocks(params), kThreads, 0, params, stream);
   });
 }
 
@@ -64,18 +62,13 @@ cudaError_t launch_response_factors(const ResponseFactorsParams& params, Dtype d
   });
 }
 
-cudaError_t launch_sum_over_images(const ResponseFactorsParams& params, void* grad_gamma, void* grad_beta, Dtype dtype,
-                                   cudaStream_t stream) {
-  if (params.batch * params.channels == 0) return cudaSuccess;
-  return for_accumulator(dtype, [&](auto* type) {
-    using A = std::remove_pointer_t<decltype(type)>;
-    SumParams sum{};
-    sum.partials = params.batch;
-    sum.first = sum.second = params.channels;
-    sum.partial_sums = params.grads_of_images;
-    sum.first_out = grad_gamma;
-    sum.second_out = grad_beta;
-    return launch_sum_of_partials<A>(sum, stream);
+cudaError_t launch_response_norm_gradients(const ResponseNormGradientsParams& params, Dtype dtype,
+                                           cudaStream_t stream) {
+  if (is_empty(params)) return cudaSuccess;
+  return for_dtype(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const int64_t blocks = strip_blocks(params) + ceil_div(2 * params.channels, kThreads);
+    return launch(response_norm_gradients_kernel<T>, blocks, kThreads, 0, params, stream);
   });
 }
 

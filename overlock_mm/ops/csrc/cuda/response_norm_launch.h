@@ -5,8 +5,7 @@
 //
 //   _response_norm            channel_sums M · response_factors · scale_and_shift 2 M
 //   _response_normed          scale_and_shift 2 M
-//   _response_norm_backward   channel_sums 2 M · response_factors · scale_and_shift 3 M · sum_over_images, but not of
-//   one
+//   _response_norm_backward   channel_sums 2 M · response_factors · response_norm_gradients 3 M
 //
 // tools/benchmarks/gpu_cost.py counts them so, and tests/test_ops/test_cuda_norms.py compares that with the emulation.
 #pragma once
@@ -32,6 +31,12 @@ struct ResponseFactorsParams {
   void* grads_of_images;  ///< (B, 2, C): each image's part of the gradients of gamma and beta
 };
 
+/// The gradients, with ResponseNormParams::output for that of the map.
+struct ResponseNormGradientsParams : ResponseNormParams {
+  const void* grads_of_images;   ///< ResponseFactorsParams::grads_of_images
+  void *grad_gamma, *grad_beta;  ///< (C)
+};
+
 /// ResponseNormParams::strips: depends on the shape alone.
 int64_t response_norm_strips(const ResponseNormParams& params);
 
@@ -39,11 +44,9 @@ int64_t response_norm_strips(const ResponseNormParams& params);
 
 /// ResponseNormParams::sums and, with other, plain_sums.
 cudaError_t launch_channel_sums(const ResponseNormParams& params, Dtype dtype, cudaStream_t stream);
-/// ResponseNormParams::output.
+/// ResponseNormParams::output, without other.
 cudaError_t launch_scale_and_shift(const ResponseNormParams& params, Dtype dtype, cudaStream_t stream);
 cudaError_t launch_response_factors(const ResponseFactorsParams& params, Dtype dtype, cudaStream_t stream);
-/// The gradients of gamma and beta, (C) each.
-cudaError_t launch_sum_over_images(const ResponseFactorsParams& params, void* grad_gamma, void* grad_beta, Dtype dtype,
-                                   cudaStream_t stream);
+cudaError_t launch_response_norm_gradients(const ResponseNormGradientsParams& params, Dtype dtype, cudaStream_t stream);
 
 }  // namespace overlock_mm

@@ -273,6 +273,17 @@ def test_fused_blocks_add_and_scale_in_their_operators():
     assert costs['_foreach_mul_'].launches == 1
 
 
+def test_response_norms_are_made_again_in_one_launch():
+    """By the lean policy, from their scales: of seven MLPs, and of the norms by themselves of three dynamic blocks."""
+    model = OverLoCK({**ARCHITECTURES['xt'], 'depths': (1, 1, 1, 1), 'sub_depths': (2, 1)})
+    _, costs = measure(model, (1, 3, 256, 256), fuse=True)
+    assert costs['_gelu_residual_depthwise_norm'].launches == 3 * (4 + 3)
+    assert costs['_gelu_residual_depthwise_normed'].launches == 4 + 3
+    assert costs['_gelu_residual_depthwise_norm_backward'].launches == 4 * (4 + 3)
+    assert costs['_response_norm'].launches == costs['_response_norm_backward'].launches == 3 * 3
+    assert costs['_response_normed'].launches == 3
+
+
 def test_maps_of_dynamic_blocks_stay_channels_last():
     """Slices of channels go into the next block, and its maps have the layout of all others."""
     model, layouts = small_overlock('xt'), []

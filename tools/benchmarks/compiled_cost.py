@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Optional
 from unittest import mock
 
 import torch
+import torch._inductor.utils
 import torch.nn as nn
 import torch.utils._triton
 from torch import Tensor, fx
@@ -152,7 +153,17 @@ def described_gpu() -> Iterator[None]:
             for name, function in functions.items():
                 function = staticmethod(function) if isinstance(owner, type) else function
                 stack.enter_context(mock.patch.object(owner, name, function))
+        forget_devices()
+        stack.callback(forget_devices)
         yield
+
+
+def forget_devices() -> None:
+    """Inductor asks once in a process."""
+    for module in (torch.utils._triton, torch._inductor.utils):
+        for function in vars(module).values():
+            if hasattr(function, 'cache_clear'):
+                function.cache_clear()
 
 
 def on_gpu(graph: Graph) -> Graph:

@@ -12,7 +12,7 @@
 #include "../residual_depthwise_norm.h"
 #include "gelu.cuh"
 #include "numbers.cuh"
-#include "response_norm_kernels.cuh"
+#include "sums.cuh"
 
 namespace overlock_mm {
 namespace residual_depthwise_norm_kernels {
@@ -151,7 +151,7 @@ __device__ __forceinline__ void walk(int first_row, int end_row, const Read& rea
 template <typename A>
 __device__ __forceinline__ void write_sum(A number, const Tile& tile, const ResidualDepthwiseNormParams& p, void* sums,
                                           A* shared) {
-  const A sum = response_norm_kernels::sum_over_warps(number, shared);
+  const A sum = sum_over_warps(number, shared);
   if (threadIdx.x < kWarp && tile.channel < p.channels)
     static_cast<A*>(sums)[(tile.image * p.strips + tile.strip) * p.channels + tile.channel] = sum;
 }
@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kSmall<T> ? 3 : 1)
   }
 #pragma unroll
   for (int i = 0; i < kSums; ++i) {
-    const A sum = response_norm_kernels::sum_over_warps(sums[i], shared);
+    const A sum = sum_over_warps(sums[i], shared);
     if (threadIdx.x < kWarp && tile.channel < p.channels) {
       const int64_t strip = tile.image * p.strips + tile.strip;
       static_cast<A*>(p.partial_sums)[(strip * kSums + i) * p.channels + tile.channel] = sum;
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) parameter_gradients_kernel(c
 #pragma unroll 4
     for (int64_t row = threadIdx.x / kWarp; row < rows; row += kMaxWarps) sum += load(parts + row * stride);
   }
-  sum = response_norm_kernels::sum_over_warps(sum, shared);
+  sum = sum_over_warps(sum, shared);
   if (threadIdx.x >= kWarp || !holds) return;
   if (which < kTaps) {
     static_cast<A*>(p.grad_weight)[channel * kTaps + which] = sum;

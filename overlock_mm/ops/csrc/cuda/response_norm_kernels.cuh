@@ -7,28 +7,13 @@
 #include "../response_norm.h"
 #include "numbers.cuh"
 #include "response_norm_launch.h"
+#include "sums.cuh"
 
 namespace overlock_mm {
 namespace response_norm_kernels {
 
 constexpr int kWarps = 8;             // of a block, but of response_factors_kernel
 constexpr int kFactorThreads = 1024;  // of response_factors_kernel
-
-/// The sum over a block's warps of what each thread of a warp has: for the threads of the first warp. `shared` has a
-/// number for each thread.
-template <typename A>
-__device__ __forceinline__ A sum_over_warps(A number, A* shared) {
-  __syncthreads();  // what was in `shared` has been read
-  shared[threadIdx.x] = number;
-  __syncthreads();
-  A sum = 0;
-  if (threadIdx.x < kWarp) {
-#pragma unroll 1
-    for (int thread = static_cast<int>(threadIdx.x); thread < static_cast<int>(blockDim.x); thread += kWarp)
-      sum += shared[thread];
-  }
-  return sum;
-}
 
 /// The thread's channel, and the block's strip of the positions of an image.
 struct Strip {

@@ -1,4 +1,4 @@
-// Partial sums of thread blocks, added in a fixed order.
+// Sums over the warps of a thread block, and over thread blocks, in a fixed order.
 #pragma once
 
 #include "launch.cuh"
@@ -23,24 +23,47 @@ struct SumParams {
   void *first_out, *second_out;  ///< (first), (second); null: not wanted
 };
 
-/// A thread for each number.
+/// The sum over a block's warps of what each thread of a warp has: for the threads of the first warp. `shared` has a
+/// number for each thread.
 template <typename A>
-__global__ void sum_partials_kernel(SumParams p) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, pitch = p.first + p.second;
+__device__ __forceinline__ A sum_over_warps(A number, A* shared) {
+  __syncthreads();  // what was in `shared` has been read
+  shared[threadIdx.x] = number;
+  __syncthreads();
+  A sum = 0;
+  if (threadIdx.x < kWarp) {
+#pragma unroll 1
+    for (int thread = static_cast<int>(threadIdx.x); thread < static_cast<int>(blockDim.x); thread += kWarp)
+      sum += shared[thread];
+  }
+  return sum;
+}
+
+constexpr int kSumThreads = 256;
+
+/// A block for 32 numbers. Its warps share the partial sums.
+template <typename A>
+__global__ void __launch_bounds__(kSumThreads) sum_partials_kernel(const SumParams p) {
+  OVERLOCK_MM_SHARED(A, shared);
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x % kWarp, pitch = p.first + p.second;
   const bool is_first = index < p.first;
   A* const out = static_cast<A*>(is_first ? p.first_out : p.second_out);
-  if (index >= pitch || !out) return;
-  const A* const partial_sums = static_cast<const A*>(p.partial_sums) + index;
+  const bool wanted = index < pitch && out;
   A sum = 0;
-  for (int64_t i = 0; i < p.partials; ++i) sum += load(partial_sums + i * pitch);
-  out[is_first ? index : index - p.first] = sum;
+  if (wanted) {
+    const A* const partial_sums = static_cast<const A*>(p.partial_sums) + index;
+#pragma unroll 8
+    for (int64_t i = threadIdx.x / kWarp; i < p.partials; i += kSumThreads / kWarp)
+      sum += load(partial_sums + i * pitch);
+  }
+  sum = sum_over_warps(sum, shared);
+  if (threadIdx.x < kWarp && wanted) out[is_first ? index : index - p.first] = sum;
 }
 
 template <typename A>
 cudaError_t launch_sum_of_partials(const SumParams& params, cudaStream_t stream) {
-  constexpr int kThreads = 256;
   const int64_t numbers = params.first + (params.second_out ? params.second : 0);
-  return launch(sum_partials_kernel<A>, ceil_div(numbers, kThreads), kThreads, 0, params, stream);
+  return launch(sum_partials_kernel<A>, ceil_div(numbers, kWarp), kSumThreads, kSumThreads * sizeof(A), params, stream);
 }
 
 }  // namespace overlock_mm

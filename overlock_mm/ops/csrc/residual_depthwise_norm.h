@@ -5,20 +5,16 @@
 
 #include <cstdint>
 
+#include "cuda/walk.h"
+
 namespace overlock_mm {
 
 /// With v = gelu(input), or the input, and u = v + conv(v) + bias.
-struct ResidualDepthwiseNormParams {
-  int64_t batch, channels, height, width;
+struct ResidualDepthwiseNormParams : WalkedMap {
   bool gelu;
   const void* input;   ///< map
   const void* weight;  ///< (C, 3, 3)
   const void* bias;    ///< (C), or null
-
-  // How an image is divided: residual_depthwise_norm_tiling(...).
-  int64_t rows;    ///< lines of a warp's tile
-  int64_t warps;   ///< of a thread block
-  int64_t strips;  ///< thread blocks for the same channels of an image: each has sums of its own
 
   // Forward, and the sums of the backward.
   const void* grad_output;    ///< map; null in a forward

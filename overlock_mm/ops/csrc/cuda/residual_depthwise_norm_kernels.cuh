@@ -1,9 +1,7 @@
 // The CUDA kernels of residual 3 x 3 depth-wise convolutions with a response norm behind them, and a GELU before them.
 //
-// In a map (B, H, W, C) a warp has 32 neighbouring channels, 64 to 256 bytes, and a tile of positions; a thread has one
-// channel. It walks down the lines of the tile with kRun neighbouring positions of a line. Three lines of v and all
-// sums are in its registers: nothing is exchanged between threads, and a number of the map is read from memory, and
-// goes through the GELU, once for a tile. Halos come from the caches.
+// They are walks (walk.cuh): the lines of v are in a thread's registers, so that a number goes through the GELU once
+// for a tile.
 //
 // The gradients take one walk too. In line y the gradient of u is made from u, which is made again. It adds to those of
 // v in lines y - 1 to y + 1, of which the first is complete then.
@@ -13,105 +11,15 @@
 #include "gelu.cuh"
 #include "numbers.cuh"
 #include "sums.cuh"
+#include "walk.cuh"
 
 namespace overlock_mm {
 namespace residual_depthwise_norm_kernels {
 
-constexpr int kRun = 8;  // positions of a line that a thread has
-constexpr int kMaxWarps = 4;
-constexpr int kTaps = 9;
+using namespace walks;
+
 constexpr int kSums = kTaps + 1;            // gradients of taps, and of the bias
 constexpr int kDerivatives = 3 * kRun + 1;  // of a thread: odd, so that the threads of a warp use all banks
-
-/// Of maps other than float64: a thread's numbers take half of the registers.
-template <typename T>
-constexpr bool kSmall = sizeof(typename Accumulator<T>::type) == sizeof(float);
-
-/// What a warp has of a map, and the thread's channel.
-struct Tile {
-  int64_t image, strip, channel;
-  int first_row, end_row, first_column;
-  bool holds;  ///< whether there are such a tile and such a channel
-
-  __device__ explicit Tile(const ResidualDepthwiseNormParams& p) {
-    const int64_t blocks = ceil_div(p.channels, kWarp), part = blockIdx.x / blocks;
-    channel = blockIdx.x % blocks * kWarp + threadIdx.x % kWarp;
-    image = part / p.strips;
-    strip = part % p.strips;
-    const int64_t horizontal = ceil_div(p.width, kRun), index = strip * p.warps + threadIdx.x / kWarp;
-    const int64_t first = index / horizontal * p.rows;
-    holds = channel < p.channels && first < p.height;
-    first_row = static_cast<int>(min(first, p.height));
-    end_row = static_cast<int>(min(first + p.rows, p.height));
-    first_column = static_cast<int>(index % horizontal) * kRun;
-  }
-};
-
-/// base + index * stride for loads, in one instruction. (The compiler makes three of it, and more of what it finds in
-/// common between them.)
-template <typename T>
-__device__ __forceinline__ const T* at_stride(const T* base, int index, int stride) {
-#if defined(__CUDA_ARCH__)
-  const T* at;
-  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(at) : "r"(stride), "r"(index * static_cast<int>(sizeof(T))), "l"(base));
-  return at;
-#else
-  return base + static_cast<int64_t>(index) * stride;
-#endif
-}
-
-/// A tile's positions in a line of the map and kHalo more at both ends, for the thread's channel.
-template <int kHalo>
-struct Columns {
-  static constexpr int kSize = kRun + 2 * kHalo;
-
-  int64_t first, line;  ///< elements before the first column of line 0, which may lie outside of the map; of a line
-  int channels, height;
-  unsigned inside;  ///< bits: which columns are in the map
-
-  __device__ Columns(const ResidualDepthwiseNormParams& p, const Tile& tile)
-      : line(p.width * p.channels),
-        channels(static_cast<int>(p.channels)),
-        height(static_cast<int>(p.height)),
-        inside(0) {
-    const int first_column = tile.first_column - kHalo;
-    first = tile.image * p.height * line + first_column * p.channels + tile.channel;
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      if (first_column + i >= 0 && first_column + i < p.width) inside |= 1u << i;
-    }
-  }
-
-  /// Whether the columns of `halo` more positions at both ends are in the map, in a line of it.
-  __device__ __forceinline__ unsigned inside_of(int row, int halo) const {
-    return row >= 0 && row < height ? inside >> (kHalo - halo) : 0;
-  }
-
-  template <typename T>
-  __device__ __forceinline__ T* line_of(T* map, int row, int halo) const {
-    return map + first + row * line + (kHalo - halo) * static_cast<int64_t>(channels);
-  }
-
-  /// Zero outside of the map.
-  template <typename T, typename A, int kNumbers>
-  __device__ __forceinline__ void load_line(const T* map, int row, A (&numbers)[kNumbers]) const {
-    constexpr int kHaloHere = (kNumbers - kRun) / 2;
-    const unsigned wanted = inside_of(row, kHaloHere);
-    const T* const at = line_of(map, row, kHaloHere);
-#pragma unroll
-    for (int i = 0; i < kNumbers; ++i) numbers[i] = wanted >> i & 1 ? load(at_stride(at, i, channels)) : A(0);
-  }
-};
-
-/// The weights of the block's channels, in shared memory: [channel][tap].
-template <typename A>
-__device__ __forceinline__ void stage_weights(const ResidualDepthwiseNormParams& p, A* shared) {
-  const int64_t first = blockIdx.x % ceil_div(p.channels, kWarp) * kWarp;
-  const int count = static_cast<int>(min(p.channels - first, static_cast<int64_t>(kWarp))) * kTaps;
-  for (int i = threadIdx.x; i < count; i += blockDim.x)
-    shared[i] = load(static_cast<const A*>(p.weight) + first * kTaps + i);
-  __syncthreads();
-}
 
 /// u in kSize positions of a line: v, of one position more at both ends, and its convolution.
 template <int kSize, typename A>
@@ -125,24 +33,6 @@ __device__ __forceinline__ void convolve(const A (&above)[kSize + 2], const A (&
       u[i] += weight[tap] * above[i + tap];
       u[i] += weight[3 + tap] * line[i + tap];
       u[i] += weight[6 + tap] * below[i + tap];
-    }
-  }
-}
-
-/// Calls body(row, phase, above, line, below) for the lines of v from first_row on, before end_row. Lines of v are made
-/// by read(row, phase, line). Phases are 0, 1 and 2 in turn: `line` is of phase + 1, and the others stand around it.
-template <int kSize, typename A, typename Read, typename Body>
-__device__ __forceinline__ void walk(int first_row, int end_row, const Read& read, const Body& body) {
-  A lines[3][kSize];
-  read(first_row - 1, 0, lines[0]);
-  read(first_row, 1, lines[1]);
-  for (int row = first_row; row < end_row; row += 3) {
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {  // so that a line stays in its registers
-      if (row + i >= end_row) break;
-      const int next = (i + 2) % 3;
-      read(row + i + 1, next, lines[next]);
-      body(row + i, i, lines[i], lines[(i + 1) % 3], lines[next]);
     }
   }
 }
@@ -163,7 +53,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kSmall<T> ? 4 : 2)
   using A = typename Accumulator<T>::type;
   OVERLOCK_MM_SHARED(A, shared);
   const Tile tile(p);
-  stage_weights(p, shared);
+  stage_weights(p, p.weight, shared);
   A product = 0, plain = 0;
   if (tile.holds) {
     A weight[kTaps];
@@ -208,7 +98,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kSmall<T> ? 3 : 1)
   using A = typename Accumulator<T>::type;
   OVERLOCK_MM_SHARED(A, shared);
   const Tile tile(p);
-  stage_weights(p, shared);
+  stage_weights(p, p.weight, shared);
   A weight[kTaps], sums[kSums] = {};
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap) weight[tap] = shared[threadIdx.x % kWarp * kTaps + tap];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Optional
 import pytest
 import torch
 import torch.nn.functional as F
-from emulated import DTYPES, H200, SOURCES, T4, build, nan_like, relative_error, run
+from emulated import DTYPES, H200, SOURCES, T4, Launch, build, nan_like, relative_error, run
 from torch import Tensor
 
 from overlock_mm.ops.cuda_kernels import has_cuda_kernels
@@ -41,7 +42,17 @@ class Case:
     residual: bool = False
     staged: bool = True  # which of the variants has to run
     shared_memory: int = H200
+    wanted: tuple[bool, bool, bool] = (True, True, True)  # gradients: of x, weight, bias
     seed: int = 0
+
+    @property
+    def kernels(self) -> list[str]:
+        """Those that have to run."""
+        of_x, of_weight, _ = self.wanted
+        forward, weight = ('forward', 'backward_weight') if self.staged else ('direct_forward', 'direct_backward_weight')
+        if of_weight and self.kernel_size == 3 and self.dilation == 1:
+            return [forward, 'walk', 'sum_partials']
+        return [forward] * (1 + of_x) + [weight, 'sum_partials'] * of_weight
 
 
 class Operands:
@@ -60,22 +71,26 @@ class Operands:
         self.bias = random(case.channels) if case.bias else None
 
 
-def numbers(case: Case, flipped: bool = False) -> tuple[int, ...]:
-    sizes = (case.batch, case.channels, *case.size, case.kernel_size, case.dilation)
-    return (DTYPES.index(case.dtype), *sizes, case.residual, flipped)
-
-
 def call(program: Path, case: Case, operands: Operands, folder: Path, reversed_threads: bool = False) -> dict:
-    """The output, all gradients, and the launches: of the forward and the parameters' gradients, and of the input's."""
+    """The output, the gradients, and the launches."""
     x, grad, weight, bias = operands.x, operands.grad, operands.weight, operands.bias
-    settings = dict(folder=folder, shared_memory=case.shared_memory, reversed_threads=reversed_threads)
-    arrays = [x, weight, bias, nan_like(x), grad, nan_like(weight), None if bias is None else nan_like(bias)]
-    (*_, output, _, grad_weight, grad_bias), launches = run(program, numbers(case), arrays, **settings)
-    arrays = [grad, weight, None, nan_like(x), None, None, None]
-    (*_, grad_x, _, _, _), of_input = run(program, numbers(case, flipped=True), arrays, **settings)
-    return dict(
-        output=output, grad_x=grad_x, grad_weight=grad_weight, grad_bias=grad_bias, launches=launches, of_input=of_input
+    sizes = (case.batch, case.channels, *case.size, case.kernel_size, case.dilation)
+    numbers = (DTYPES.index(case.dtype), *sizes, case.residual)
+    grads = [None if each is None or not want else nan_like(each) for each, want in zip((x, weight, bias), case.wanted)]
+    arrays, launches = run(
+        program,
+        numbers,
+        [x, weight, bias, nan_like(x), grad, *grads],
+        folder=folder,
+        shared_memory=case.shared_memory,
+        reversed_threads=reversed_threads,
     )
+    *_, output, _, grad_x, grad_weight, grad_bias = arrays
+    return dict(output=output, grad_x=grad_x, grad_weight=grad_weight, grad_bias=grad_bias, launches=launches)
+
+
+def kernels_of(launches: list[Launch]) -> list[str]:
+    return [re.search(r'\d(?:depthwise_)?([a-z_]+)_kernelI', launch.kernel)[1] for launch in launches]
 
 
 def expected(case: Case, operands: Operands) -> dict[str, Optional[Tensor]]:
@@ -85,8 +100,9 @@ def expected(case: Case, operands: Operands) -> dict[str, Optional[Tensor]]:
     output = F.conv2d(x, weight, bias, padding=padding, dilation=case.dilation, groups=case.channels)
     output = output + x if case.residual else output
     output.backward(operands.grad.double())
-    grad_bias = None if bias is None else bias.grad
-    return dict(output=output.detach(), grad_x=x.grad, grad_weight=weight.grad, grad_bias=grad_bias)
+    names, leaves = ('grad_x', 'grad_weight', 'grad_bias'), (x, weight, bias)
+    grads = {name: each.grad if want and each is not None else None for name, each, want in zip(names, leaves, case.wanted)}
+    return dict(output=output.detach(), **grads)
 
 
 def sizes_of_sums(case: Case, operands: Operands) -> dict[str, Tensor]:
@@ -98,19 +114,17 @@ def sizes_of_sums(case: Case, operands: Operands) -> dict[str, Tensor]:
     return dict(grad_weight=of_weight.sqrt(), grad_bias=grad.sum((0, 2, 3)).sqrt())
 
 
-def check(program: Path, case: Case, folder: Path) -> dict:
+def check(program: Path, case: Case, folder: Path) -> None:
     operands = Operands(case)
     got = call(program, case, operands, folder)
     of_maps, of_sums = TOLERANCES[case.dtype]
     sizes = sizes_of_sums(case, operands)
     for name, each in expected(case, operands).items():
+        assert (got[name] is None) == (each is None), name
         if each is not None:
             tolerance = of_sums if name in sizes else of_maps
             assert relative_error(got[name], each, sizes.get(name)) <= tolerance, (name, case)
-    launches = [*got['launches'], *got['of_input']]
-    assert len(launches) == 4
-    assert ['direct' not in launch.kernel for launch in launches] == [case.staged, case.staged, True, case.staged], case
-    return got
+    assert kernels_of(got['launches']) == case.kernels, case
 
 
 CASES = {
@@ -135,7 +149,19 @@ CASES = {
     '7-bfloat16': Case(7, (13, 22), 17, dtype=torch.bfloat16),
     '17-bfloat16': Case(17, (20, 33), 16, dtype=torch.bfloat16, bias=False),
     '5-float64': Case(5, (11, 13), 5, dtype=torch.float64, residual=True, staged=False),
+    # Gradients of 3x3 kernels in one walk: tiles of several lines and columns, thread blocks for one channel and warps
+    # without a tile, more channels than a warp, and maps that are smaller than the kernel.
+    '3-plain': Case(3, (33, 19), 6),
+    '3-many-tiles': Case(3, (70, 37), 33, batch=2, residual=True, bias=False),
+    '3-many-channels': Case(3, (5, 7), 100, batch=3),
+    '3-line': Case(3, (1, 19), 8, residual=True),
+    '3-column': Case(3, (17, 1), 8, residual=True),
+    '3-two-lines': Case(3, (2, 2), 3, batch=2),
+    '3-position': Case(3, (1, 1), 40, batch=2, residual=True),
+    '3-bfloat16': Case(3, (35, 18), 37, dtype=torch.bfloat16, residual=True),
+    '3-float16-plain': Case(3, (9, 8), 32, dtype=torch.float16, bias=False),
     # What the direct variant takes.
+    '3-float64': Case(3, (35, 18), 34, dtype=torch.float64, residual=True, staged=False),
     '3-dilation-7': Case(3, (19, 15), 9, dilation=7, bias=False, staged=False),
     '9-dilation-2': Case(9, (21, 18), 4, batch=2, dilation=2, staged=False),
     '1': Case(1, (9, 8), 6, staged=False),
@@ -158,7 +184,34 @@ def test_equals_pytorch_as_shipped(programs, tmp_path):
     check(programs['plain'], Case(13, (50, 84), 16, seed=secrets.randbits(31)), tmp_path)
 
 
-@pytest.mark.parametrize('case', [Case(7, (19, 37), 9), Case(3, (11, 9), 5, dilation=2, staged=False)], ids=str)
+GRADIENTS = {
+    'x': (True, False, False),
+    'weight': (False, True, False),
+    'weight-and-bias': (False, True, True),
+    'x-and-weight': (True, True, False),
+}
+
+
+@pytest.mark.parametrize('wanted', GRADIENTS.values(), ids=GRADIENTS)
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('kernel_size', [3, 5])
+def test_some_gradients(programs, tmp_path, kernel_size, dtype, wanted):
+    staged, seed = dtype != torch.float64, secrets.randbits(31)
+    check(
+        programs['sanitized'],
+        Case(kernel_size, (19, 11), 35, dtype=dtype, residual=True, staged=staged, wanted=wanted, seed=seed),
+        tmp_path,
+    )
+
+
+ORDERS = {
+    'staged': Case(7, (19, 37), 9),
+    'direct': Case(3, (11, 9), 5, dilation=2, staged=False),
+    'walk': Case(3, (35, 21), 35, batch=2, residual=True),
+}
+
+
+@pytest.mark.parametrize('case', ORDERS.values(), ids=ORDERS)
 def test_the_order_of_threads_does_not_matter(programs, tmp_path, case):
     operands = Operands(case)
     first = call(programs['plain'], case, operands, tmp_path)
@@ -179,16 +232,45 @@ def test_nan_spreads_as_far_as_the_kernel(programs, tmp_path, row, column):
     assert output[0, 0].isfinite().all()
 
 
-@pytest.mark.parametrize('case', [Case(3, (9, 9), batch=0), Case(3, (9, 9), channels=0)], ids=['images', 'channels'])
+@pytest.mark.parametrize('row, column', [(0, 0), (10, 7), (11, 8), (34, 17)])
+def test_nan_spreads_as_far_as_the_kernel_in_the_gradients(programs, tmp_path, row, column):
+    """At corners of the map and of tiles, in the gradient of the output."""
+    case = Case(3, (35, 18), 3, batch=2, residual=True)
+    operands = Operands(case)
+    operands.grad[1, 2, row, column] = torch.nan
+    got = call(programs['plain'], case, operands, tmp_path)
+    reached = torch.zeros(operands.x.shape, dtype=torch.bool)
+    reached[1, 2, max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2] = True
+    assert torch.equal(got['grad_x'].isnan(), reached)
+    assert got['grad_weight'][2, 0, 1, 1].isnan() and got['grad_bias'][2].isnan()
+    assert got['grad_weight'][:2].isfinite().all() and got['grad_bias'][:2].isfinite().all()
+
+
+EMPTY = {
+    'images': Case(3, (9, 9), batch=0),
+    'channels': Case(3, (9, 9), channels=0),
+    'lines': Case(3, (0, 9)),
+    'columns': Case(7, (9, 0)),
+}
+
+
+@pytest.mark.parametrize('case', EMPTY.values(), ids=EMPTY)
 def test_nothing_is_launched_for_an_empty_map(programs, tmp_path, case):
-    got = call(programs['sanitized'], case, Operands(case), tmp_path)
-    assert got['launches'] == got['of_input'] == []
+    assert call(programs['sanitized'], case, Operands(case), tmp_path)['launches'] == []
+
+
+COSTS = {
+    'staged': Case(7, (40, 33), 12, batch=2),
+    'direct': Case(3, (9, 14), 5, dilation=2, staged=False),
+    'walk': Case(3, (40, 33), 35, batch=2, residual=True),
+    'walk-bfloat16': Case(3, (21, 9), 5, dtype=torch.bfloat16),
+    'walk-without-x': Case(3, (40, 33), 35, wanted=(False, True, True)),
+    'x': Case(3, (40, 33), 35, wanted=(True, False, False)),
+}
 
 
 @pytest.mark.skipif(not has_cuda_kernels(), reason='the binary was built without CUDA')
-@pytest.mark.parametrize(
-    'case', [Case(7, (40, 33), 12, batch=2), Case(3, (9, 14), 5, dilation=2, staged=False)], ids=['staged', 'direct']
-)
+@pytest.mark.parametrize('case', COSTS.values(), ids=COSTS)
 def test_launches_and_bytes_are_those_that_are_stated(programs, tmp_path, monkeypatch, case):
     """A launch reads every operand, once by this count, and nothing else."""
     monkeypatch.syspath_prepend(SOURCES.parents[3] / 'tools' / 'benchmarks')
@@ -197,15 +279,15 @@ def test_launches_and_bytes_are_those_that_are_stated(programs, tmp_path, monkey
 
     operands = Operands(case)
     x, weight, bias, grad = operands.x, operands.weight, operands.bias, operands.grad
-    got = call(programs['plain'], case, operands, tmp_path)
-    (forward, sums, total), (of_input,) = got['launches'], got['of_input']
+    forward, *backward = call(programs['plain'], case, operands, tmp_path)['launches']
 
     settings = (case.dilation, case.residual)
     stated = operator_costs.cost_of_depthwise(x, weight, bias, *settings, outputs=[x])
     assert (stated.launches, stated.bytes) == (1, forward.bytes_read + bytes_of([x]))
-    stated = operator_costs.cost_of_depthwise_backward(grad, x, weight, *settings, (True, False, False), outputs=[x])
-    assert (stated.launches, stated.bytes) == (1, of_input.bytes_read + bytes_of([x]))
-    wanted, outputs = (False, True, True), [weight, bias]
-    stated = operator_costs.cost_of_depthwise_backward(grad, x, weight, *settings, wanted, outputs=outputs)
-    written = total.bytes_read + bytes_of(outputs)  # the partial sums, and those of them
-    assert (stated.launches, stated.bytes) == (2, sums.bytes_read + total.bytes_read + written)
+
+    outputs = [each for each, want in zip((x, weight, bias), case.wanted) if want]
+    stated = operator_costs.cost_of_depthwise_backward(grad, x, weight, *settings, case.wanted, outputs=outputs)
+    moved = sum(launch.bytes_read for launch in backward) + bytes_of(outputs)
+    if case.wanted[1]:
+        moved += backward[-1].bytes_read  # the partial sums are written, and read by the last launch
+    assert (stated.launches, stated.bytes) == (len(backward), moved)

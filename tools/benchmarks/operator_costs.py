@@ -150,17 +150,21 @@ def cost_of_depthwise_backward(
     wanted: Sequence[bool],
     outputs: Sequence[Tensor],
 ) -> Cost:
-    """A kernel for the gradient of the map; one for partial sums of those of the parameters, and one that adds them."""
+    """A kernel for the gradient of the map; one for partial sums of those of the parameters, and one that adds them.
+
+    The first two are one for a kernel of 3x3 without dilation.
+    """
+    of_x, of_weight, of_bias = wanted
     macs = x.numel() * weight[0].numel()
-    grads = [each for each, want in zip(([x], [weight], [weight[:, 0, 0, 0]]), wanted) if want]
-    cost = Cost()
-    if wanted[0]:
-        cost += Cost(1, bytes_of([grad_output, weight, x]), macs)
-    if wanted[1]:
-        sums = sum(bytes_of_sums(each) for (each,) in grads[wanted[0] :])
-        partials = partials_of_depthwise(x, weight.shape[-1], dilation)
-        cost += Cost(2, bytes_of([grad_output, x]) + sums * (2 * partials + 1), macs)
-    return cost
+    of_map = Cost(1, bytes_of([grad_output, weight, x]), macs) if of_x else Cost()
+    if not of_weight:
+        return of_map
+    sums = bytes_of_sums(weight) + (bytes_of_sums(weight[:, 0, 0, 0]) if of_bias else 0)
+    partials = partials_of_depthwise(x, weight.shape[-1], dilation)
+    cost = Cost(2, bytes_of([grad_output, x]) + sums * (2 * partials + 1), macs)
+    if weight.shape[-1] == 3 and dilation == 1:
+        return cost + (Cost(0, bytes_of([weight, x]), macs) if of_x else Cost(0, bytes_of([weight])))
+    return of_map + cost
 
 
 def bytes_of_sums(parameter: Tensor) -> int:

@@ -1,6 +1,6 @@
 // Runs the launchers of depthwise_conv2d_launch.cu. Numbers: dtype, batch, channels, height, width, kernel size,
-// dilation, residual, flipped. Arrays: input, weight, bias, output, grad_output, grad_weight, grad_bias. What has no
-// output, or no grad_output, is not launched.
+// dilation, residual. Arrays: input, weight, bias, output, grad_output, grad_input, grad_weight, grad_bias. Without an
+// output there is no forward, without grad_output no backward.
 #include "case.h"
 #include "depthwise_conv2d_launch.h"
 
@@ -16,14 +16,14 @@ int main(int count, char** arguments) {
     params.kernel_size = given.numbers[5];
     params.dilation = given.numbers[6];
     params.residual = given.numbers[7] != 0;
-    params.flipped = given.numbers[8] != 0;
     params.input = given.arrays[0].data;
     params.weight = given.arrays[1].data;
     params.bias = given.arrays[2].data;
     params.output = given.arrays[3].data;
     params.grad_output = given.arrays[4].data;
-    params.grad_weight = given.arrays[5].data;
-    params.grad_bias = given.arrays[6].data;
+    params.grad_input = given.arrays[5].data;
+    params.grad_weight = given.arrays[6].data;
+    params.grad_bias = given.arrays[7].data;
 
     cudaError_t error = cudaSuccess;
     if (params.output) error = launch_depthwise_forward(params, dtype, nullptr);
@@ -33,6 +33,6 @@ int main(int count, char** arguments) {
     const int64_t sums = params.channels * (params.kernel_size * params.kernel_size + 1);
     const Array partial_sums(params.partials * sums * size);
     params.partial_sums = partial_sums.data;
-    return error == cudaSuccess ? launch_depthwise_backward_weight(params, dtype, nullptr) : error;
+    return error == cudaSuccess ? launch_depthwise_backward(params, dtype, nullptr) : error;
   });
 }

@@ -114,7 +114,7 @@ Tensor run_normalised(Arguments& arguments, const Statistics& statistics, at::Te
   p.kernel = kernel.mutable_data_ptr();
   p.bias = bias.mutable_data_ptr();
   C10_CUDA_CHECK(launch_branch_fold(p, getCurrentCUDAStream()));
-  return launch_depthwise_conv2d(arguments.input, kernel, bias, /*dilation=*/1, /*residual=*/false, /*flipped=*/false);
+  return launch_depthwise_conv2d(arguments.input, kernel, bias, /*dilation=*/1, /*residual=*/false);
 }
 
 Statistics branch_statistics_cuda(const Tensor& x, at::TensorList weights, at::IntArrayRef dilations) {

@@ -8,12 +8,16 @@
 
 #include "../checks.h"
 #include "choice.h"
+#include "depthwise_conv2d_launch.h"
 #include "tensors.h"
 
 namespace overlock_mm {
 
 using c10::cuda::getCurrentCUDAStream;
 
+namespace {
+
+/// With sizes and input.
 DepthwiseParams depthwise_params(const Tensor& input, int64_t kernel_size, int64_t dilation) {
   DepthwiseParams params{};
   params.batch = input.size(0);
@@ -26,38 +30,52 @@ DepthwiseParams depthwise_params(const Tensor& input, int64_t kernel_size, int64
   return params;
 }
 
+}  // namespace
+
 Tensor launch_depthwise_conv2d(const Tensor& input, const Tensor& weight, const Tensor& bias, int64_t dilation,
-                               bool residual, bool flipped) {
+                               bool residual) {
   const Tensor output = empty_channels_last(input);
   DepthwiseParams params = depthwise_params(input, weight.size(2), dilation);
   params.weight = weight.const_data_ptr();
   params.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
   params.output = output.mutable_data_ptr();
   params.residual = residual;
-  params.flipped = flipped;
   C10_CUDA_CHECK(launch_depthwise_forward(params, dtype_of(input), getCurrentCUDAStream()));
   return output;
 }
 
-std::pair<Tensor, Tensor> launch_depthwise_gradients(const Tensor& grad_output, const Tensor& input,
-                                                     int64_t kernel_size, int64_t dilation, bool of_bias) {
-  DepthwiseParams params = depthwise_params(input, kernel_size, dilation);
-  const auto options = input.options().dtype(accumulation_type(input));
-  const Dtype dtype = dtype_of(input);
-  C10_CUDA_CHECK(depthwise_partials(params, dtype, &params.partials));
-  const int64_t channels = params.channels, taps = channels * kernel_size * kernel_size;
-  const Tensor partial_sums = at::empty({params.partials, taps + channels}, options);
-  const Tensor weight = at::empty({channels, 1, kernel_size, kernel_size}, options);
-  const Tensor bias = of_bias ? at::empty({channels}, options) : Tensor();
-  params.grad_output = grad_output.const_data_ptr();
-  params.partial_sums = partial_sums.mutable_data_ptr();
-  params.grad_weight = weight.mutable_data_ptr();
-  params.grad_bias = of_bias ? bias.mutable_data_ptr() : nullptr;
-  C10_CUDA_CHECK(launch_depthwise_backward_weight(params, dtype, getCurrentCUDAStream()));
-  return {weight, bias};
-}
-
 namespace {
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+/// Gradients of input, kernel and bias, undefined where they are not wanted. That of the bias comes with the kernel's.
+Gradients launch_gradients(const Tensor& grad_output, const Tensor& input, const Tensor& weight, int64_t dilation,
+                           bool residual, std::array<bool, 3> wanted) {
+  const auto [of_input, of_weight, of_bias] = wanted;
+  const Dtype dtype = dtype_of(input);
+  DepthwiseParams params = depthwise_params(input, weight.size(2), dilation);
+  params.weight = weight.const_data_ptr();
+  params.residual = residual;
+  params.grad_output = grad_output.const_data_ptr();
+  Tensor grad_input, partial_sums, grad_weight, grad_bias;
+  if (of_input) {
+    grad_input = empty_channels_last(input);
+    params.grad_input = grad_input.mutable_data_ptr();
+  }
+  if (of_weight) {
+    C10_CUDA_CHECK(depthwise_partials(params, dtype, &params.partials));
+    partial_sums = at::empty({params.partials, weight.numel() + params.channels}, weight.options());
+    grad_weight = at::empty_like(weight);
+    params.partial_sums = partial_sums.mutable_data_ptr();
+    params.grad_weight = grad_weight.mutable_data_ptr();
+  }
+  if (of_weight && of_bias) {
+    grad_bias = at::empty({params.channels}, weight.options());
+    params.grad_bias = grad_bias.mutable_data_ptr();
+  }
+  C10_CUDA_CHECK(launch_depthwise_backward(params, dtype, getCurrentCUDAStream()));
+  return {grad_input, grad_weight, grad_bias};
+}
 
 Tensor as_optional_parameter(const OptionalTensor& parameter, const Tensor& map) {
   return parameter && parameter->defined() ? as_parameter(*parameter, map) : Tensor();
@@ -70,7 +88,7 @@ Tensor depthwise_conv2d_cuda(const Tensor& x, const Tensor& weight, const Option
   if (x.numel() == 0) return empty_like_map(x);
   const auto ours = [&] {
     const Tensor output = launch_depthwise_conv2d(as_channels_last(x), as_parameter(weight, x),
-                                                  as_optional_parameter(bias, x), dilation, residual, false);
+                                                  as_optional_parameter(bias, x), dilation, residual);
     return laid_out_as(x, output);
   };
   const auto pytorch = [&] {
@@ -90,20 +108,18 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward_cuda(const Tensor& 
   check_grad_output(grad_output, x);
   const c10::cuda::CUDAGuard guard(x.device());
   const auto [of_x, of_weight, of_bias] = output_mask;
-  using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+  if (x.numel() == 0) {
+    const auto zeros = [&](bool wanted, at::IntArrayRef size) {
+      return wanted ? at::zeros(size, x.options().dtype(accumulation_type(x))) : Tensor();
+    };
+    return {of_x ? empty_like_map(x) : Tensor(), zeros(of_weight, weight.sizes()), zeros(of_bias, {x.size(1)})};
+  }
   const auto ours = [&, of_x = of_x, of_weight = of_weight, of_bias = of_bias]() -> Gradients {
     const Tensor grad = as_channels_last(grad_output);
-    Tensor grad_x, grad_weight, grad_bias;
-    if (of_x) {
-      grad_x = laid_out_as(
-          x, launch_depthwise_conv2d(grad, as_parameter(weight, x), Tensor(), dilation, residual, /*flipped=*/true));
-    }
-    if (of_weight) {
-      std::tie(grad_weight, grad_bias) =
-          launch_depthwise_gradients(grad, as_channels_last(x), weight.size(2), dilation, of_bias);
-    } else if (of_bias) {
-      grad_bias = grad.sum({0, 2, 3}, /*keepdim=*/false, accumulation_type(x));
-    }
+    auto [grad_x, grad_weight, grad_bias] = launch_gradients(grad, as_channels_last(x), as_parameter(weight, x),
+                                                             dilation, residual, {of_x, of_weight, of_bias});
+    if (of_x) grad_x = laid_out_as(x, grad_x);
+    if (of_bias && !of_weight) grad_bias = grad.sum({0, 2, 3}, /*keepdim=*/false, accumulation_type(x));
     return {grad_x, grad_weight, grad_bias};
   };
   const auto pytorch = [&, of_x = of_x, of_bias = of_bias]() -> Gradients {
@@ -116,7 +132,6 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward_cuda(const Tensor& 
     return {grad_x, grad_weight.defined() ? grad_weight.to(sums) : grad_weight,
             of_bias ? grad_bias.to(sums) : grad_bias};
   };
-  if (x.numel() == 0) return ours();
   return fastest(kind_of_call("depthwise_conv2d backward", x, weight.size(2), dilation), ours, pytorch);
 }
 

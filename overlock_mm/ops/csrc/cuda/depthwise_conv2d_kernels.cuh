@@ -1,12 +1,15 @@
 // The CUDA kernels of depth-wise convolutions of stride 1. depthwise_conv2d_launch.h has the shapes.
 //
-// Two variants:
+// Three variants:
 //
 // The staged one, for the kernel sizes of the network without dilation, brings a tile and its halo to shared memory, as
 // planes (staging.cuh). In the forward a thread has kRun neighbouring outputs of a line. For a row of the kernel it
 // reads kRun + k - 1 numbers and the row's k weights, as vectors, and does kRun * k multiply-adds: for 17 x 17, 272 of
 // them for 13 vectors. In the gradient of the kernel a thread has the k sums of a row of the kernel, and walks over a
 // tile.
+//
+// The walk (walk.cuh) makes the gradients of 3 x 3 kernels without dilation. Three lines of grad_output give both: with
+// the taps the gradient of the input, and with the input the gradients of the taps.
 //
 // The direct one reads global memory through the caches. It takes everything else: any odd kernel, dilation, float64.
 #pragma once
@@ -15,6 +18,7 @@
 
 #include "depthwise_conv2d_launch.h"
 #include "staging.cuh"
+#include "walk.cuh"
 
 namespace overlock_mm {
 namespace depthwise_kernels {
@@ -153,6 +157,24 @@ __global__ void __launch_bounds__(kMaxThreads, kLeastBlocks) depthwise_forward_k
              ImageChannels<T>(static_cast<T*>(p.output), tile.image, p.channels, height, width, first_channel));
 }
 
+/// Adds up the gradients of taps and bias in shared memory, [slice][channel][tap] with the bias last, in the order of
+/// the slices: a block's partial sum.
+template <int kChannels, int kTaps, typename A>
+__device__ __forceinline__ void write_partial_sums(const A* shared, int slices, const DepthwiseParams& p,
+                                                   int64_t partial, int64_t first_channel) {
+  constexpr int kSums = kChannels * (kTaps + 1);
+  __syncthreads();
+  A* const out = static_cast<A*>(p.partial_sums) + partial * p.channels * (kTaps + 1);
+  for (int i = threadIdx.x; i < kSums; i += blockDim.x) {
+    const int tap = i % (kTaps + 1);
+    const int64_t at = first_channel + i / (kTaps + 1);
+    if (at >= p.channels) continue;
+    A sum = shared[i];
+    for (int slice = 1; slice < slices; ++slice) sum += shared[slice * kSums + i];
+    out[tap < kTaps ? at * kTaps + tap : p.channels * kTaps + at] = sum;
+  }
+}
+
 /// Threads for a channel and a row of the kernel: they share the runs of a tile.
 template <typename T, int kKernel>
 constexpr int kSlices = kMaxThreads / (kBlockChannels<T> * kKernel) > 0 ? kMaxThreads / (kBlockChannels<T> * kKernel)
@@ -219,25 +241,78 @@ __global__ void __launch_bounds__(kBackwardThreads<T, kKernel>, kLeastBlocks)
     }
   }
 
-  // Add up the slices, in their order.
-  constexpr int kTaps = kKernel * kKernel, kSums = kChannels * (kTaps + 1);
+  constexpr int kTaps = kKernel * kKernel;
   __syncthreads();
   if (slice < kSliceCount) {
-    A* const to = shared + slice * kSums + channel * (kTaps + 1);
+    A* const to = shared + (slice * kChannels + channel) * (kTaps + 1);
 #pragma unroll
     for (int kx = 0; kx < kKernel; ++kx) to[ky * kKernel + kx] = sums[kx];
     if (ky == 0) to[kTaps] = bias_sum;
   }
-  __syncthreads();
-  A* const out = static_cast<A*>(p.partial_sums) + partial * p.channels * (kTaps + 1);
-  for (int i = threadIdx.x; i < kSums; i += blockDim.x) {
-    const int tap = i % (kTaps + 1);
-    const int64_t at = first_channel + i / (kTaps + 1);
-    if (at >= p.channels) continue;
-    A sum = shared[i];
-    for (int other = 1; other < kSliceCount; ++other) sum += shared[other * kSums + i];
-    out[tap < kTaps ? at * kTaps + tap : p.channels * kTaps + at] = sum;
+  write_partial_sums<kChannels, kTaps>(shared, kSliceCount, p, partial, first_channel);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Walk
+
+/// Parameters of the walk.
+struct WalkParams : WalkedMap {
+  DepthwiseParams convolution;
+};
+
+/// The gradients of the parameters, and of the input if it is wanted. A tap links a position of the input and one of
+/// the output: the product of this tap and this output belongs to the gradient of this input, the product of both to
+/// that of the tap.
+template <typename T>
+__global__ void __launch_bounds__(walks::kMaxWarps* kWarp, walks::kSmall<T> ? 4 : 2)
+    depthwise_walk_kernel(const WalkParams params) {
+  using namespace walks;
+  using A = typename Accumulator<T>::type;
+  const DepthwiseParams& p = params.convolution;
+  OVERLOCK_MM_SHARED(A, shared);
+  const walks::Tile tile(params);
+  walks::stage_weights(params, p.weight, shared);
+  const int lane = threadIdx.x % kWarp;
+  A weight[kTaps], sums[kTaps] = {}, bias_sum = 0;
+#pragma unroll
+  for (int tap = 0; tap < kTaps; ++tap) weight[tap] = shared[lane * kTaps + tap];
+  if (p.residual) weight[kTaps / 2] += 1;
+  if (tile.holds) {
+    const Columns<1> columns(params, tile);
+    const auto read = [&](int row, int, A(&line)[kRun + 2]) {
+      columns.load_line(static_cast<const T*>(p.grad_output), row, line);
+    };
+    const auto body = [&](int row, int, const auto& above, const auto& line, const auto& below) {
+      A numbers[kRun];
+      columns.load_line(static_cast<const T*>(p.input), row, numbers);
+      const unsigned written = p.grad_input ? columns.inside_of(row, 0) : 0;
+      T* const to = columns.line_of(static_cast<T*>(p.grad_input), row, 0);
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        A grad = 0;
+#pragma unroll
+        for (int tap = 0; tap < 3; ++tap) {
+          const int column = i + 2 - tap;  // the output lies opposite to the tap
+          grad += weight[tap] * below[column];
+          grad += weight[3 + tap] * line[column];
+          grad += weight[6 + tap] * above[column];
+          sums[tap] += numbers[i] * below[column];
+          sums[3 + tap] += numbers[i] * line[column];
+          sums[6 + tap] += numbers[i] * above[column];
+        }
+        bias_sum += line[i + 1];
+        if (written >> i & 1) store(to + i * columns.channels, grad);
+      }
+    };
+    walk<kRun + 2, A>(tile.first_row, tile.end_row, read, body);
   }
+  __syncthreads();  // the sums take the place of the weights
+  A* const to = shared + threadIdx.x * (kTaps + 1);
+#pragma unroll
+  for (int tap = 0; tap < kTaps; ++tap) to[tap] = sums[tap];
+  to[kTaps] = bias_sum;
+  write_partial_sums<kWarp, kTaps>(shared, static_cast<int>(params.warps), p, tile.part,
+                                   (blockIdx.x - tile.part * ceil_div(params.channels, kWarp)) * kWarp);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

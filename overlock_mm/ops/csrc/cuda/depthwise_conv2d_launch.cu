@@ -66,13 +66,18 @@ Tiling choose_tiling(const DepthwiseParams& params, int64_t limit, int64_t (*byt
   return best;
 }
 
+/// Whether the direct kernels alone take it: they count lines and columns in 64 bits.
+bool is_dilated_or_huge(const DepthwiseParams& params) {
+  constexpr int64_t kLargest = int64_t{1} << 24;
+  return params.dilation != 1 || params.height > kLargest || params.width > kLargest;
+}
+
 /// Calls body with an integral constant, the kernel size, if there is a staged kernel: body returns whether it could
-/// launch it. Larger maps than an int counts have none.
+/// launch it.
 template <typename T, typename Body>
 bool try_staged(const DepthwiseParams& params, const Body& body) {
   if constexpr (!std::is_same_v<T, double>) {
-    constexpr int64_t kLargest = int64_t{1} << 24;
-    if (params.dilation != 1 || params.height > kLargest || params.width > kLargest) return false;
+    if (is_dilated_or_huge(params)) return false;
     switch (params.kernel_size) {
       case 3:
         return body(std::integral_constant<int, 3>{});
@@ -121,8 +126,27 @@ int64_t direct_partials(const DepthwiseParams& params) {
   return parts_of(params.batch * params.height, ceil_div(sums, kMaxThreads));
 }
 
+constexpr int kWalkedKernel = 3;
+
+/// Whether the gradients of the parameters take a walk.
+bool is_walked(const DepthwiseParams& params) {
+  return params.kernel_size == kWalkedKernel && !is_dilated_or_huge(params);
+}
+
+WalkParams walk_of(const DepthwiseParams& params) {
+  WalkParams walk{};
+  walk.batch = params.batch;
+  walk.channels = params.channels;
+  walk.height = params.height;
+  walk.width = params.width;
+  walks::divide_for_walk(&walk);
+  walk.convolution = params;
+  return walk;
+}
+
 template <typename T>
 int64_t partials_for(const DepthwiseParams& params, int64_t limit) {
+  if (is_walked(params)) return params.batch * walk_of(params).strips;
   int64_t partials = 0;
   const bool staged = try_staged<T>(params, [&](auto kernel_size) {
     constexpr int kKernel = decltype(kernel_size)::value;
@@ -134,32 +158,57 @@ int64_t partials_for(const DepthwiseParams& params, int64_t limit) {
   return staged ? partials : direct_partials(params);
 }
 
+/// Partial sums of the gradients of the parameters, by the staged or the direct kernel.
 template <typename T>
-cudaError_t backward_weight(const DepthwiseParams& params, cudaStream_t stream) {
+cudaError_t partial_sums(const DepthwiseParams& params, cudaStream_t stream) {
   int64_t limit = 0;
   cudaError_t error = shared_memory_limit(&limit);
   if (error != cudaSuccess) return error;
   const bool staged = try_staged<T>(params, [&](auto kernel_size) {
     constexpr int kKernel = decltype(kernel_size)::value;
-    const auto bytes = Bytes<T, kKernel>::backward_weight;
-    const StagedParams all{params, choose_tiling<T, kKernel>(params, limit, bytes)};
-    if (all.tiling.rows == 0) return false;
-    error = launch(depthwise_backward_weight_kernel<T, kKernel>, params.partials * all.tiling.blocks,
-                   kBackwardThreads<T, kKernel>, bytes(all.tiling), all, stream);
-    return true;
+    if constexpr (kKernel == kWalkedKernel) {
+      return false;  // the walk takes all that a staged kernel could
+    } else {
+      const auto bytes = Bytes<T, kKernel>::backward_weight;
+      const StagedParams all{params, choose_tiling<T, kKernel>(params, limit, bytes)};
+      if (all.tiling.rows == 0) return false;
+      error = launch(depthwise_backward_weight_kernel<T, kKernel>, params.partials * all.tiling.blocks,
+                     kBackwardThreads<T, kKernel>, bytes(all.tiling), all, stream);
+      return true;
+    }
   });
-  const int64_t taps = params.kernel_size * params.kernel_size, sums = params.channels * (taps + 1);
-  if (!staged) {
-    error = launch(depthwise_direct_backward_weight_kernel<T>, ceil_div(params.partials * sums, kMaxThreads),
-                   kMaxThreads, 0, params, stream);
-  }
-  if (error != cudaSuccess) return error;
-  const SumParams totals{params.partials,     params.channels * taps, params.channels,
-                         params.partial_sums, params.grad_weight,     params.grad_bias};
-  return launch_sum_of_partials<typename Accumulator<T>::type>(totals, stream);
+  if (staged) return error;
+  const int64_t sums = params.channels * (params.kernel_size * params.kernel_size + 1);
+  return launch(depthwise_direct_backward_weight_kernel<T>, ceil_div(params.partials * sums, kMaxThreads), kMaxThreads,
+                0, params, stream);
 }
 
-bool is_empty(const DepthwiseParams& params) { return params.batch == 0 || params.channels == 0; }
+template <typename T>
+cudaError_t backward(const DepthwiseParams& params, cudaStream_t stream) {
+  using A = typename Accumulator<T>::type;
+  const bool walked = params.grad_weight && is_walked(params);
+  cudaError_t error = cudaSuccess;
+  if (params.grad_input && !walked) {
+    DepthwiseParams of_input = params;
+    of_input.input = params.grad_output;
+    of_input.bias = nullptr;
+    of_input.output = params.grad_input;
+    of_input.flipped = true;
+    error = forward<T>(of_input, stream);
+  }
+  if (error != cudaSuccess || !params.grad_weight) return error;
+  error = walked ? walks::launch_walk<A>(depthwise_walk_kernel<T>, walks::kTaps + 1, walk_of(params), stream)
+                 : partial_sums<T>(params, stream);
+  if (error != cudaSuccess) return error;
+  const int64_t taps = params.kernel_size * params.kernel_size;
+  const SumParams totals{params.partials,     params.channels * taps, params.channels,
+                         params.partial_sums, params.grad_weight,     params.grad_bias};
+  return launch_sum_of_partials<A>(totals, stream);
+}
+
+bool is_empty(const DepthwiseParams& params) {
+  return params.batch * params.channels * params.height * params.width == 0;
+}
 
 }  // namespace
 
@@ -185,10 +234,9 @@ cudaError_t launch_depthwise_forward(const DepthwiseParams& params, Dtype dtype,
   return for_dtype(dtype, [&](auto* type) { return forward<std::remove_pointer_t<decltype(type)>>(params, stream); });
 }
 
-cudaError_t launch_depthwise_backward_weight(const DepthwiseParams& params, Dtype dtype, cudaStream_t stream) {
+cudaError_t launch_depthwise_backward(const DepthwiseParams& params, Dtype dtype, cudaStream_t stream) {
   if (is_empty(params)) return cudaSuccess;
-  return for_dtype(dtype,
-                   [&](auto* type) { return backward_weight<std::remove_pointer_t<decltype(type)>>(params, stream); });
+  return for_dtype(dtype, [&](auto* type) { return backward<std::remove_pointer_t<decltype(type)>>(params, stream); });
 }
 
 }  // namespace overlock_mm

@@ -3,9 +3,11 @@
 //
 // Launches, and the bytes that each moves (every operand once), for a map of M bytes:
 //
-//   forward, gradient of the input   1   2 M, the kernel and the bias
-//   gradients of kernel and bias     2   2 M and the partial sums; the partial sums again, and the gradients
+//   forward, gradient of the input       1   2 M, the kernel and the bias
+//   gradients of kernel and bias         2   2 M and the partial sums; the partial sums again, and the gradients
+//   all gradients, 3x3 without dilation  2   3 M, the kernel and the partial sums; as above
 //
+// Without the input's, the gradients of a 3x3 kernel without dilation take 2 M and the kernel.
 // tools/benchmarks/gpu_cost.py counts them so, and tests/test_ops/test_cuda_depthwise.py compares that with the
 // emulation.
 #pragma once
@@ -30,13 +32,14 @@ struct DepthwiseParams {
   const void* bias;    ///< (C), or null
   void* output;        ///< map
   bool residual;
-  bool flipped;  ///< The kernel is turned by 180 degrees: the gradient of the input, from that of the output.
+  bool flipped;  ///< The kernel is turned by 180 degrees, as for the gradient of the input.
 
-  // Gradients of the parameters.
+  // Gradients, as far as they are wanted.
   const void* grad_output;  ///< map
+  void* grad_input;         ///< map, or null
   int64_t partials;         ///< depthwise_partials(...)
   void* partial_sums;       ///< (partials, C * k * k + C); the last C, of the bias, are not used without grad_bias
-  void* grad_weight;        ///< (C, k, k)
+  void* grad_weight;        ///< (C, k, k), or null: no gradients of the parameters
   void* grad_bias;          ///< (C), or null
 };
 
@@ -44,8 +47,10 @@ struct DepthwiseParams {
 int64_t depthwise_partials(const DepthwiseParams& params, Dtype dtype, int64_t shared_memory);
 cudaError_t depthwise_partials(const DepthwiseParams& params, Dtype dtype, int64_t* partials);
 
-/// Launch on the current device. Without images or channels nothing is launched.
+// Launch on the current device. Of an empty map nothing is launched.
+
 cudaError_t launch_depthwise_forward(const DepthwiseParams& params, Dtype dtype, cudaStream_t stream);
-cudaError_t launch_depthwise_backward_weight(const DepthwiseParams& params, Dtype dtype, cudaStream_t stream);
+/// The gradients that are wanted.
+cudaError_t launch_depthwise_backward(const DepthwiseParams& params, Dtype dtype, cudaStream_t stream);
 
 }  // namespace overlock_mm

@@ -48,7 +48,8 @@ namespace {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
-/// Gradients of input, kernel and bias, undefined where they are not wanted. That of the bias comes with the kernel's.
+/// Gradients of input, kernel and bias, undefined where they are not wanted. The bias has one only with the kernel's.
+/// Without the kernel's, only the sizes of the input are used.
 Gradients launch_gradients(const Tensor& grad_output, const Tensor& input, const Tensor& weight, int64_t dilation,
                            bool residual, std::array<bool, 3> wanted) {
   const auto [of_input, of_weight, of_bias] = wanted;
@@ -65,7 +66,7 @@ Gradients launch_gradients(const Tensor& grad_output, const Tensor& input, const
   if (of_weight) {
     C10_CUDA_CHECK(depthwise_partials(params, dtype, &params.partials));
     partial_sums = at::empty({params.partials, weight.numel() + params.channels}, weight.options());
-    grad_weight = at::empty_like(weight);
+    grad_weight = at::empty(weight.sizes(), weight.options());
     params.partial_sums = partial_sums.mutable_data_ptr();
     params.grad_weight = grad_weight.mutable_data_ptr();
   }
@@ -116,8 +117,9 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward_cuda(const Tensor& 
   }
   const auto ours = [&, of_x = of_x, of_weight = of_weight, of_bias = of_bias]() -> Gradients {
     const Tensor grad = as_channels_last(grad_output);
-    auto [grad_x, grad_weight, grad_bias] = launch_gradients(grad, as_channels_last(x), as_parameter(weight, x),
-                                                             dilation, residual, {of_x, of_weight, of_bias});
+    auto [grad_x, grad_weight, grad_bias] =
+        launch_gradients(grad, of_weight ? as_channels_last(x) : x, as_parameter(weight, x), dilation, residual,
+                         {of_x, of_weight, of_bias});
     if (of_x) grad_x = laid_out_as(x, grad_x);
     if (of_bias && !of_weight) grad_bias = grad.sum({0, 2, 3}, /*keepdim=*/false, accumulation_type(x));
     return {grad_x, grad_weight, grad_bias};

@@ -8,8 +8,8 @@
 // them for 13 vectors. In the gradient of the kernel a thread has the k sums of a row of the kernel, and walks over a
 // tile.
 //
-// The walk (walk.cuh) makes the gradients of 3 x 3 kernels without dilation. Three lines of grad_output give both: with
-// the taps the gradient of the input, and with the input the gradients of the taps.
+// The walk (walk.cuh) makes the gradients of 3 x 3 kernels without dilation, of all types. Three lines of grad_output
+// give both: with the taps the gradient of the input, and with the input the gradients of the taps.
 //
 // The direct one reads global memory through the caches. It takes everything else: any odd kernel, dilation, float64.
 #pragma once

@@ -3,11 +3,12 @@
 //
 // Launches, and the bytes that each moves (every operand once), for a map of M bytes:
 //
-//   forward, gradient of the input       1   2 M, the kernel and the bias
-//   gradients of kernel and bias         2   2 M and the partial sums; the partial sums again, and the gradients
-//   all gradients, 3x3 without dilation  2   3 M, the kernel and the partial sums; as above
+//   forward, gradient of the input   1   2 M, the kernel and the bias
+//   gradients of kernel and bias     2   2 M and the partial sums; the partial sums again, and the gradients
+//   the same of a walk               2   3 M with the input's gradient, 2 M without it; and the kernel
 //
-// Without the input's, the gradients of a 3x3 kernel without dilation take 2 M and the kernel.
+// The gradients of a 3x3 kernel without dilation are a walk. If only the input's is wanted, it is as for the others.
+//
 // tools/benchmarks/gpu_cost.py counts them so, and tests/test_ops/test_cuda_depthwise.py compares that with the
 // emulation.
 #pragma once

@@ -20,13 +20,13 @@ from .layers import has_hooks
 
 
 class _Batch(NamedTuple):
-    """The statistics of a batch, (norms, C), which some of these norms take into their running ones."""
+    """Norms, and the statistics of a batch that their running ones take in."""
 
     norms: list[nn.BatchNorm2d]
-    rows: list[int]  # of these norms
-    means: Tensor
-    variances: Tensor
-    correction: float  # of the biased variances
+    rows: list[int]  # of each norm, among the statistics
+    means: Tensor  # (rows, C)
+    variances: Tensor  # (rows, C), biased
+    correction: float  # of the variances
     momentum: float
 
 

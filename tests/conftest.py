@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Optional
 
 import pytest
 import torch
@@ -192,17 +193,18 @@ autocast_dtypes = pytest.mark.parametrize(
 needs_gpu = pytest.mark.gpu
 devices = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=needs_gpu)])
 
-#: Values of ATEN_CPU_CAPABILITY, and the kernels of the binary that run with each.
+#: Values of ATEN_CPU_CAPABILITY, None for none, and the kernels of the binary that run with each.
 instruction_sets = pytest.mark.parametrize(
-    'capability, instruction_set', [('default', 'baseline'), ('avx2', 'avx2'), ('avx512', 'avx512')]
+    'capability, instruction_set',
+    [('default', 'baseline'), ('avx2', 'avx2'), ('avx512', 'avx512'), (None, 'avx512_bf16')],
 )
 
 
-def run_with_instruction_set(code: str, test_file: str, capability: str, instruction_set: str) -> None:
+def run_with_instruction_set(code: str, test_file: str, capability: Optional[str], instruction_set: str) -> None:
     """Run code that imports from a test's file with one instruction set. A switch of torch disables the others."""
     from overlock_mm.ops import _library
 
-    known = {'baseline': 0, 'avx2': 1, 'avx512': 2}
+    known = {'baseline': 0, 'avx2': 1, 'avx512': 2, 'avx512_bf16': 3}
     if known[instruction_set] > known[_library.build_info['cpu']]:
         pytest.skip(f'this processor has no {instruction_set}')
     prelude = f"""
@@ -211,7 +213,10 @@ sys.path[:0] = [{str(Path(test_file).parent)!r}, {str(ROOT / 'tests')!r}]
 from overlock_mm.ops import _library
 assert _library.build_info['cpu'] == {instruction_set!r}, _library.build_info
 """
-    environment = {**os.environ, 'ATEN_CPU_CAPABILITY': capability, 'CUDA_VISIBLE_DEVICES': ''}
+    environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': ''}
+    environment.pop('ATEN_CPU_CAPABILITY', None)
+    if capability is not None:
+        environment['ATEN_CPU_CAPABILITY'] = capability
     command = [sys.executable, '-W', 'ignore', '-c', prelude + code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

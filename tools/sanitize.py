@@ -29,8 +29,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / 'tests' / 'test_ops'
-#: Values of ATEN_CPU_CAPABILITY, by the names of the kernels that run with them.
-INSTRUCTION_SETS = {'baseline': 'default', 'avx2': 'avx2', 'avx512': 'avx512'}
+#: Values of ATEN_CPU_CAPABILITY, None for none, by the names of the kernels that run with them.
+INSTRUCTION_SETS = {'baseline': 'default', 'avx2': 'avx2', 'avx512': 'avx512', 'avx512_bf16': None}
 EMULATION = 'test_cuda_*.py'  # they build programs of their own with sanitizers
 #: Tests that the sanitizers say nothing about: of a program without them, and of nvcc; calls that are made here anyway.
 LEFT_OUT = ('test_simd.py', 'test_fuzz.py')
@@ -140,6 +140,12 @@ def known_instruction_sets(environment: dict[str, str]) -> list[str]:
     return names[: names.index(done.stdout.strip()) + 1]
 
 
+def limited_to(instruction_set: str, environment: dict[str, str]) -> dict[str, str]:
+    capability = INSTRUCTION_SETS[instruction_set]
+    others = {name: value for name, value in environment.items() if name != 'ATEN_CPU_CAPABILITY'}
+    return others if capability is None else {**others, 'ATEN_CPU_CAPABILITY': capability}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts of a run. Each records in a file of its name how far it is, and what it found in another.
 
@@ -162,7 +168,7 @@ class TestFile(NamedTuple):
             return
         command = [sys.executable, '-W', 'ignore', '-m', 'pytest', '-q', '-rfE', '-p', 'no:cacheprovider']
         command += [TESTS / self.file, '-k', self.chosen]
-        variables = {**environment, 'ATEN_CPU_CAPABILITY': INSTRUCTION_SETS[self.instruction_set]}
+        variables = limited_to(self.instruction_set, environment)
         # Not in the checkout, whose package Python would import.
         done = subprocess.run(
             command, cwd=results, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -199,7 +205,7 @@ class Calls(NamedTuple):
 
     def run(self, results: Path, environment: dict[str, str]) -> None:
         at, found = results / f'{self.name}.at', results / f'{self.name}.found'
-        variables = {**environment, 'ATEN_CPU_CAPABILITY': INSTRUCTION_SETS[self.instruction_set]}
+        variables = limited_to(self.instruction_set, environment)
         while (number := self._next(results)) < self.end:
             with open(found, 'a') as out:
                 command = [sys.executable, '-W', 'ignore', TESTS / 'fuzz.py', self.operator, str(number), str(self.end)]

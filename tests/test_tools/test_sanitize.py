@@ -60,6 +60,14 @@ def test_an_interrupted_run_resumes_at_its_call(sanitize, tmp_path):
     assert (tmp_path / 'made').read_text() == '6 default\n7 default\n'
 
 
+def test_the_best_instruction_set_has_no_limit(sanitize):
+    assert sanitize.limited_to('avx2', {'ATEN_CPU_CAPABILITY': 'default', 'A': '1'}) == {
+        'ATEN_CPU_CAPABILITY': 'avx2',
+        'A': '1',
+    }
+    assert sanitize.limited_to('avx512_bf16', {'ATEN_CPU_CAPABILITY': 'default', 'A': '1'}) == {'A': '1'}
+
+
 def test_failed_tests_are_findings(sanitize, tmp_path):
     path = tmp_path / 'test_something.py'
     path.write_text(

@@ -13,6 +13,7 @@ struct BranchNormsParams {
 
   int64_t batch, channels, height, width;
   int64_t strips;
+  bool bfloat16;  ///< Maps are bfloat16, all other data float32.
   int branches;
   int64_t kernel_size[kMostBranches], dilation[kMostBranches];  ///< kernel_size odd
   int64_t reach;

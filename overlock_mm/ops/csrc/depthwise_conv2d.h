@@ -19,9 +19,11 @@ struct DepthwiseConv2dParams {
   const void* weight;  ///< (C, k, k) contiguous
   const void* bias;    ///< (C), or null
   void* output;        ///< map
+  bool bfloat16;       ///< Maps are bfloat16, all other data float32. Not for convolve() and weight_gradient().
   // Only for the streamed kernels.
-  bool bfloat16;        ///< Maps are bfloat16, all other data float32.
-  void* squares;        ///< (B, strips, C): sums of the output's squares, or null
+  const void* scale;    ///< (B, C): the output is multiplied by it, or null
+  const void* shift;    ///< (C): with a scale, added to the output then
+  void* squares;        ///< (B, strips, C): sums of the output's squares, or null. There may be no output with them
   const void* borders;  ///< in place: the input's lines on both sides of a cut, (B, strips - 1, 2, W, C); else null
 
   // Backward only.

@@ -10,6 +10,7 @@ namespace overlock_mm {
 /// other data the accumulation type.
 struct ResponseNormParams {
   int64_t batch, channels, positions, strips;
+  bool bfloat16;      ///< on the CPU: maps are bfloat16, all other data float32
   const void* input;  ///< map
   const void* other;  ///< map, or null
   void* sums;         ///< (B, strips, C): of input * other, or of the input's squares without other

@@ -35,15 +35,27 @@ BranchNormsParams params_of(const Tensor& input, const Tensor& taps, at::TensorL
     p.dilation[i] = p.kernel_size[i] == 1 ? 1 : dilations[i];  // of one tap, it may be any number
   }
   p.reach = weights[0].size(2) / 2;
+  p.bfloat16 = input.scalar_type() == at::kBFloat16;
   p.input = input.const_data_ptr();
   p.weights = taps.const_data_ptr();
   return p;
 }
 
+/// A map as the kernels take it: those of some processors take bfloat16.
+Tensor as_branch_input(const Tensor& x) {
+  return best_table<BranchNormsKernels<float>>().take_bfloat16 ? as_map(x) : as_input(x);
+}
+
+/// A gradient, in the dtype of that map.
+Tensor as_branch_gradient(const Tensor& grad_output, const Tensor& input) {
+  const bool narrow = input.scalar_type() == at::kBFloat16;
+  return narrow ? grad_output.to(at::kBFloat16).contiguous(at::MemoryFormat::ChannelsLast) : as_input(grad_output);
+}
+
 /// The map and the branches as the kernels take them. The parameters point to these tensors.
 struct Arguments {
   Arguments(const Tensor& x, at::TensorList weights, at::IntArrayRef dilations)
-      : input(as_input(x)), taps(side_by_side(weights, x)), params(params_of(input, taps, weights, dilations)) {}
+      : input(as_branch_input(x)), taps(side_by_side(weights, x)), params(params_of(input, taps, weights, dilations)) {}
 
   /// (branches, C) or another shape, of the kernels' dtype.
   Tensor empty(at::IntArrayRef shape) const { return at::empty(shape, taps.options()); }
@@ -276,11 +288,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_norms_backward_cpu(const Tenso
   const Arguments arguments(x, weights, dilations);
   const BranchNormsParams& p = arguments.params;
   const double positions = positions_of(p);
-  const Tensor grad = as_input(grad_output), grad_mean = launch_channel_sums(grad) / positions,
-               means = arguments.cast(mean), inverse_deviation = inverse_deviations(variance, eps);
+  const Tensor grad = as_branch_gradient(grad_output, arguments.input),
+               grad_mean = launch_channel_sums(grad) / positions, means = arguments.cast(mean),
+               inverse_deviation = inverse_deviations(variance, eps);
   bool in_one_pass = false;
   with_kernels<BranchNormsKernels>(grad.scalar_type(), [&](const auto& kernels) {
-    in_one_pass = takes_whole_batch(p, kernels.lanes, grad.element_size());
+    in_one_pass = takes_whole_batch(p, kernels.lanes, arguments.taps.element_size());
   });
   Tensor products, product;
   if (!in_one_pass) {
@@ -299,9 +312,9 @@ std::tuple<Tensor, Tensor> branch_norms_sums_cpu(const Tensor& grad_output, cons
                                                  const Tensor& mean, at::IntArrayRef dilations) {
   check_branch_norms_sums(grad_output, x, weights, mean, dilations);
   const Arguments arguments(x, weights, dilations);
-  const Tensor grad = as_input(grad_output);
+  const Tensor grad = as_branch_gradient(grad_output, arguments.input);
   // The mean of grad_output over all processes is not known yet.
-  const Tensor no_mean = at::zeros({arguments.params.channels}, grad.options());
+  const Tensor no_mean = at::zeros({arguments.params.channels}, arguments.taps.options());
   const Tensor products = launch_products(arguments, grad, no_mean, arguments.cast(mean));
   return {launch_channel_sums(grad), sum_over_images(products)};
 }
@@ -317,9 +330,9 @@ std::tuple<Tensor, Tensor> branch_norms_gradients_cpu(const Tensor& grad_output,
   const BranchNormsParams& p = arguments.params;
   if (x.numel() == 0) return {empty_like_map(x), at::zeros({p.channels * p.taps()}, arguments.taps.options())};
   // Means and not sums: as if there were one position.
-  const MapGradients gradients =
-      launch_gradients(arguments, as_input(grad_output), arguments.cast(grad_mean), norm_weights, arguments.cast(mean),
-                       inverse_deviations(variance, eps), arguments.cast(product_mean), /*positions=*/1);
+  const MapGradients gradients = launch_gradients(
+      arguments, as_branch_gradient(grad_output, arguments.input), arguments.cast(grad_mean), norm_weights,
+      arguments.cast(mean), inverse_deviations(variance, eps), arguments.cast(product_mean), /*positions=*/1);
   return {as_output(gradients.input, x), gradients.weights};
 }
 

@@ -8,6 +8,7 @@ namespace overlock_mm::cpu {
 template <typename T>
 struct BranchNormsKernels {
   int64_t lanes;
+  bool take_bfloat16;  ///< whether there are kernels for maps of bfloat16
 
   /// B * strips * channel blocks items.
   void (*statistics)(const BranchNormsParams&, int64_t begin, int64_t end);

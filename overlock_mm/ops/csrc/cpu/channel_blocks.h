@@ -35,12 +35,15 @@ OVERLOCK_MM_INLINE Vector<Computed<E>> load_block(const E* from, const ChannelBl
   return out;
 }
 
-template <typename T>
-OVERLOCK_MM_INLINE void store_block(T* to, const ChannelBlock& block, Vector<T> x) {
-  if (block.skip == 0 && block.count == Simd<T>::lanes) {
+template <typename E>
+OVERLOCK_MM_INLINE void store_block(E* to, const ChannelBlock& block, Vector<Computed<E>> x) {
+  constexpr int64_t lanes = Simd<Computed<E>>::lanes;
+  if (block.skip == 0 && block.count == lanes) {
     store(to + block.first, x);
   } else {
-    for (int64_t i = block.skip; i < block.count; ++i) to[block.first + i] = x[i];
+    E all[lanes];
+    store(all, x);
+    for (int64_t i = block.skip; i < block.count; ++i) to[block.first + i] = all[i];
   }
 }
 

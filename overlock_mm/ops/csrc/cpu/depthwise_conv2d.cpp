@@ -20,10 +20,10 @@ int64_t within_map(int64_t dilation, const Tensor& map) {
   return std::min(dilation, std::max<int64_t>({1, map.size(2), map.size(3)}));
 }
 
-/// Whether the streamed kernels take the map as it is: they read and write bfloat16 too.
-bool streams_bfloat16(const Tensor& map, const Tensor& weight, int64_t dilation) {
-  return streams(weight.size(2), dilation) && map.scalar_type() == at::kBFloat16 &&
-         map.is_contiguous(at::MemoryFormat::ChannelsLast);
+/// Whether there are kernels that read and write bfloat16: those that stream, and where the processor multiplies
+/// bfloat16, all forward ones.
+bool has_bfloat16_kernels(int64_t kernel_size, int64_t dilation) {
+  return streams(kernel_size, dilation) || best_table<DepthwiseConv2dKernels<float>>().convolve_bfloat16;
 }
 
 /// Strips of an image for a forward: enough for all threads, and small enough for a core's cache. No result depends on
@@ -84,9 +84,10 @@ Tensor launch_depthwise_conv2d(const Tensor& input, const Tensor& weight, const 
       return;
     }
     const int64_t blocks = divide_up(p.channels, kernels.lanes), border = p.kernel_size / 2 * p.dilation;
-    const int64_t bytes_of_line = (p.width + 2 * border) * kernels.lanes * input.element_size();
+    const int64_t bytes_of_line = (p.width + 2 * border) * kernels.lanes * weight.element_size();
     p.strips = strips_for_outputs(p.batch * blocks, p.height, 4, bytes_of_line, border);
-    in_parallel(p.batch * p.strips * blocks, [&](int64_t begin, int64_t end) { kernels.convolve(p, begin, end); });
+    const auto convolve = p.bfloat16 ? kernels.convolve_bfloat16 : kernels.convolve;
+    in_parallel(p.batch * p.strips * blocks, [&](int64_t begin, int64_t end) { convolve(p, begin, end); });
   });
   return output;
 }
@@ -106,7 +107,7 @@ Tensor depthwise_conv2d_cpu(const Tensor& x, const Tensor& weight, const Optiona
     return onednn_conv2d(x, weight, bias, dilation);
   if (plain && onednn_is_fast_in_bfloat16(x, weight, bias, dilation))
     return convolve_by_onednn(x, weight, bias.value_or(Tensor()), dilation, /*residual=*/false);
-  const Tensor input = streams_bfloat16(x, weight, dilation) ? x : as_input(x);
+  const Tensor input = has_bfloat16_kernels(weight.size(2), dilation) ? as_map(x) : as_input(x);
   const Tensor shift = bias ? as_parameter(*bias, x) : Tensor();
   return as_output(launch_depthwise_conv2d(input, as_parameter(weight, x), shift, dilation, residual), x);
 }
@@ -180,13 +181,13 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward_cpu(const Tensor& g
   check_depthwise_conv2d(x, weight, OptionalTensor(), dilation);
   check_grad_output(grad_output, x);
   dilation = within_map(dilation, x);
-  const bool as_they_are = streams_bfloat16(x, weight, dilation) && streams_bfloat16(grad_output, weight, dilation);
-  const Tensor input = as_they_are ? x : as_input(x), grad = as_they_are ? grad_output : as_input(grad_output),
-               kernel = as_parameter(weight, x);
+  const bool streamed = streams(weight.size(2), dilation);
+  const auto [input, grad] = streamed ? as_maps(x, grad_output) : std::pair(as_input(x), as_input(grad_output));
+  const Tensor kernel = as_parameter(weight, x);
   Gradients gradients;
   if (x.numel() == 0) {
     gradients = gradients_of_nothing(input, kernel, output_mask);
-  } else if (streams(weight.size(2), dilation)) {
+  } else if (streamed) {
     gradients = stream_backward(grad, input, kernel, residual, output_mask);
   } else {
     gradients = convolve_backward(grad, input, kernel, dilation, residual, output_mask);

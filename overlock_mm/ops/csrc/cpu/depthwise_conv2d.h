@@ -14,6 +14,7 @@ struct DepthwiseConv2dKernels {
   void (*stream)(const DepthwiseConv2dParams&, int64_t begin, int64_t end);
   void (*stream_backward)(const DepthwiseConv2dParams&, int64_t begin, int64_t end);
   void (*convolve)(const DepthwiseConv2dParams&, int64_t begin, int64_t end);
+  void (*convolve_bfloat16)(const DepthwiseConv2dParams&, int64_t begin, int64_t end);  ///< null: no instruction for it
   void (*weight_gradient)(const DepthwiseConv2dParams&, int64_t begin, int64_t end);
 };
 

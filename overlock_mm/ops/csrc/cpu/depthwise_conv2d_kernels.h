@@ -10,6 +10,7 @@
 
 #include "channel_blocks.h"
 #include "packed.h"
+#include "pairs.h"
 
 namespace overlock_mm::cpu::OVERLOCK_MM_NAMESPACE {
 namespace {
@@ -162,37 +163,48 @@ OVERLOCK_MM_INLINE void convolve_line(const Around<E>& around, int64_t channels,
                         StreamedLine<T, E, Start, Finish>{around, channels, weights, start, finish, squares});
 }
 
-/// The weights of all blocks, (blocks, 9, lanes), with the residual connection as a 1 on the middle tap.
+/// The weights of all blocks, (blocks, 9, lanes), with the residual connection as a 1 on the middle tap, times the
+/// scale (C) where there is one.
 template <typename T>
-void pack_streamed_weights(const DepthwiseConv2dParams& p, bool flipped, T* to) {
+void pack_streamed_weights(const DepthwiseConv2dParams& p, bool flipped, const T* scale, T* to) {
   constexpr int64_t lanes = Simd<T>::lanes, taps = kStreamed * kStreamed;
   for (int64_t b = 0; b < number_of_blocks<T>(p.channels); ++b, to += taps * lanes) {
-    pack_weights(const_data<T>(p.weight), taps, 0, taps, block_of<T>(p.channels, b), flipped, to);
+    const ChannelBlock block = block_of<T>(p.channels, b);
+    pack_weights(const_data<T>(p.weight), taps, 0, taps, block, flipped, to);
     if (p.residual) {
       for (int64_t i = 0; i < lanes; ++i) to[taps / 2 * lanes + i] += T(1);
     }
+    for (int64_t t = 0; scale && t < taps; ++t) store(to + t * lanes, load(to + t * lanes) * load_block(scale, block));
   }
 }
 
 /// Maps of E, in memory. The computation is in T.
-template <typename T, typename E>
+template <typename T, typename E, bool writes>
 void stream_maps(const DepthwiseConv2dParams& p, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<T>::lanes, taps = kStreamed * kStreamed;
   const int64_t blocks = number_of_blocks<T>(p.channels);
   // In place, and with too few channels for a vector, lines cannot be read from the map itself.
   const bool pushes = p.input == p.output || p.channels < lanes;
   const int64_t ring_size = pushes ? Ring<T>::size(p.channels, p.width) : 0;
-  Scratch<T> scratch(ring_size + blocks * (taps + 1) * lanes);
+  Scratch<T> scratch(ring_size + blocks * (taps + 1) * lanes + p.channels);
   Ring<T> ring(p, scratch.take(ring_size));
   T* const weights = scratch.take(blocks * taps * lanes);
   T* const squares = p.squares ? scratch.take(blocks * lanes) : nullptr;
-  pack_streamed_weights(p, /*flipped=*/false, weights);
-  const T* const bias = const_data<T>(p.bias);
+  T* const scaled_bias = p.scale ? scratch.take(p.channels) : nullptr;
+  if (!p.scale) pack_streamed_weights<T>(p, /*flipped=*/false, nullptr, weights);
+  const T* const bias = p.scale ? scaled_bias : const_data<T>(p.bias);
   const int64_t image_size = p.height * p.width * p.channels;
 
-  for (int64_t item = begin; item < end; ++item) {
+  for (int64_t item = begin, last_image = -1; item < end; ++item) {
     const int64_t image = item / p.strips, strip = item % p.strips;
-    E* const output = static_cast<E*>(p.output) + image * image_size;
+    if (p.scale && image != last_image) {
+      const T* const scale = const_data<T>(p.scale) + image * p.channels;
+      pack_streamed_weights(p, /*flipped=*/false, scale, weights);
+      for (int64_t c = 0; c < p.channels; ++c)
+        scaled_bias[c] = (p.bias ? const_data<T>(p.bias)[c] * scale[c] : T(0)) + const_data<T>(p.shift)[c];
+      last_image = image;
+    }
+    E* const output = writes ? static_cast<E*>(p.output) + image * image_size : nullptr;
     const Lines lines(p.height, p.strips, strip);
     for (int64_t i = 0; squares && i < blocks * lanes; ++i) squares[i] = T(0);
     for (int64_t pushed = lines.begin - 1; pushed <= lines.end; ++pushed) {
@@ -204,14 +216,15 @@ void stream_maps(const DepthwiseConv2dParams& p, int64_t begin, int64_t end) {
       ring.push(from, pushed);
       const int64_t y = pushed - 1;
       if (y < lines.begin) continue;
-      E* const to = output + y * p.width * p.channels;
+      E* const to = writes ? output + y * p.width * p.channels : nullptr;
       const auto convolve = [&](const auto& around) OVERLOCK_MM_INLINE_LAMBDA {
         convolve_line<T>(
             around, p.channels, weights,
             [&](const ChannelBlock& block)
                 OVERLOCK_MM_INLINE_LAMBDA { return bias ? load_block(bias, block) : Vector<T>{}; },
-            [&](int64_t x, const ChannelBlock& block, Vector<T> sum)
-                OVERLOCK_MM_INLINE_LAMBDA { store_repeated(to + x * p.channels, block, sum); },
+            [&](int64_t x, const ChannelBlock& block, Vector<T> sum) OVERLOCK_MM_INLINE_LAMBDA {
+              if constexpr (writes) store_repeated(to + x * p.channels, block, sum);
+            },
             squares);
       };
       if (pushes) {
@@ -229,9 +242,10 @@ void stream_maps(const DepthwiseConv2dParams& p, int64_t begin, int64_t end) {
 template <typename T>
 void stream(const DepthwiseConv2dParams& p, int64_t begin, int64_t end) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (p.bfloat16) return stream_maps<T, BFloat16>(p, begin, end);
+    if (p.bfloat16 && !p.output) return stream_maps<T, BFloat16, false>(p, begin, end);
+    if (p.bfloat16) return stream_maps<T, BFloat16, true>(p, begin, end);
   }
-  stream_maps<T, T>(p, begin, end);
+  stream_maps<T, T, true>(p, begin, end);
 }
 
 /// Gradients of the taps, and of the bias, at the positions of a line, added up.
@@ -293,7 +307,7 @@ void stream_maps_backward(const DepthwiseConv2dParams& p, int64_t begin, int64_t
   Ring<T> inputs(p, pushes ? scratch.take(ring_size) : nullptr);
   T* const weights = scratch.take(blocks * taps * lanes);
   T* const sums = scratch.take(sums_size);
-  pack_streamed_weights(p, /*flipped=*/true, weights);
+  pack_streamed_weights<T>(p, /*flipped=*/true, nullptr, weights);
   const int64_t image_size = p.height * p.width * p.channels;
 
   for (int64_t item = begin; item < end; ++item) {
@@ -385,6 +399,46 @@ void convolve(const DepthwiseConv2dParams& p, int64_t begin, int64_t end) {
   }
 }
 
+/// convolve() for maps of bfloat16, with weights that are rounded to it.
+inline void convolve_bfloat16(const DepthwiseConv2dParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Simd<float>::lanes;
+  const int64_t blocks = number_of_blocks<float>(p.channels), taps = p.kernel_size * p.kernel_size;
+  const int64_t border = p.kernel_size / 2 * p.dilation;
+  const int64_t most_lines = (p.height + p.strips - 1) / p.strips;
+  const int64_t packed_size = Packed<float>::size(most_lines, p.width, border);
+  Scratch<float> scratch(packed_size + 2 * taps * lanes);
+  Scratch<int64_t> offsets(taps);
+  const Packed<float> packed{scratch.take(packed_size), p.width + 2 * border};
+  float* const weights = scratch.take(taps * lanes);
+  const KernelOfPairs kernel(p.kernel_size, p.dilation, /*distance=*/p.dilation, packed.width, offsets.take(taps),
+                             scratch.take(taps * lanes));
+  const int64_t image_size = p.height * p.width * p.channels;
+
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = item / blocks / p.strips;
+    const ChannelBlock block = block_of<float>(p.channels, item % blocks);
+    const Lines lines(p.height, p.strips, item / blocks % p.strips);
+    pack_pairs(packed, p.dilation, const_data<BFloat16>(p.input) + image * image_size, p.height, p.width, p.channels,
+               block, lines.begin, lines.count(), border);
+    pack_weights(const_data<float>(p.weight), taps, 0, taps, block, /*flipped=*/false, weights);
+    kernel.pack(weights);
+    const Vector<float> start = p.bias ? load_block(const_data<float>(p.bias), block) : Vector<float>{};
+    for (int64_t y = 0; y < lines.count(); ++y) {
+      BFloat16* const to =
+          static_cast<BFloat16*>(p.output) + image * image_size + (lines.begin + y) * p.width * p.channels;
+      in_even_tiles(p.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
+        Vector<float> sums[kColumns];
+        for (int64_t i = 0; i < n; ++i) {
+          sums[i] = start;
+          if (p.residual) sums[i] += first_of_pair(load(packed.at(y + border, x + border + i)));
+        }
+        kernel.convolve(n, packed.at(y, x), sums);
+        for (int64_t i = 0; i < n; ++i) store_block(to + (x + i) * p.channels, block, sums[i]);
+      });
+    }
+  }
+}
+
 template <typename T>
 void weight_gradient(const DepthwiseConv2dParams& p, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Simd<T>::lanes;
@@ -413,8 +467,12 @@ void weight_gradient(const DepthwiseConv2dParams& p, int64_t begin, int64_t end)
 }
 
 template <typename T>
-constexpr DepthwiseConv2dKernels<T> kDepthwiseConv2dKernels = {Simd<T>::lanes, &stream<T>, &stream_backward<T>,
-                                                               &convolve<T>, &weight_gradient<T>};
+constexpr DepthwiseConv2dKernels<T> kDepthwiseConv2dKernels = {Simd<T>::lanes,
+                                                               &stream<T>,
+                                                               &stream_backward<T>,
+                                                               &convolve<T>,
+                                                               kMultipliesBFloat16 ? &convolve_bfloat16 : nullptr,
+                                                               &weight_gradient<T>};
 
 }  // namespace
 

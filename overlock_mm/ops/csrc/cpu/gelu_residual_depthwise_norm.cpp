@@ -16,17 +16,11 @@ using ConvBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Ten
 using NormBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                                         double);
 
-/// A map in channels_last. That of bfloat16 stays: there are kernels of GELU and convolutions for it.
-Tensor as_map(const Tensor& x) {
-  const bool stays = x.scalar_type() == at::kBFloat16 && x.is_contiguous(at::MemoryFormat::ChannelsLast);
-  return stays ? x : as_input(x);
-}
-
 std::tuple<Tensor, Tensor, Tensor> gelu_norm_with_response_cpu(const Tensor& x, const Tensor& weight,
                                                                const OptionalTensor& bias, const Tensor& gamma,
                                                                const Tensor& beta, double eps) {
   check_residual_depthwise_norm(x, weight, bias, gamma, beta);
-  const Tensor map = as_input(launch_gelu(as_map(x), Tensor()));
+  const Tensor map = launch_gelu(as_map(x), Tensor());
   const auto [response, scale] = launch_residual_depthwise_norm(map, weight, bias, gamma, beta, eps, map);
   return {as_output(map, x), scale, response};
 }
@@ -40,7 +34,7 @@ std::tuple<Tensor, Tensor> gelu_norm_cpu(const Tensor& x, const Tensor& weight, 
 Tensor gelu_normed_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& scale,
                        const Tensor& beta) {
   check_residual_depthwise_normed(x, weight, bias, scale, beta);
-  const Tensor map = as_input(launch_gelu(as_map(x), Tensor()));
+  const Tensor map = launch_gelu(as_map(x), Tensor());
   launch_residual_depthwise_normed(map, weight, bias, scale, beta, map);
   return as_output(map, x);
 }

@@ -44,6 +44,10 @@ void launch_transpose(const Tensor& from, const Tensor& to, int64_t batch, int64
 /// A map as the kernels take it: channels_last, half types through float32.
 Tensor as_input(const Tensor& map);
 Tensor as_parameter(const Tensor& parameter, const Tensor& map);
+/// The same for kernels that read and write bfloat16 too: such maps stay as they are, if they are channels_last.
+Tensor as_map(const Tensor& map);
+/// Both in the same dtype.
+std::pair<Tensor, Tensor> as_maps(const Tensor& a, const Tensor& b);
 /// For a result of a kernel, in the layout and dtype of `input`. Not initialised.
 Tensor empty_output(const Tensor& input);
 /// A result as the meta kernels describe it: with the dtype and layout of `like`.

@@ -24,6 +24,21 @@ Tensor in_layout(const Tensor& map, at::MemoryFormat format) {
 
 Tensor as_input(const Tensor& map) { return in_layout(map.to(accumulation_type(map)), at::MemoryFormat::ChannelsLast); }
 
+namespace {
+
+bool stays_bfloat16(const Tensor& map) {
+  return map.scalar_type() == at::kBFloat16 && map.is_contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+}  // namespace
+
+Tensor as_map(const Tensor& map) { return stays_bfloat16(map) ? map : as_input(map); }
+
+std::pair<Tensor, Tensor> as_maps(const Tensor& a, const Tensor& b) {
+  if (stays_bfloat16(a) && stays_bfloat16(b)) return {a, b};
+  return {as_input(a), as_input(b)};
+}
+
 Tensor as_parameter(const Tensor& parameter, const Tensor& map) {
   return parameter.to(accumulation_type(map)).contiguous();
 }

@@ -24,12 +24,13 @@ struct Packed {
   }
 
   /// Lines from `first` - border on, of the image (H, W, C), less `shift`.
-  void pack(const T* image, int64_t height, int64_t columns, int64_t channels, const ChannelBlock& block, int64_t first,
+  template <typename E>
+  void pack(const E* image, int64_t height, int64_t columns, int64_t channels, const ChannelBlock& block, int64_t first,
             int64_t lines, int64_t border, Vector<T> shift) {
     T* to = data;
     for (int64_t y = first - border; y < first + lines + border; ++y) {
       const bool inside = y >= 0 && y < height;
-      const T* from = image + y * columns * channels;
+      const E* from = image + y * columns * channels;
       for (int64_t x = -border; x < columns + border; ++x, to += Simd<T>::lanes)
         store(to, inside && x >= 0 && x < columns ? load_block(from + x * channels, block) - shift : Vector<T>{});
     }
@@ -84,15 +85,15 @@ OVERLOCK_MM_INLINE void in_even_tiles(int64_t width, Function function) {
 }
 
 /// Add products of gradients and inputs, over the positions of a line, to the sums of n taps that are `step` apart. A
-/// line is summed by itself first: rounding grows with the length of a sum.
-template <typename T, int n>
+/// line is summed by itself first: rounding grows with the length of a sum. `input_at` loads an input.
+template <typename T, int n, Vector<T> (*input_at)(const T*)>
 OVERLOCK_MM_NOINLINE void correlate_tile(const T* grads, const T* in, int64_t positions, int64_t step, T* sums) {
   Vector<T> acc[n] = {};
   for (int64_t x = 0; x < positions; ++x, grads += Simd<T>::lanes, in += Simd<T>::lanes) {
     const Vector<T> grad = load(grads);
     const T* from = in;
 #pragma GCC unroll 16
-    for (int i = 0; i < n; ++i, from += step) acc[i] += grad * load(from);
+    for (int i = 0; i < n; ++i, from += step) acc[i] += grad * input_at(from);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < n; ++i) {
@@ -103,13 +104,14 @@ OVERLOCK_MM_NOINLINE void correlate_tile(const T* grads, const T* in, int64_t po
 
 /// Add to the gradients of a kernel's taps, (k * k, lanes). `grads` has the lines of the output, `inputs` those that
 /// the first tap reads.
-template <typename T>
+template <typename T, Vector<T> (*input_at)(const T*) = &load<T>>
 void correlate(const Packed<T>& grads, const Packed<T>& inputs, int64_t lines, int64_t columns, int64_t kernel_size,
                int64_t dilation, T* sums) {
   using Function = void (*)(const T*, const T*, int64_t, int64_t, T*);
-  static constexpr Function functions[kTaps] = {&correlate_tile<T, 1>, &correlate_tile<T, 2>, &correlate_tile<T, 3>,
-                                                &correlate_tile<T, 4>, &correlate_tile<T, 5>, &correlate_tile<T, 6>,
-                                                &correlate_tile<T, 7>, &correlate_tile<T, 8>, &correlate_tile<T, 9>};
+  static constexpr Function functions[kTaps] = {
+      &correlate_tile<T, 1, input_at>, &correlate_tile<T, 2, input_at>, &correlate_tile<T, 3, input_at>,
+      &correlate_tile<T, 4, input_at>, &correlate_tile<T, 5, input_at>, &correlate_tile<T, 6, input_at>,
+      &correlate_tile<T, 7, input_at>, &correlate_tile<T, 8, input_at>, &correlate_tile<T, 9, input_at>};
   constexpr int64_t lanes = Simd<T>::lanes;
   const int64_t parts = (kernel_size + kTaps - 1) / kTaps;
   for (int64_t ky = 0; ky < kernel_size; ++ky) {

@@ -17,6 +17,7 @@ ResponseNormParams params_of(const Tensor& input) {
   p.channels = input.size(1);
   p.positions = input.size(2) * input.size(3);
   p.strips = strips_for_sums(p.batch, p.positions, 64);
+  p.bfloat16 = input.scalar_type() == at::kBFloat16;
   p.input = input.const_data_ptr();
   return p;
 }
@@ -24,7 +25,7 @@ ResponseNormParams params_of(const Tensor& input) {
 /// Sums over parts of the map, (B, strips, C): of input * other, and of other. Without other, of the squares alone.
 std::pair<Tensor, Tensor> sums_of_products(const Tensor& input, const Tensor& other) {
   ResponseNormParams p = params_of(input);
-  const auto options = at::TensorOptions(input.scalar_type());
+  const auto options = at::TensorOptions(accumulation_type(input));
   const Tensor sums = at::empty({p.batch, p.strips, p.channels}, options);
   p.sums = sums.mutable_data_ptr();
   Tensor plain;
@@ -140,7 +141,7 @@ Tensor launch_normed(const Tensor& input, const Tensor& scale, const Tensor& bet
 std::tuple<Tensor, Tensor, Tensor> response_norm_cpu(const Tensor& x, const Tensor& gamma, const Tensor& beta,
                                                      double eps) {
   check_response_norm(x, gamma, beta);
-  const Tensor input = as_input(x), squares = sums_of_products(input, Tensor()).first;
+  const Tensor input = as_map(x), squares = sums_of_products(input, Tensor()).first;
   const auto [response, scale] = response_and_scale(squares, as_parameter(gamma, x), eps);
   return {as_output(launch_normed(input, scale, beta), x), scale, response};
 }
@@ -153,16 +154,16 @@ std::tuple<Tensor, Tensor> global_response_norm_cpu(const Tensor& x, const Tenso
 
 Tensor response_normed_cpu(const Tensor& x, const Tensor& scale, const Tensor& beta) {
   check_response_normed(x, scale, beta);
-  return as_output(launch_normed(as_input(x), as_parameter(scale, x), beta), x);
+  return as_output(launch_normed(as_map(x), as_parameter(scale, x), beta), x);
 }
 
 std::tuple<Tensor, Tensor, Tensor> response_norm_backward_cpu(const Tensor& grad_output, const Tensor& x,
                                                               const Tensor& gamma, const Tensor& response, double eps) {
   check_response_norm_backward(grad_output, x, gamma, response);
-  const Tensor input = as_input(x), grad = as_input(grad_output);
+  const auto [input, grad] = as_maps(x, grad_output);
   const auto [products, sums] = sums_of_products(input, grad);
   const ResponseGradients gradients =
-      response_gradients(products, sums, as_parameter(gamma, x), response.to(input.scalar_type()).contiguous(), eps);
+      response_gradients(products, sums, as_parameter(gamma, x), as_parameter(response, x), eps);
   const Tensor grad_input =
       launch_scale_and_shift(grad, gradients.scale, input, gradients.slope, Tensor(), empty_output(input));
   return {as_output(grad_input, x), gradients.gamma, gradients.beta};

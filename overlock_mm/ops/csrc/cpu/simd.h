@@ -2,7 +2,9 @@
 // set, by a file (kernels_*.cpp) that has defined
 //   OVERLOCK_MM_NAMESPACE     the namespace of the instruction set,
 //   OVERLOCK_MM_VECTOR_BYTES  the width of its vectors,
-// has included the standard headers that are used here, and has switched the compiler to the instruction set.
+//   OVERLOCK_MM_BFLOAT16      if it has AVX-512's instructions for bfloat16,
+// has included the standard headers that are used here, <immintrin.h> among them for those instructions, and has
+// switched the compiler to the instruction set.
 //
 // Rule for all headers that are included like this: they include one another and nothing else. A function of another
 // header would be compiled for AVX-512 too, and the linker could keep that copy for all processors.
@@ -17,6 +19,11 @@ namespace overlock_mm::cpu::OVERLOCK_MM_NAMESPACE {
 namespace {
 
 constexpr int kVectorBytes = OVERLOCK_MM_VECTOR_BYTES;
+#if defined(OVERLOCK_MM_BFLOAT16)
+constexpr bool kMultipliesBFloat16 = true;
+#else
+constexpr bool kMultipliesBFloat16 = false;
+#endif
 
 template <typename T>
 struct Simd;
@@ -104,9 +111,36 @@ inline Simd<float>::Integers upper_halves(Vector<float> x) {
   return x == x ? rounded : Integers{} + 0x7FC0;
 }
 
+#if defined(OVERLOCK_MM_BFLOAT16)
+
+inline void store(BFloat16* to, Vector<float> x) {
+  typedef Simd<float>::Halves Halves;
+  constexpr int denormal = 0x20;
+  // The instruction makes zeros of denormals.
+  const bool rare = _mm512_fpclass_ps_mask((__m512)x, denormal) != 0;
+  *reinterpret_cast<Halves*>(to) = __builtin_expect(rare, 0) ? __builtin_convertvector(upper_halves(x), Halves)
+                                                             : (Halves)_mm512_cvtneps_pbh((__m512)x);
+}
+
+/// sum + a * b of both bfloat16 in the bits of each lane of a and b. Sums are in float. Denormals count as zeros.
+OVERLOCK_MM_INLINE Vector<float> add_products(Vector<float> sum, Vector<float> a, Vector<float> b) {
+  return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+
+#else
+
 inline void store(BFloat16* to, Vector<float> x) {
   *reinterpret_cast<Simd<float>::Halves*>(to) = __builtin_convertvector(upper_halves(x), Simd<float>::Halves);
 }
+
+OVERLOCK_MM_INLINE Vector<float> add_products(Vector<float> sum, Vector<float> a, Vector<float> b) {
+  typedef Simd<float>::Integers Integers;
+  const Integers second = Integers{} + 0xFFFF0000;
+  sum += (Vector<float>)((Integers)a & second) * (Vector<float>)((Integers)b & second);
+  return sum + (Vector<float>)((Integers)a << 16) * (Vector<float>)((Integers)b << 16);
+}
+
+#endif
 
 /// One number from memory.
 template <typename T>
@@ -125,8 +159,9 @@ inline void store_lanes(T* to, Vector<T> x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = x[i];
 }
 inline void store_lanes(BFloat16* to, Vector<float> x, int64_t count) {
-  const Simd<float>::Integers halves = upper_halves(x);
-  for (int64_t i = 0; i < count; ++i) to[i].bits = uint16_t(halves[i]);
+  BFloat16 all[Simd<float>::lanes];
+  store(all, x);
+  for (int64_t i = 0; i < count; ++i) to[i] = all[i];
 }
 
 /// 2^x for x up to 1. NaN stays NaN; a result that would be denormal is 0.

@@ -1,7 +1,7 @@
 // Where the kernels of an instruction set are found: in tables of functions, for float and double.
 //
-// The kernels work in float32 or float64; half types are converted before, but for streamed maps and GELU, which take
-// bfloat16 in memory. Each function does the items [begin, end) of its phase. The items of a phase are independent, and
+// The kernels work in float32 or float64. Half types are converted before, but several kernels take bfloat16 in memory.
+// Each function does the items [begin, end) of its phase. The items of a phase are independent, and
 // how they are shared out between threads changes no result.
 #pragma once
 
@@ -36,6 +36,7 @@ OVERLOCK_MM_TABLES(baseline)
 #if defined(__x86_64__)
 OVERLOCK_MM_TABLES(avx2)
 OVERLOCK_MM_TABLES(avx512)
+OVERLOCK_MM_TABLES(avx512_bf16)
 #endif
 
 #undef OVERLOCK_MM_TABLES

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..models.blocks import BasicBlock, DynamicBlock, mix_at_fitting_size
 from ..models.layers import GlobalResponseNorm, LayerScale, ResidualDepthwiseConv, SqueezeExcitation, as_matrix
 from ..ops import contmix, residual_depthwise_norm
+from ..ops._autocast import autocast_disabled
 from .convolution import FoldedConv2d, fold_sequence
 
 
@@ -104,7 +105,10 @@ class FoldedContMix(nn.Module):
 
 
 class Attention(nn.Module):
-    """A :class:`SqueezeExcitation` that overwrites its input. Its convolutions, on one position, are linear layers."""
+    """A :class:`SqueezeExcitation` that overwrites its input. Its convolutions, on one position, are linear layers.
+
+    They compute in the dtype of their weights, also under autocast: on one position, casting weights would take longer.
+    """
 
     def __init__(self, attention: SqueezeExcitation) -> None:
         super().__init__()
@@ -112,7 +116,9 @@ class Attention(nn.Module):
         self.proj = nn.Sequential(_as_linear(reduce), gelu, _as_linear(expand), sigmoid)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.mul_(self.proj(x.mean(dim=(2, 3)))[..., None, None])
+        with autocast_disabled(x.device.type):
+            gates = self.proj(x.mean(dim=(2, 3), dtype=self.proj[0].weight.dtype))
+        return x.mul_(gates[..., None, None].to(x.dtype))
 
 
 def _as_linear(conv: nn.Conv2d) -> nn.Linear:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ._autocast import cast_as_autocast
+from ._autocast import autocast_disabled, cast_as_autocast
 from ._checks import (
     check_branch_norms_given,
     check_dilations,
@@ -136,7 +137,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Te
     """Layer normalisation over the channels, at every position by itself (Ba et al., 2016). Sums are in float32 at least.
 
     On a GPU it is an operator of its own, which keeps half maps as they are. PyTorch's makes float32 copies of them under
-    autocast, and keeps those for the backward. The CPU and torch.compile run PyTorch's.
+    autocast, and keeps those for the backward. torch.compile runs that one. The CPU runs PyTorch's too, but gives it
+    bfloat16 maps as they are.
 
     Args:
         x (Tensor[B, C, H, W])
@@ -158,7 +160,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Te
         return out.contiguous(memory_format=torch.channels_last)
     check_layer_norm(cast_as_autocast(x), weight, bias, eps)
     weight, bias = (each.to(accumulation_type(x)) for each in (weight, bias))
-    out = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps)
+    takes_as_it_is = x.dtype == torch.bfloat16 and not is_compiling()
+    with autocast_disabled(x.device.type) if takes_as_it_is else contextlib.nullcontext():
+        out = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps)
     return cast_as_autocast(out.permute(0, 3, 1, 2))
 
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(FOLDER))
 import bench_backbone  # noqa: E402
 import bench_contmix  # noqa: E402
 import bench_depthwise  # noqa: E402
+import bfloat16_errors  # noqa: E402
 import gpu_check  # noqa: E402
 import gpu_cost  # noqa: E402
 import gpu_memory  # noqa: E402
@@ -25,6 +26,7 @@ __all__ = [
     'bench_backbone',
     'bench_contmix',
     'bench_depthwise',
+    'bfloat16_errors',
     'gpu_check',
     'gpu_cost',
     'gpu_memory',

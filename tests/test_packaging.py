@@ -154,6 +154,24 @@ def test_configs_are_inherited_from_another_folder(environments, tmp_path, how):
 
 
 @ways
+def test_tools_take_names_of_configs(environments, tmp_path, how):
+    """The configs of a wheel lie in site-packages, and so do its tools."""
+    code = (
+        'import sys\n'
+        'from overlock_mm.config_path import config_root\n'
+        'sys.path.insert(0, str(config_root().parent / "tools"))\n'
+        'import train\n'
+        'cfg = train.load_config(train.parse_args())\n'
+        'print("FOUND", cfg.model.backbone.arch, cfg.work_dir)'
+    )
+    name = 'mmpretrain/overlock-s_8xb256_in1k'
+    output = run_in(environments, how, ['-c', code, name], tmp_path)
+    assert output.split()[-3:] == ['FOUND', 's', 'work_dirs/overlock-s_8xb256_in1k']
+    output = run_in(environments, how, ['-c', code, name.replace('in1k', 'in2k')], tmp_path, succeeds=False)
+    assert f'nearest: {name}.py' in output
+
+
+@ways
 def test_stock_scripts_train_outside_the_checkout(environments, tmp_path, demo_data, pictures, how):
     """One step of a shipped config with each framework's own script, in a folder outside the checkout.
 

@@ -31,6 +31,7 @@ import export_detector
 import matplotlib
 import torch
 import torch.nn as nn
+from launch import read_config
 from mmengine.config import Config, DictAction
 from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import MODELS
@@ -38,7 +39,6 @@ from mmengine.registry.utils import init_default_scope
 from mmengine.runner import load_checkpoint
 from torch import Tensor
 
-import overlock_mm
 from overlock_mm.inference import optimize
 from overlock_mm.models import OverLoCK
 from overlock_mm.models.layers import AdaptiveAvgPool2d
@@ -155,7 +155,7 @@ class Segmentor(Classifier):
 
 def load_config(config: str, options: Optional[dict] = None) -> Config:
     """The config of a file, or the shipped one of a name, with changed settings."""
-    cfg = Config.fromfile(config if Path(config).is_file() else overlock_mm.get_config_path(config))
+    cfg = read_config(config)
     cfg.merge_from_dict(options or {})
     return cfg
 

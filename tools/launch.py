@@ -11,6 +11,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 # Importing overlock_mm also lets torch read mmengine's checkpoints.
+from overlock_mm.config_path import get_config_path
 from overlock_mm.versions import SUPPORTED, require
 
 
@@ -28,10 +29,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
+def read_config(config: str) -> Config:
+    """The config of a file, or the shipped one of a name."""
+    return Config.fromfile(config if Path(config).is_file() else get_config_path(config))
+
+
 def load_config(args: argparse.Namespace) -> Config:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     try:
-        cfg = Config.fromfile(args.config)
+        cfg = read_config(args.config)
     except ImportError as error:
         # A base such as 'mmdet::...' needs its framework: name it, and the version.
         for module in ('mmdet', 'mmseg', 'mmpretrain'):

@@ -114,7 +114,7 @@ def test_the_numbers_of_the_variants_are_the_networks():
 def test_shapes_are_what_the_network_gives_the_operator(monkeypatch, arch, image):
     calls = []
 
-    def record(value, query, key, *parameters, **sizes):
+    def record(value, query, key, *parameters, scale, **sizes):
         calls.append((tuple(value.shape), query.shape[1], tuple(key.shape[2:]), sizes))
         return torch.empty_like(value)
 

@@ -68,13 +68,14 @@ def contmix_published(
     num_groups: int,
     small_kernel_size: int,
     large_kernel_size: int,
+    scale: float = 1.0,
     aggregate: Callable[[Tensor, Tensor], Tensor] = shifted_sums,
 ) -> Tensor:
     """:func:`overlock_mm.ops.contmix`, unfused. Half types as under autocast: a softmax in float32, all else in half."""
     batch, channels, height, width = value.shape
     dtype = value.dtype
     query_channels, tokens = key.shape[1] // num_groups, key.shape[2] * key.shape[3]
-    q = query.reshape(batch, num_groups, query_channels, height * width)  # (B, G, Cq/G, HW)
+    q = (query * scale).reshape(batch, num_groups, query_channels, height * width)  # (B, G, Cq/G, HW)
     k = key.reshape(batch, num_groups, query_channels, tokens)  # (B, G, Cq/G, S²)
     affinity = q.transpose(-2, -1) @ k  # (B, G, HW, S²)
     bias = None if proj_bias is None else proj_bias.to(dtype)

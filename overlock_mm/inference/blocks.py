@@ -116,8 +116,9 @@ class Attention(nn.Module):
         self.proj = nn.Sequential(_as_linear(reduce), gelu, _as_linear(expand), sigmoid)
 
     def forward(self, x: Tensor) -> Tensor:
+        dtype = getattr(self.proj[0].weight, 'dtype', torch.float32)  # quantized layers have none, and take float32
         with autocast_disabled(x.device.type):
-            gates = self.proj(x.mean(dim=(2, 3), dtype=self.proj[0].weight.dtype))
+            gates = self.proj(x.mean(dim=(2, 3), dtype=dtype))
         return x.mul_(gates[..., None, None].to(x.dtype))
 
 

@@ -421,26 +421,30 @@ MAP = dict(channels=35, height=21, width=26)  # two whole vectors of channels an
 def test_bfloat16_is_as_exact_as_pytorch(name, settings):
     """Errors against float64, with float32 parameters as under autocast, beside those of PyTorch's operators in bfloat16.
 
-    Left out: PyTorch's gradient of a dilated kernel, which is wrong in bfloat16 (torch 2.11).
+    They are root mean squares over six draws: one draw's error of a few numbers may be small by chance. Left out: PyTorch's
+    gradient of a dilated kernel, which is wrong in bfloat16 (torch 2.11).
     """
     torch.manual_seed(secrets.randbits(31))
-    operator = OPERATORS[name]
-    arguments = to(operator.make(**{**MAP, **settings}), torch.float32)
-    arguments['x'] = LAYOUTS['channels_last'](arguments['x'].bfloat16())
-    grad_output = LAYOUTS['channels_last'](torch.randn(arguments['x'].shape).bfloat16())
-    expected = with_gradients(operator.plain, to(arguments, torch.float64), grad_output)
-    least = 0.1 * grad_output.double().norm().item()
-    of_pytorch = errors(with_gradients(operator.plain, to(arguments, torch.bfloat16), grad_output), expected, least)
-    found = errors(with_gradients(operator.run, arguments, grad_output), expected, least)
+    operator, draws = OPERATORS[name], []
+    for _ in range(6):
+        arguments = to(operator.make(**{**MAP, **settings}), torch.float32)
+        arguments['x'] = LAYOUTS['channels_last'](arguments['x'].bfloat16())
+        grad_output = LAYOUTS['channels_last'](torch.randn(arguments['x'].shape).bfloat16())
+        expected = with_gradients(operator.plain, to(arguments, torch.float64), grad_output)
+        least = 0.1 * grad_output.double().norm().item()
+        of_pytorch = errors(with_gradients(operator.plain, to(arguments, torch.bfloat16), grad_output), expected, least)
+        found = errors(with_gradients(operator.run, arguments, grad_output), expected, least)
+        with torch.no_grad():
+            inference = operator.run(**arguments)
+        assert inference.dtype == torch.bfloat16
+        found['inference'], of_pytorch['inference'] = relative_error(inference, expected['output']), of_pytorch['output']
+        draws.append((found, of_pytorch))
     dilated = {f'weight{i}' for i, (_, dilation) in enumerate(settings.get('branches', ())) if dilation > 1}
     if 'dilation' in settings:
         dilated = {'weight'}
     for each in found.keys() - dilated:
-        assert found[each] <= 1.1 * of_pytorch[each], (each, found[each], of_pytorch[each])
-    with torch.no_grad():
-        inference = operator.run(**arguments)
-    assert inference.dtype == torch.bfloat16
-    assert relative_error(inference, expected['output']) < 1.1 * of_pytorch['output']
+        ours, pytorchs = (sum(draw[i][each] ** 2 for draw in draws) ** 0.5 for i in (0, 1))
+        assert ours <= pytorchs, (each, ours, pytorchs)
 
 
 def test_norm_of_bfloat16_in_place():

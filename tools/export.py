@@ -94,11 +94,21 @@ def names_of_outputs(program: torch.export.ExportedProgram) -> list[str]:
 
 
 def to_openvino(program: torch.export.ExportedProgram, out: Path) -> Run:
-    smallest = [int(free.lower) for free in program.range_constraints.values()]  # of batch, height and width, if free
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / 'model.onnx'
         to_onnx(program, file)
-        return onnx_to_openvino(file, out, max(smallest, default=None))
+        return onnx_to_openvino(file, out, smallest_of(program))
+
+
+def smallest_of(program: torch.export.ExportedProgram) -> Optional[int]:
+    """The smallest height and width that the images of a graph may have. None if they are fixed.
+
+    A detector has other free sizes, such as the number of boxes of a level.
+    """
+    (name,) = program.graph_signature.user_inputs
+    (images,) = (node.meta['val'] for node in program.graph.nodes if node.name == name)
+    free = [program.range_constraints[side.node.expr] for side in images.shape if not isinstance(side, int)]
+    return max((int(each.lower) for each in free), default=None)
 
 
 def onnx_to_openvino(file: Path, out: Path, smallest: Optional[int]) -> Run:

@@ -171,9 +171,13 @@ def pool(extractor: nn.Module, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
 
     maps = maps[: extractor.num_inputs]
     level_of = extractor.map_roi_levels(rois, len(maps))
+    empty = (rois[:, 3:] <= rois[:, 1:3]).any(dim=1)
     out = rois.new_zeros(rois.shape[0], extractor.out_channels, *extractor.roi_layers[0].output_size)
     for level, (each, layer) in enumerate(zip(maps, extractor.roi_layers)):
-        (index,) = (level_of == level).nonzero(as_tuple=True)
+        here = level_of == level
+        if layer.sampling_ratio == 0:
+            here &= ~empty  # they have no samples, and so zeros. OpenVINO would take samples.
+        (index,) = here.nonzero(as_tuple=True)
         settings = layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.aligned
         out = out.index_put((index,), torchvision.ops.roi_align(each, rois[index], *settings))
     return out

@@ -7,6 +7,10 @@
 
 #if defined(__x86_64__)
 
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 10
+#error "overlock_mm needs GCC 10 or later: earlier ones do not know AVX-512 BF16"
+#endif
+
 #include <immintrin.h>
 
 #define OVERLOCK_MM_NAMESPACE avx512_bf16

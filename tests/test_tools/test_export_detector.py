@@ -157,7 +157,7 @@ def test_files_in_onnxruntime_and_openvino(export, make, tmp_path, monkeypatch, 
 
 @needs_exporters
 def test_empty_boxes_in_openvino(export, make, tmp_path):
-    """A stage of a cascade can give boxes without an area, at the edge of the image: features of zeros, as in mmdet."""
+    """A stage of a cascade can give boxes at the edge of the image, without an area. Their features are zeros."""
     extractor = make(TWO_STAGES)[0].roi_head.bbox_roi_extractor
     maps = [torch.rand(1, 8, side, side) + 1 for side in (16, 8)]
     boxes = [[0, 4, 30, 30, 64], [0, 5, 64, 9, 64], [0, 64, 10, 64, 60], [0, 64, 64, 64, 64]]

@@ -162,6 +162,8 @@ def run_tool(words: list[str]) -> None:
     script = Path(words[0])
     if script.resolve().is_relative_to(ROOT) and not launched:
         check_options(words)
+        if script.name == 'export.py':
+            check_export(words)
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', words)
@@ -182,6 +184,20 @@ def check_options(words: list[str]) -> None:
     options = {word for word in words if word.startswith('--')}
     known = set(re.findall(r'--[a-z][a-z0-9-]*', answer.getvalue()))
     assert options <= known, f'{words[0]} does not know {options - known}'
+
+
+def check_export(words: list[str]) -> None:
+    """Do what a command of tools/export.py does before it reads the checkpoint."""
+    pytest.importorskip('openvino', reason='the extra "deploy" is not installed')
+    if not hasattr(torch.compiler, '_is_exporting_flag'):
+        pytest.skip('torch < 2.7 does not say that it exports')
+    tool = import_file(Path(words[0]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', words)
+        args = tool.parse_args()
+    with torch.device('meta'):
+        model = tool.build_model(tool.load_config(args.config, args.cfg_options))
+    tool.part_to_export(model, args.backbone_only)
 
 
 def run_framework(tool, is_alone: bool) -> None:

@@ -197,7 +197,7 @@ def test_the_backbone_of_a_detector_in_openvino(export, make):
 @needs_exporters
 @torch.no_grad()
 def test_the_compiled_operators_run_in_cpp(export, make, monkeypatch):
-    """tools/run_aoti.cpp runs a package that keeps the operators, without Python."""
+    """tools/run_aoti.cpp runs a package that keeps the operators, without Python, at another size than the exported one."""
     if _library.missing:
         pytest.skip(_library.missing)
     if shutil.which('g++') is None:
@@ -214,12 +214,22 @@ def test_the_compiled_operators_run_in_cpp(export, make, monkeypatch):
 
     target = export.TARGETS['aoti']
     monkeypatch.setitem(export.TARGETS, 'aoti', target._replace(write=write))
-    arguments = made.config, made.checkpoint, '--to', 'aoti', '--size', '100x70', '--backbone-only', '--keep-operators'
+    arguments = (
+        made.config,
+        made.checkpoint,
+        '--to',
+        'aoti',
+        '--size',
+        '160x192',
+        '--dynamic',
+        '--backbone-only',
+        '--keep-operators',
+    )
     run_tool(export, *arguments, '--out', package)
     assert graph.count('overlock_mm.contmix.default') == 2  # of the blocks that mix context
     assert 'overlock_mm.depthwise_conv2d.default' in graph
 
-    images = torch.randn(1, 3, 100, 70)
+    images = torch.randn(1, 3, 145, 203)
     images.numpy().tofile(image)
     libraries = Path(torch.__file__).parent
     subprocess.run(
@@ -229,7 +239,7 @@ def test_the_compiled_operators_run_in_cpp(export, make, monkeypatch):
     )
     (operators,) = Path(_library.__file__).parent.glob('_C*.so')
     environment = {**os.environ, 'LD_LIBRARY_PATH': f'{libraries}/lib'}
-    command = [program, operators, package, '100', '70', image]
+    command = [program, operators, package, '145', '203', image]
     subprocess.run(command, check=True, cwd=made.folder, env=environment, capture_output=True)
     for i, expected in enumerate(made.model.backbone(images)):
         out = torch.from_numpy(np.fromfile(made.folder / f'output{i}.bin', dtype=np.float32))

@@ -21,6 +21,14 @@ from torch import Tensor
 EMULATION = Path(__file__).parent / 'emulation'
 SOURCES = Path(__file__).parents[2] / 'overlock_mm' / 'ops' / 'csrc' / 'cuda'
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # in the order of csrc/cuda/dtype.h
+# Of scales and scaled sums. Errors in the Frobenius norm: of maps relative to them, and of sums over positions relative to
+# the sums of the sizes of their terms, which may cancel.
+TOLERANCES_OF_SCALES = {
+    torch.float32: (1e-6, 1e-6),
+    torch.float64: (1e-15, 1e-14),
+    torch.float16: (5e-4, 1e-6),
+    torch.bfloat16: (4e-3, 1e-6),
+}
 H200, T4 = 232448, 65536  # bytes of shared memory that a block may have
 
 #: The program as it is shipped, and one that stops at the first read or write beyond an array.

@@ -9,20 +9,11 @@ from typing import Optional
 
 import pytest
 import torch
-from emulated import DTYPES, SOURCES, build, nan_like, relative_error, run, template_arguments
+from emulated import DTYPES, SOURCES, TOLERANCES_OF_SCALES, build, nan_like, relative_error, run, template_arguments
 from torch import Tensor
 
 from overlock_mm.ops import _reference
 from overlock_mm.ops.cuda_kernels import has_cuda_kernels
-
-# Errors in the Frobenius norm: of maps relative to them, and of sums over positions relative to the sums of the sizes of
-# their terms, which may cancel.
-TOLERANCES = {
-    torch.float32: (1e-6, 1e-6),
-    torch.float64: (1e-15, 1e-14),
-    torch.float16: (5e-4, 1e-6),
-    torch.bfloat16: (4e-3, 1e-6),
-}
 
 
 @pytest.fixture(scope='session')
@@ -114,7 +105,7 @@ def test_equals_pytorch(programs, tmp_path, name):
     case.seed = secrets.randbits(31)
     operands = Operands(case)
     got = call(programs['sanitized'], case, operands, tmp_path)
-    of_maps, of_sums = TOLERANCES[case.dtype]
+    of_maps, of_sums = TOLERANCES_OF_SCALES[case.dtype]
     sizes = sizes_of_sums(case, operands)
     for name, each in expected(operands).items():
         error = relative_error(got[name], each, sizes.get(name))

@@ -115,7 +115,7 @@ def test_shapes_are_what_the_network_gives_the_operator(monkeypatch, arch, image
     calls = []
 
     def record(value, query, key, *parameters, scale, **sizes):
-        calls.append((tuple(value.shape), query.shape[1], tuple(key.shape[2:]), sizes))
+        calls.append((tuple(value.shape), query.shape[1], tuple(key.shape[2:]), sizes, scale))
         return torch.empty_like(value)
 
     monkeypatch.setattr(blocks, 'contmix', record)
@@ -127,7 +127,8 @@ def test_shapes_are_what_the_network_gives_the_operator(monkeypatch, arch, image
     for stage, call in zip((3, 4), calls):
         shape = bench_contmix.shape_of(arch, stage, image)
         sizes = dict(num_groups=shape.num_groups, small_kernel_size=5, large_kernel_size=shape.kernel_size)
-        assert call == ((1, shape.channels, shape.height, shape.width), shape.query_channels, (7, 7), sizes)
+        scale = (shape.channels // shape.num_groups) ** -0.5
+        assert call == ((1, shape.channels, shape.height, shape.width), shape.query_channels, (7, 7), sizes, scale)
 
 
 def test_a_map_too_small_for_the_kernel_is_refused(capsys):

@@ -190,6 +190,10 @@ cudaError_t with_size(const ScaleAndShiftParams& params, const Body& body) {
   return body(std::integral_constant<int, 1>{});
 }
 
+inline bool is_empty(const ScaleAndShiftParams& params) {
+  return params.batch == 0 || params.positions == 0 || params.channels == 0;
+}
+
 template <int kSize>
 int64_t blocks_of(const ScaleAndShiftParams& params) {
   return ceil_div(params.channels, kLanes * kSize) * params.batch * params.strips;

@@ -49,10 +49,6 @@ cudaError_t sums_over_positions(const ScaleAndShiftParams& params, cudaStream_t 
   });
 }
 
-bool is_empty(const ScaleAndShiftParams& params) {
-  return params.batch == 0 || params.positions == 0 || params.channels == 0;
-}
-
 }  // namespace
 
 /// For 128 bytes of channels of float32, so that both sizes of a thread have the same.

@@ -35,10 +35,6 @@ cudaError_t backward(const ScaledSumParams& params, cudaStream_t stream) {
   return launch_sum_of_partials<A>(totals, stream);
 }
 
-bool is_empty(const ScaledSumParams& params) {
-  return params.batch == 0 || params.positions == 0 || params.channels == 0;
-}
-
 }  // namespace
 
 cudaError_t launch_scaled_sum_forward(const ScaledSumParams& params, Dtype dtype, cudaStream_t stream) {

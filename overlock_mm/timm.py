@@ -24,13 +24,13 @@ from .checkpoints.loading import released_state_dict
 from .checkpoints.release import RELEASED
 from .models import OverLoCK
 from .models.arguments import positive_int
+from .models.head_layers import class_scores, main_head
 from .models.overlock import STAGES
 from .versions import require
 
 require('timm', 'overlock_mm.timm')
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # noqa: E402
-from timm.layers import trunc_normal_  # noqa: E402
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model  # noqa: E402
 from timm.models._features import feature_take_indices  # noqa: E402
 
@@ -74,14 +74,7 @@ class OverLoCKClassifier(OverLoCK):
             dict(num_chs=channels, reduction=4 * 2**i, module=name)
             for i, (name, channels) in enumerate(zip(names, self.out_channels))
         ]
-        self.head = nn.Sequential(
-            nn.Conv2d(self.num_features, self.head_hidden_size, kernel_size=1, bias=False),
-            nn.BatchNorm2d(self.head_hidden_size),
-            nn.SiLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Identity(),  # the classifier
-        )
-        trunc_normal_(self.head[0].weight, std=0.02)
+        self.head = main_head(self.num_features, self.head_hidden_size, classifier=nn.Identity())
         self.reset_classifier(num_classes, global_pool)
 
     def get_classifier(self) -> nn.Module:
@@ -97,9 +90,7 @@ class OverLoCKClassifier(OverLoCK):
         self.num_classes = num_classes
         self.head[4] = nn.Identity()
         if num_classes != 0:
-            self.head[4] = nn.Conv2d(self.head_hidden_size, positive_int('num_classes', num_classes), kernel_size=1)
-            trunc_normal_(self.head[4].weight, std=0.02)
-            nn.init.zeros_(self.head[4].bias)
+            self.head[4] = class_scores(self.head_hidden_size, positive_int('num_classes', num_classes))
             self.head[4].to(self.head[0].weight.device)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from torch import Tensor
 from ..checkpoints.loading import TakesReleasedCheckpoints
 from ..versions import require
 from .arguments import positive_int
+from .head_layers import class_scores, main_head
 
 require('mmpretrain', 'the classification head')
 
 from mmengine.logging import print_log  # noqa: E402
-from mmengine.model.weight_init import trunc_normal_  # noqa: E402
 from mmengine.registry import DefaultScope  # noqa: E402
 from mmpretrain.models.heads import ClsHead  # noqa: E402
 from mmpretrain.registry import MODELS  # noqa: E402
@@ -65,26 +65,15 @@ class OverLoCKHead(TakesReleasedCheckpoints, ClsHead):
                 self.aux_loss_module = MODELS.build(aux_loss or {**loss, 'loss_weight': 0.4})
         num_classes = self.num_classes = positive_int('num_classes', num_classes)
         in_channels = positive_int('in_channels', in_channels)
-        self.head = nn.Sequential(
-            nn.Conv2d(in_channels, hidden_channels, kernel_size=1, bias=False),
-            nn.BatchNorm2d(hidden_channels),
-            nn.SiLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(hidden_channels, num_classes, kernel_size=1),
-        )
+        self.head = main_head(in_channels, hidden_channels, class_scores(hidden_channels, num_classes))
         self.aux_head = None
         if overview_channels is not None:
             overview_channels = positive_int('overview_channels', overview_channels)
             self.aux_head = nn.Sequential(
                 nn.BatchNorm2d(overview_channels),
                 nn.AdaptiveAvgPool2d(1),
-                nn.Conv2d(overview_channels, num_classes, kernel_size=1),
+                class_scores(overview_channels, num_classes),
             )
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         auxiliary = [name for name in state_dict if name.startswith(f'{prefix}aux_head.')]

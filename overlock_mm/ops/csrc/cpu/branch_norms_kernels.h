@@ -66,7 +66,8 @@ class BranchConvolutions {
   /// Outputs of a branch at n <= kColumns positions, of which the first has its window at `in`.
   OVERLOCK_MM_INLINE void convolve(int branch, int64_t n, const T* in, Vector<T>* out) const {
     const BranchTaps<T>& taps = branches_[branch];
-    convolve_positions<T>(n, in + taps.corner, taps.offsets, weights_ + taps.first * Simd<T>::lanes, taps.count, out);
+    convolve_positions<T>(n, in + taps.corner, taps.offsets, weights_ + taps.first * Simd<T>::lanes, taps.kernel_size,
+                          taps.dilation, out);
   }
 
  private:
@@ -334,7 +335,8 @@ class BranchGradients {
         Vector<T> out[kColumns];
         T* const to = grad_input.at(y, x);
         for (int64_t j = 0; j < n; ++j) out[j] = load(to + j * lanes);
-        convolve_positions<T>(n, grad_branch.at(y, x) + taps.corner, taps.offsets, weights, taps.count, out);
+        convolve_positions<T>(n, grad_branch.at(y, x) + taps.corner, taps.offsets, weights, taps.kernel_size,
+                              taps.dilation, out);
         for (int64_t j = 0; j < n; ++j) store(to + j * lanes, out[j]);
       });
     }

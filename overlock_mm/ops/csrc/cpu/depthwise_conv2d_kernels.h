@@ -392,7 +392,7 @@ void convolve(const DepthwiseConv2dParams& p, int64_t begin, int64_t end) {
       in_even_tiles(p.width, [&](int64_t x, int64_t n) OVERLOCK_MM_INLINE_LAMBDA {
         Vector<T> sums[kColumns];
         for (int64_t i = 0; i < n; ++i) sums[i] = start;
-        convolve_positions<T>(n, packed.at(y, x), offsets, weights, taps, sums);
+        convolve_positions<T>(n, packed.at(y, x), offsets, weights, p.kernel_size, p.dilation, sums);
         for (int64_t i = 0; i < n; ++i) store_block(to + (x + i) * p.channels, block, sums[i]);
       });
     }

@@ -81,6 +81,15 @@ inline void store(T* to, Vector<T> x) {
   *reinterpret_cast<typename Simd<T>::Unaligned*>(to) = x;
 }
 
+/// x, in a register. GCC would load it again for each instruction of AVX-512 that uses it.
+template <typename V>
+OVERLOCK_MM_INLINE V in_register(V x) {
+#if OVERLOCK_MM_VECTOR_BYTES == 64
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
 /// A bfloat16 in memory: the upper half of a float.
 struct BFloat16 {
   uint16_t bits;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import platform
 import re
 import secrets
 from collections.abc import Callable
@@ -42,6 +43,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
+HAS_WIDE_KERNELS = platform.machine() != 'x86_64' or getattr(torch.cpu, '_is_avx512_supported', lambda: False)()
 HAS_FAST_BFLOAT16 = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
 
 
@@ -587,7 +589,9 @@ class Namespaces(TorchDispatchMode):
         (128, 22, 9, False, torch.float32, False),  # the map is small, the work is not
         (4, 23, 3, False, torch.float32, False),
         (4, 23, 3, True, torch.float32, False),
-        (4, 23, 13, False, torch.float32, False),
+        (4, 23, 9, False, torch.float32, False),
+        (4, 23, 11, False, torch.float32, not HAS_WIDE_KERNELS),
+        (4, 23, 13, False, torch.float32, not HAS_WIDE_KERNELS),
         (4, 23, 5, True, torch.float32, True),
         (4, 23, 15, False, torch.float32, True),
         (4, 23, 3, False, torch.float64, True),

@@ -17,23 +17,35 @@ bool has_fast_bfloat16() {
 #endif
 }
 
-/// Positions that a kernel reaches over.
-int64_t extent_of(int64_t kernel_size, int64_t dilation) { return (kernel_size - 1) * dilation + 1; }
+/// Whether oneDNN has kernels for AVX-512, which are fast in more cases than those for AVX2.
+bool has_wide_kernels() {
+#if defined(__x86_64__)
+  static const bool has_them = __builtin_cpu_supports("avx512f");
+  return has_them;
+#else
+  return true;  // not measured
+#endif
+}
+
+/// Whether a kernel reaches over so few positions that oneDNN's forward may be fast. Beyond them it is up to 20 times
+/// slower than the kernels here.
+bool is_near(const c10::SymInt& kernel_size, int64_t dilation) {
+  const int64_t most = has_wide_kernels() ? 13 : 9;
+  return dilation < most && (kernel_size - 1) * dilation + 1 <= most;  // the product may be too large
+}
 
 // oneDNN's forward is slow on maps of fewer positions than these. On contiguous ones it counts also how many
 // multiply-adds there are: most of the time of few is that of the call.
 constexpr int64_t kSmallMap = 512, kSmallWork = 1 << 21;
 
-// On contiguous maps oneDNN's forward is fast for kernels that reach over no more positions than these; larger ones
-// take many times as long.
-constexpr int64_t kFastExtent = 13;
-
-/// oneDNN has a forward for kernels up to 8 that reach no further than 13 positions, and another for large ones.
-/// Between them, for a plain 3 x 3, and on small maps, it is up to three times slower than the kernels here.
+/// With AVX-512, oneDNN has a forward for near kernels up to 8, and another for large ones. Between them, for a plain
+/// 3 x 3, and on small maps, it is up to three times slower than the kernels here. With AVX2 it is slower for all that
+/// are not dilated.
 bool is_fast_in_channels_last(int64_t kernel_size, int64_t dilation, int64_t positions) {
-  const bool small = kernel_size <= 8 && extent_of(kernel_size, dilation) <= 13 && !(kernel_size == 3 && dilation == 1);
-  const bool large = kernel_size >= 14 && dilation == 1;
-  return has_onednn() && positions >= kSmallMap && (small || large);
+  const bool plain = dilation == 1;
+  const bool small = kernel_size <= 8 && is_near(kernel_size, dilation) && !(plain && kernel_size == 3);
+  const bool large = kernel_size >= 14 && plain;
+  return has_onednn() && positions >= kSmallMap && (has_wide_kernels() ? small || large : small && !plain);
 }
 
 }  // namespace
@@ -58,7 +70,7 @@ bool onednn_is_fast_for_contiguous(const Tensor& x, const Tensor& weight, int64_
   const c10::SymInt kernel_size = weight.sym_size(3);
   if (x.sym_size(2) * x.sym_size(3) < kSmallMap && x.sym_numel() * kernel_size * kernel_size < kSmallWork) return false;
   if (differentiates) return kernel_size == 3 && dilation == 1;
-  return dilation < kFastExtent && (kernel_size - 1) * dilation + 1 <= kFastExtent;  // the product may be too large
+  return is_near(kernel_size, dilation);
 }
 
 Tensor onednn_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t dilation) {

@@ -35,8 +35,10 @@ class OverLoCKHead(TakesReleasedCheckpoints, ClsHead):
         hidden_channels: hidden channels of the main head.
         loss: config of the main loss. The default is cross entropy.
         aux_loss: config of the auxiliary loss. The default is ``loss`` with weight 0.4, as in the release.
-        topk, cal_acc, init_cfg: as in mmpretrain's ``ClsHead``. ``init_cfg=dict(type='Pretrained', checkpoint=FILE)``
-            loads the heads of a released classification checkpoint. With other classes, the last layers are not loaded.
+        topk: as in mmpretrain's ``ClsHead``.
+        cal_acc: as in mmpretrain's ``ClsHead``.
+        init_cfg: ``dict(type='Pretrained', checkpoint=FILE)`` loads the heads of a released classification checkpoint. With
+            other classes, the last layers are not loaded.
 
     Raises:
         ImportError: mmpretrain is not installed.

@@ -223,7 +223,7 @@ class OverLoCK(TakesReleasedCheckpoints):
         arch: Union[str, dict[str, Any]] = 't',
         checkpoint: Union[str, os.PathLike, None] = None,
         adapt_channels: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> OverLoCK:
         """Build a backbone and load its weights. A backbone that is only built is not loaded before ``init_weights()``.
 

@@ -89,7 +89,11 @@ void check_loads_and_stores() {
   const std::vector<T> from = numbers<T>(8 * lanes<T>);
   for (int first = 0; first + lanes<T> <= int(from.size()); ++first) {  // most are not aligned
     const Vector<T> x = load(from.data() + first);
-    for (int i = 0; i < lanes<T>; ++i) check(same<T>(x[i], from[first + i]), "load", x[i], from[first + i]);
+    const Vector<T> kept = in_register(x);
+    for (int i = 0; i < lanes<T>; ++i) {
+      check(same<T>(x[i], from[first + i]), "load", x[i], from[first + i]);
+      check(same<T>(kept[i], x[i]), "in_register", kept[i], x[i]);
+    }
     check(same(load_one(from.data() + first), from[first]), "load_one", load_one(from.data() + first), from[first]);
     std::vector<T> to(lanes<T> + 2, T(7));
     store(to.data() + 1, x);

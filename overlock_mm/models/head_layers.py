@@ -20,8 +20,11 @@ def class_scores(in_channels: int, num_classes: int) -> nn.Conv2d:
 
 
 def main_head(in_channels: int, hidden_channels: int, classifier: nn.Module) -> nn.Sequential:
-    """The main head, with the names of the released files: the backbone's last map (B, in_channels, H, W) to what
-    ``classifier`` makes of the hidden features (B, hidden_channels, 1, 1)."""
+    """The main head of the release, for the backbone's last map (B, in_channels, H, W).
+
+    The layers have the names of the released files. ``classifier`` is the last one, and takes the hidden features,
+    (B, hidden_channels, 1, 1).
+    """
     return nn.Sequential(
         initialized(nn.Conv2d(in_channels, hidden_channels, kernel_size=1, bias=False)),
         nn.BatchNorm2d(hidden_channels),

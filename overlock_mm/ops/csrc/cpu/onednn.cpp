@@ -7,25 +7,15 @@ namespace {
 
 bool has_onednn() { return at::hasMKLDNN() && at::globalContext().userEnabledMkldnn(); }
 
-/// oneDNN computes in bfloat16 from AVX-512 on, and is up to 50 times slower where the processor does not.
-bool has_fast_bfloat16() {
+// oneDNN computes in bfloat16 from AVX-512 on, and is up to 50 times slower where the processor does not. Its kernels
+// for AVX-512 are fast in more cases than those for AVX2.
 #if defined(__x86_64__)
-  static const bool has_it = __builtin_cpu_supports("avx512bf16");
-  return has_it;
-#else
-  return false;  // not measured
+bool has_fast_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
+bool has_wide_kernels() { return __builtin_cpu_supports("avx512f"); }
+#else  // not measured
+bool has_fast_bfloat16() { return false; }
+bool has_wide_kernels() { return true; }
 #endif
-}
-
-/// Whether oneDNN has kernels for AVX-512, which are fast in more cases than those for AVX2.
-bool has_wide_kernels() {
-#if defined(__x86_64__)
-  static const bool has_them = __builtin_cpu_supports("avx512f");
-  return has_them;
-#else
-  return true;  // not measured
-#endif
-}
 
 /// Whether a kernel reaches over so few positions that oneDNN's forward may be fast. Beyond them it is up to 20 times
 /// slower than the kernels here.

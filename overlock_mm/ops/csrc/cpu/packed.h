@@ -64,7 +64,8 @@ OVERLOCK_MM_INLINE void add_taps(const T* in, const T* weights, Vector<T> (&sums
   }
 }
 
-/// `groups`: of kTapsTogether taps, at the beginning of each line of the kernel. The others are added one by one.
+/// `groups`: of kTapsTogether taps, at the beginning of each line of the kernel. The others are added one by one. The
+/// offsets are read from memory: from a step that it knows, GCC would keep later inputs in registers, and spill sums.
 template <typename T, int n>
 OVERLOCK_MM_NOINLINE void convolve_tile(const T* in, const int64_t* offsets, const T* weights, int64_t kernel_size,
                                         int64_t groups, Vector<T>* sums) {
@@ -105,8 +106,8 @@ OVERLOCK_MM_INLINE void in_even_tiles(int64_t width, Function function) {
   }
 }
 
-/// Add the products of n_positions gradients with the inputs of n taps that are `step` apart. Positions are as far
-/// apart as taps if there are several: then each input is loaded once.
+/// Add the products of n_positions gradients with the inputs of n taps. Taps are `step` apart, and so are several
+/// positions: then each input is loaded once. `step` is no constant, for the reason at convolve_tile.
 template <typename T, int n, int n_positions, Vector<T> (*input_at)(const T*)>
 OVERLOCK_MM_INLINE void add_positions(const T* grads, const T* in, int64_t step, Vector<T> (&sums)[n]) {
   Vector<T> grad[n_positions];
